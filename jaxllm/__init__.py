@@ -1,0 +1,29 @@
+"""jaxllm: raw text to an instruction-following language model, in pure JAX.
+
+Names load on first use, so that `import jaxllm` costs milliseconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxllm.language_model import Generation, LanguageModel, load
+
+_HOMES = {
+    "load": "jaxllm.language_model",
+    "LanguageModel": "jaxllm.language_model",
+    "Generation": "jaxllm.language_model",
+}
+__all__ = ["Generation", "LanguageModel", "__version__", "load"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'jaxllm' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,65 @@
+"""Atomic files and fingerprints: a reader sees the old content or the new, never a part of it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Replace the file at `path` with `content`, durably: temporary file, fsync, rename.
+
+    Raises:
+      OSError: the disk is full or the directory is not writable; the old file is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, content: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """`write_text` of indented JSON, keys in the given order, non-ASCII characters as they are."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Parse the JSON file at `path`.
+
+    Raises:
+      ValueError: the file is not JSON; the message names it.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or edited: write it again") from error
+
+
+def fingerprint(*parts: bytes | str) -> str:
+    """First 16 hex digits of the SHA-256 of `parts`, each preceded by its length so that boundaries count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+def file_fingerprint(path: str | os.PathLike) -> str:
+    """First 16 hex digits of the SHA-256 of the file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

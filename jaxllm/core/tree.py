@@ -1,0 +1,37 @@
+"""Parameter trees by path: 'blocks/attention/q', and ordered rules over such paths (first match wins)."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def path_name(path: tuple) -> str:
+    """Join a JAX key path with slashes: (DictKey('blocks'), DictKey('q')) -> 'blocks/q'."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path)
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` whose function gets the leaf's path name first."""
+    import jax
+
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Flatten `tree` to {path name: leaf}, in tree order."""
+    import jax
+
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
+    """Return the value of the first rule whose regular expression matches the whole of `name`.
+
+    Raises:
+      ValueError: no rule matches; a tree must be covered on purpose, never by default.
+    """
+    for pattern, value in rules:
+        if re.fullmatch(pattern, name):
+            return value
+    patterns = ", ".join(repr(pattern) for pattern, _ in rules)
+    raise ValueError(f"no rule matches {name!r}; rules are {patterns}; add a rule, or '.*' as the last one")

@@ -1,0 +1,160 @@
+"""Chat templates: messages to text pieces and special tokens, with the tokens to learn marked.
+
+A template is Jinja2 as Hugging Face writes it; `{% generation %}` ... `{% endgeneration %}` surrounds what the model
+must learn to say. Special tokens come from the template alone: the text of one inside a message stays text (no prompt
+injection).
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jaxllm.data.documents import Message
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from jaxllm.data.tokenizer import Tokenizer
+
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+BOS, EOS = "<bos>", "<eos>"
+_NONCHARACTERS = range(0xFDD0, 0xFDF0)
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+# The answer ends with eos inside the generation block, so that the model learns to stop.
+DEFAULT_TEMPLATE = """\
+{{ bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ '<|system|>' + message.content }}
+    {%- elif message.role == 'user' %}{{ '<|user|>' + message.content }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|assistant|>' }}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}{{ raise_exception("unknown role '" + message.role + "'; use system, user or assistant") }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of rendered chat: running text, or one special token by name; `trained` = inside a generation block."""
+
+    text: str
+    special: bool
+    trained: bool
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A compiled template and the special tokens it may print.
+
+    Attributes:
+      source: Jinja2 text; sees `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, `raise_exception`.
+      special: names of the special tokens; anything else the template prints is text.
+    """
+
+    source: str = DEFAULT_TEMPLATE
+    special: tuple[str, ...] = (BOS, EOS, *ROLE_TOKENS)
+    bos_token: str = BOS
+    eos_token: str = EOS
+
+    def render(
+        self, messages: Sequence[Message | Mapping[str, str]], add_generation_prompt: bool = False
+    ) -> list[Piece]:
+        """Return the conversation as pieces, in order.
+
+        Args:
+          messages: `Message`s or {"role", "content"} mappings.
+          add_generation_prompt: end with what precedes an answer.
+        Raises:
+          ValueError: the template refuses the messages (unknown role, wrong order) or itself fails; the message says
+            which.
+        """
+        turns = [{"role": m.role, "content": m.content} if isinstance(m, Message) else dict(m) for m in messages]
+        from jaxllm.data.jinja_templates import render
+
+        shield, start, end = _unused_characters("".join(str(value) for turn in turns for value in turn.values()))
+        guarded = [{key: self._guard(value, shield) for key, value in turn.items()} for turn in turns]
+        text = render(
+            self._compiled,
+            messages=guarded,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            generation_start=start,
+            generation_end=end,
+        )
+        return list(self._split(text, shield, start, end))
+
+    @cached_property
+    def _compiled(self) -> "jinja2.Template":
+        from jaxllm.data.jinja_templates import compile_template
+
+        return compile_template(self.source)
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern:
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile("|".join(re.escape(name) for name in longest_first))
+
+    def _guard(self, value: object, shield: str) -> object:
+        """Break up the text of special tokens inside a message: '<eos>' -> '<' shield 'eos>'."""
+        if not isinstance(value, str):
+            return value
+        return self._special_pattern.sub(lambda found: found[0][0] + shield + found[0][1:], value)
+
+    def _split(self, text: str, shield: str, start: str, end: str) -> Iterator[Piece]:
+        trained = False
+        for part in re.split(f"({start}|{end}|{self._special_pattern.pattern})", text):
+            if part in (start, end):
+                trained = part == start
+            elif part in self.special:
+                yield Piece(part, special=True, trained=trained)
+            elif part:
+                yield Piece(part.replace(shield, ""), special=False, trained=trained)
+
+
+def encode_chat(
+    tokenizer: "Tokenizer", messages: Sequence[Message | Mapping[str, str]], add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Return (ids, trained) of a conversation; `trained[i]` is True where id i is part of an answer or its end.
+
+    Example with a one-id-per-word tokenizer, messages user "hi", assistant "yo":
+
+        ids      <bos> <|user|> hi <|assistant|> yo <eos>
+        trained      0        0  0             0  1     1
+
+    Raises:
+      ValueError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    if tokenizer.chat is None:
+        raise ValueError(
+            f"this tokenizer has no chat template: its special tokens are {', '.join(tokenizer.special) or 'none'} and "
+            f"the default template needs {', '.join(ROLE_TOKENS)}; train a tokenizer with jaxllm, or save one with a "
+            "chat template of its own"
+        )
+    pieces = tokenizer.chat.render(messages, add_generation_prompt)
+    texts = iter(tokenizer.encode_batch([piece.text for piece in pieces if not piece.special]))
+    ids: list[int] = []
+    trained: list[bool] = []
+    for piece in pieces:
+        new = [tokenizer.special[piece.text]] if piece.special else next(texts)
+        ids += new
+        trained += [piece.trained] * len(new)
+    return ids, trained
+
+
+def _unused_characters(text: str) -> list[str]:
+    """Three characters that `text` does not hold: Unicode noncharacters first, which no real text uses."""
+    used = set(text)
+    candidates = (chr(code) for code in itertools.chain(_NONCHARACTERS, _PRIVATE_USE))
+    unused = list(itertools.islice((character for character in candidates if character not in used), 3))
+    if len(unused) < 3:
+        raise ValueError(
+            "the messages use every private-use character of Unicode; no chat template can be applied to them"
+        )
+    return unused

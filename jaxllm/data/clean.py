@@ -1,0 +1,132 @@
+"""Cleaning: small named rules over one text, and the count of what each of them changed and dropped.
+
+A rule is a name and a pure function from text to text, or to None to drop the document.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pydantic import Field
+
+from jaxllm.core.config import Config
+from jaxllm.data.documents import Conversation, Document, Message
+
+N_EXAMPLES = 3
+_NEWLINES = re.compile("\r\n?|[\x0b\x0c\x85]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+
+
+class CleanConfig(Config):
+    """Which rules run, in this order."""
+
+    nfc: bool = Field(False, description="compose characters (Unicode NFC); changes no meaning, but is not reversible")
+    control: bool = Field(
+        True, description="remove control characters; form feeds and foreign line ends become newlines"
+    )
+    trailing_space: bool = Field(True, description="remove spaces at line ends and blank lines around a text")
+    min_chars: int = Field(1, ge=1, description="drop texts shorter than this (characters)")
+    deduplicate: bool = Field(True, description="drop exact copies of an earlier document or conversation")
+
+
+class Rule(NamedTuple):
+    """A named rule; `apply` returns the text, changed or not, or None to drop the document."""
+
+    name: str
+    apply: Callable[[str], str | None]
+
+
+@dataclass
+class RuleCount:
+    """What one rule did; `examples` of what it dropped: place and beginning of the text."""
+
+    changed: int = 0
+    dropped: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+def rules(config: CleanConfig) -> list[Rule]:
+    """Return the rules that `config` asks for, in order; copies are dropped by `Cleaner`, which has seen the others."""
+    chosen = []
+    if config.nfc:
+        chosen.append(Rule("nfc", lambda text: unicodedata.normalize("NFC", text)))
+    if config.control:
+        chosen.append(Rule("control", remove_control))
+    if config.trailing_space:
+        chosen.append(Rule("trailing_space", strip_line_ends))
+    chosen.append(Rule("min_chars", lambda text: text if len(text.strip()) >= config.min_chars else None))
+    return chosen
+
+
+def remove_control(text: str) -> str:
+    """Turn CR, CRLF, VT, FF and NEL into newlines and remove other control characters; tabs and U+2028 stay."""
+    return _CONTROL.sub("", _NEWLINES.sub("\n", text))
+
+
+def strip_line_ends(text: str) -> str:
+    """Remove spaces and tabs before newlines, and newlines around the text."""
+    return "\n".join(line.rstrip(" \t") for line in text.split("\n")).strip("\n")
+
+
+class Cleaner:
+    """Applies the rules to a stream of documents and counts.
+
+    Attributes:
+      counts: by rule name, in order; "duplicate" last.
+    """
+
+    def __init__(self, config: CleanConfig):
+        self._rules = rules(config)
+        self._seen: set[bytes] | None = set() if config.deduplicate else None
+        self.counts = {rule.name: RuleCount() for rule in self._rules}
+        if config.deduplicate:
+            self.counts["duplicate"] = RuleCount()
+
+    def document(self, document: Document) -> Document | None:
+        """Return the cleaned document, or None if a rule dropped it."""
+        text = self._text(document.text, document)
+        if text is None or self._is_copy(text, document):
+            return None
+        return Document(text, document.source, document.location)
+
+    def conversation(self, conversation: Conversation) -> Conversation | None:
+        """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it."""
+        messages = []
+        for message in conversation.messages:
+            content = self._text(message.content, conversation)
+            if content is None:
+                return None
+            messages.append(Message(message.role, content))
+        if self._is_copy(repr([(message.role, message.content) for message in messages]), conversation):
+            return None
+        return Conversation(tuple(messages), conversation.source, conversation.location)
+
+    def _text(self, text: str, owner: Document | Conversation) -> str | None:
+        for rule in self._rules:
+            result = rule.apply(text)
+            if result is None:
+                self._drop(rule.name, text, owner)
+                return None
+            self.counts[rule.name].changed += result != text
+            text = result
+        return text
+
+    def _is_copy(self, text: str, owner: Document | Conversation) -> bool:
+        if self._seen is None:
+            return False
+        # 128 bits: no two of 10^12 different documents meet. Per document the set needs about 100 bytes of memory.
+        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+        if digest in self._seen:
+            self._drop("duplicate", text, owner)
+            return True
+        self._seen.add(digest)
+        return False
+
+    def _drop(self, name: str, text: str, owner: Document | Conversation) -> None:
+        count = self.counts[name]
+        count.dropped += 1
+        if len(count.examples) < N_EXAMPLES:
+            count.examples.append(f"{owner.source}, {owner.location}: {text[:60]!r}")

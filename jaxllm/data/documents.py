@@ -1,0 +1,59 @@
+"""What flows out of every source: a document (text to predict) or a conversation (of which the answers are learned)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One piece of running text.
+
+    Attributes:
+      text: any Unicode text.
+      source: where the collection comes from: a path, "pydocs", "world".
+      location: which part of the source, for a person to find it again: "line 12", "textwrap.dedent".
+    """
+
+    text: str
+    source: str
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order; only what the assistant says is learned. `source` and `location` as in `Document`."""
+
+    messages: tuple[Message, ...]
+    source: str
+    location: str
+
+    @classmethod
+    def pair(cls, prompt: str, answer: str, source: str, location: str) -> "Conversation":
+        """Return the two-message conversation: the user says `prompt`, the assistant `answer`."""
+        return cls((Message("user", prompt), Message("assistant", answer)), source, location)
+
+
+def parse_messages(value: object) -> tuple[Message, ...]:
+    """Return the messages of a JSON value [{"role": ..., "content": ...}, ...].
+
+    Raises:
+      ValueError: another shape; the message says which entry and what it is.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            f"messages must be a non-empty list of {{role, content}}, found {type(value).__name__} {str(value)[:60]!r}"
+        )
+    messages = []
+    for index, entry in enumerate(value):
+        role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"message {index} must have a string role and a string content, found {str(entry)[:80]!r}")
+        messages.append(Message(role, content))
+    return tuple(messages)

@@ -1,0 +1,205 @@
+"""The loader: batches by arithmetic.
+
+The content of global sample i is a function of (data, packing, seed, i) alone. So resuming is O(1) and exact, and
+another batch size or another number of processes sees the same samples in the same order. Grain reads ahead in threads;
+it decides nothing.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from jaxllm.core import files
+from jaxllm.core.batch import Batch
+from jaxllm.core.config import Config
+from jaxllm.data.mixture import Mixture
+from jaxllm.data.packing import PackingConfig, plan
+from jaxllm.data.shards import Dataset
+
+
+class DataExhausted(ValueError):
+    """Training asked for more samples than `epochs` allows."""
+
+
+class Source(Config):
+    """One dataset of the mixture."""
+
+    path: str = Field(description="dataset directory, written by prepare")
+    weight: float = Field(1.0, gt=0, description="share of the samples (rows), relative to the other sources")
+    validate_on: bool = Field(True, description="count its validation split in the validation loss")
+
+
+class DataConfig(Config):
+    """What to train on and in which order."""
+
+    sources: tuple[Source, ...] = Field(
+        min_length=1, description="datasets; one pass over the first is an epoch, the others repeat"
+    )
+    packing: PackingConfig = Field(PackingConfig(), description="how documents become rows")
+    batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
+    seed: int = Field(0, ge=0, description="decides the order of the samples, and nothing else")
+    epochs: int | None = Field(
+        None, ge=1, description="stop with an error after so many epochs; empty: repeat for ever, reshuffled"
+    )
+    verify: bool = Field(True, description="compare checksums of all shards at the start (about 1 s per GB)")
+    threads: int = Field(2, ge=0, description="threads that read ahead; 0: read when asked")
+    prefetch: int = Field(4, ge=1, description="batches to read ahead")
+
+
+class Loader(Iterator[Batch]):
+    """Iterator over host-local batches, NumPy arrays [batch_size / process_count, T].
+
+    Joining the batches of processes 0, 1, ... gives the global batch, the same for every process count. The last batch
+    of a finite order is filled up with rows of weight 0.
+
+    Args:
+      split: "train" (shuffled, repeated) or "validation" (stored order, one pass).
+    Raises:
+      ValueError: the sources differ in tokenizer, batch_size does not divide, or the split is empty.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Literal["train", "validation"] = "train",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if config.batch_size % process_count:
+            raise ValueError(
+                f"batch_size={config.batch_size} is not divisible by {process_count} processes; "
+                f"use a multiple of {process_count}, such as {-(-config.batch_size // process_count) * process_count}"
+            )
+        self.config = config
+        self.split = split
+        self._local_rows = config.batch_size // process_count
+        self._first_row = process_index * self._local_rows
+        self.sources = [source for source in config.sources if split == "train" or source.validate_on]
+        self.datasets = [Dataset.open(source.path, split, config.verify) for source in self.sources]
+        _check_tokenizers(self.datasets)
+        self.plans = [plan(dataset, config.packing) for dataset in self.datasets]
+        self._order = self._make_order([source.weight for source in self.sources])
+        self._sample = 0
+        self._batches: Iterator[Batch] | None = None
+
+    def _make_order(self, weights: list[float]) -> Mixture:
+        sizes = [len(each) for each in self.plans]
+        if not sum(sizes) or (self.split == "train" and not all(sizes)):
+            paths = ", ".join(source.path for source in self.config.sources)
+            raise ValueError(
+                f"split {self.split!r} of {paths} has no rows; prepare with a larger --validation share or more data"
+            )
+        if self.split == "validation":
+            return Mixture.in_sequence(sizes)
+        return Mixture.shuffled(sizes, weights, self.config.seed, self.config.epochs)
+
+    def __next__(self) -> Batch:
+        total = self.n_samples
+        if total is not None and self._sample >= total:
+            if self.split == "validation":
+                raise StopIteration
+            raise DataExhausted(
+                f"all {total} samples of {self.config.epochs} epochs ({self.samples_per_epoch} samples each) are used; "
+                "set data.epochs higher, or leave it empty to repeat the data for ever"
+            )
+        if self._batches is None:
+            self._batches = self._read_from(self._sample)
+        batch = next(self._batches)
+        self._sample += self.config.batch_size if total is None else min(self.config.batch_size, total - self._sample)
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Position: the number of global samples delivered."""
+        return {"sample": self._sample}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continue at `state`; {"sample": 0} starts again."""
+        self._sample = state["sample"]
+        self._batches = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the sample order: data, tokenizer, packing, mixture, seed; not batch size or processes."""
+        contents = [(each.fingerprint, source.weight) for each, source in zip(self.datasets, self.sources, strict=True)]
+        return files.fingerprint(
+            repr(contents), self.config.packing.model_dump_json(), self.split, str(self.config.seed)
+        )
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.datasets[0].tokenizer_dir
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.datasets[0].tokenizer_fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        return self.datasets[0].vocab_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes per trained token over all sources of this split."""
+        tokens = [each.n_trained for each in self.datasets]
+        return sum(each.bytes_per_token * n for each, n in zip(self.datasets, tokens, strict=True)) / sum(tokens)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Rows that one pass over the first source takes, with the rows mixed in; for validation, all rows."""
+        return self._order.samples_per_epoch
+
+    @property
+    def n_samples(self) -> int | None:
+        """Samples until the data is exhausted; None: never."""
+        return self._order.n_samples
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(source, row of its plan) of a global sample."""
+        return self._order[sample]
+
+    def row(self, sample: int) -> Batch:
+        """Row [T] of a global sample; past the end, a row of padding."""
+        total = self.n_samples
+        if total is not None and sample >= total:
+            padding = self.plans[0].row(0)
+            return Batch(*(np.zeros_like(array) for array in padding))
+        source, row = self._order[sample]
+        return self.plans[source].row(row)
+
+    def _read_from(self, start: int) -> Iterator[Batch]:
+        import grain  # here, because it takes seconds and imports jax
+
+        options = grain.ReadOptions(
+            num_threads=self.config.threads, prefetch_buffer_size=self.config.prefetch if self.config.threads else 0
+        )
+        return iter(grain.MapDataset.source(_Batches(self, start)).to_iter_dataset(options))
+
+
+class _Batches:
+    """What Grain reads: element j is the host-local batch j after global sample `start`."""
+
+    def __init__(self, loader: Loader, start: int):
+        self._loader = loader
+        self._start = start
+
+    def __len__(self) -> int:
+        total = self._loader._order.n_samples
+        return 1 << 62 if total is None else -(-(total - self._start) // self._loader.config.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        loader = self._loader
+        first = self._start + int(index) * loader.config.batch_size + loader._first_row
+        rows = [loader.row(sample) for sample in range(first, first + loader._local_rows)]
+        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+
+
+def _check_tokenizers(datasets: list[Dataset]) -> None:
+    for dataset in datasets:
+        if dataset.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
+            raise ValueError(
+                f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {datasets[0].directory} with "
+                f"{datasets[0].tokenizer_fingerprint}; prepare both with the same --tokenizer"
+            )

@@ -1,0 +1,256 @@
+"""From sources to a dataset directory: read, clean, drop copies, tokenise, split, write; all of it streaming."""
+
+import hashlib
+import heapq
+import time
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from jaxllm.core.config import Config
+from jaxllm.data import sources, tokenizer
+from jaxllm.data.chat import encode_chat
+from jaxllm.data.clean import CleanConfig, Cleaner
+from jaxllm.data.documents import Conversation, Document
+from jaxllm.data.packing import PackingConfig, plan
+from jaxllm.data.pieces_training import TokenizerConfig
+from jaxllm.data.problems import Policy, Problems
+from jaxllm.data.report import PackingReport, PrepareReport, RuleReport, SplitReport
+from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.shards import SPLITS, Dataset, Kind
+from jaxllm.data.tokenizer import Tokenizer
+
+BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
+
+
+class BytesTokenizer(Config):
+    """One id per byte."""
+
+    kind: Literal["bytes"] = "bytes"
+
+
+class ExistingTokenizer(Config):
+    """A tokenizer that exists: what a model was trained with, above all."""
+
+    kind: Literal["existing"] = "existing"
+    path: str = Field(
+        description="tokenizer directory, a dataset or run that holds one, or a SentencePiece .model file"
+    )
+
+
+class PrepareConfig(Config):
+    """Everything `prepare` needs."""
+
+    inputs: tuple[sources.Input, ...] = Field(min_length=1, description="where the text comes from, in this order")
+    out: str = Field(description="dataset directory to make")
+    chat: bool = Field(False, description="read conversations and learn the assistant's answers only, not every token")
+    tokenizer: Annotated[TokenizerConfig | BytesTokenizer | ExistingTokenizer, Field(discriminator="kind")] = Field(
+        TokenizerConfig(), description="how text becomes ids"
+    )
+    clean: CleanConfig = Field(CleanConfig(), description="rules that change or drop documents")
+    validation: float = Field(0.01, ge=0, description="documents to hold out: a share if below 1, else a number")
+    seed: int = Field(0, ge=0, description="decides which documents are held out")
+    errors: Policy = Field(
+        "error", description="unreadable input: stop, skip it, or replace bad bytes; skipped input is counted"
+    )
+    seq_len: int = Field(
+        1024, ge=2, description="row length for which the report gives the padding; training may use another"
+    )
+    overwrite: bool = Field(False, description="replace the directory if it exists, once the new one is complete")
+
+    @property
+    def dataset_kind(self) -> Kind:
+        return "chat" if self.chat else "text"
+
+
+class Encoded(NamedTuple):
+    """A document or conversation as ids; `trained` is empty for text; `size_bytes` of UTF-8 text."""
+
+    source: str
+    location: str
+    ids: list[int]
+    trained: list[bool]
+    size_bytes: int
+
+
+class Reader:
+    """The cleaned documents of a config, and the account of what was read and dropped."""
+
+    def __init__(self, config: PrepareConfig):
+        self.config = config
+        self.problems = Problems(config.errors)
+        self.cleaner = Cleaner(config.clean)
+        self.n_read = self.n_kept = self.bytes_read = self.bytes_kept = 0
+
+    def __iter__(self) -> Iterator[Document | Conversation]:
+        read, clean = (
+            (sources.conversations, self.cleaner.conversation)
+            if self.config.chat
+            else (sources.documents, self.cleaner.document)
+        )
+        for each in self.config.inputs:
+            for item in read(each, self.problems):
+                self.n_read += 1
+                self.bytes_read += _size(item)
+                cleaned = clean(item)
+                if cleaned is not None:
+                    self.n_kept += 1
+                    self.bytes_kept += _size(cleaned)
+                    yield cleaned
+
+
+def prepare(config: PrepareConfig) -> PrepareReport:
+    """Make the dataset directory `config.out` and return the account of it (also stored as report.json).
+
+    Raises:
+      FileNotFoundError: a source or tokenizer does not exist.
+      FileExistsError: `out` exists and `overwrite` is False.
+      ValueError: unreadable input under the policy "error", no text, or a tokenizer that cannot be trained or has no
+        chat tokens.
+      OSError: the disk is full; nothing is left behind.
+    """
+    start = time.perf_counter()
+    reader = Reader(config)
+    writer = DatasetWriter(config.out, make_tokenizer(config), config.dataset_kind, config.overwrite)
+    with writer:
+        for split, item in assign_splits(_encode(reader, writer.tokenizer), config.validation, config.seed):
+            if config.chat:
+                writer.add_chat(split, item.ids, item.trained, item.source, item.location)
+            else:
+                writer.add_text(split, item.ids, item.source, item.location, item.size_bytes)
+        if not reader.n_kept:
+            raise ValueError(_why_empty(reader))
+        directory = writer.seal()
+        report = _report(
+            reader, writer.tokenizer, {split: Dataset.open(directory, split, verify=False) for split in SPLITS}, start
+        )
+        writer.write_report(report.model_dump(mode="json"))
+    return report
+
+
+def make_tokenizer(config: PrepareConfig) -> Tokenizer:
+    """Train, load or build the tokenizer that `config` asks for."""
+    match config.tokenizer:
+        case TokenizerConfig():
+            reader = Reader(config)
+            texts = (text for item in reader for text in _texts(item))
+            first = next(texts, None)
+            if first is None:
+                raise ValueError(_why_empty(reader))
+            return tokenizer.train(_chain(first, texts), config.tokenizer)
+        case BytesTokenizer():
+            return tokenizer.byte_tokenizer()
+        case ExistingTokenizer():
+            return tokenizer.load(config.tokenizer.path)
+
+
+def assign_splits(items: Iterable[Encoded], validation: float, seed: int) -> Iterator[tuple[str, Encoded]]:
+    """Yield (split, item), deciding by a hash of the seed and the item's number.
+
+    Args:
+      validation: below 1, each item but the first is held out with this probability; from 1 on, exactly so many items
+        are, spread evenly (a bottom-k sample: it keeps them in memory until the end).
+    """
+    held: list[tuple[float, int, Encoded]] = []  # a heap whose top has the largest key
+    for number, item in enumerate(items):
+        digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little") / 2**64
+        if validation < 1:
+            yield "validation" if key < validation and number else "train", item
+            continue
+        heapq.heappush(held, (-key, number, item))
+        if len(held) > validation:
+            yield "train", heapq.heappop(held)[2]
+    for _, _, item in sorted(held, key=lambda entry: entry[1]):
+        yield "validation", item
+
+
+def _encode(items: Iterable[Document | Conversation], tok: Tokenizer) -> Iterator[Encoded]:
+    batch: list[Document] = []
+    size = 0
+    for item in items:
+        if isinstance(item, Conversation):
+            ids, trained = encode_chat(tok, item.messages)
+            yield Encoded(item.source, item.location, ids, trained, _size(item))
+            continue
+        batch.append(item)
+        size += len(item.text)
+        if size >= BATCH_CHARS:
+            yield from _encode_batch(batch, tok)
+            batch, size = [], 0
+    yield from _encode_batch(batch, tok)
+
+
+def _encode_batch(batch: list[Document], tok: Tokenizer) -> Iterator[Encoded]:
+    for item, ids in zip(batch, tok.encode_batch([item.text for item in batch]), strict=True):
+        yield Encoded(item.source, item.location, ids, [], _size(item))
+
+
+def _texts(item: Document | Conversation) -> list[str]:
+    return [item.text] if isinstance(item, Document) else [message.content for message in item.messages]
+
+
+def _size(item: Document | Conversation) -> int:
+    return sum(len(text.encode("utf-8")) for text in _texts(item))
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _why_empty(reader: Reader) -> str:
+    dropped = ", ".join(
+        f"{name} dropped {count.dropped}" for name, count in reader.cleaner.counts.items() if count.dropped
+    )
+    return (
+        f"no text is left: {reader.n_read} documents were read, {reader.problems.count} inputs were unreadable, "
+        f"{dropped or 'no rule dropped any'}; check the sources"
+    )
+
+
+def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start: float) -> PrepareReport:
+    config = reader.config
+    rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
+    return PrepareReport(
+        directory=config.out,
+        kind=config.dataset_kind,
+        documents_read=reader.n_read,
+        documents_kept=reader.n_kept,
+        bytes_read=reader.bytes_read,
+        bytes_kept=reader.bytes_kept,
+        problems=reader.problems.count,
+        problem_examples=tuple(reader.problems.examples),
+        rules={
+            name: RuleReport(changed=count.changed, dropped=count.dropped, examples=tuple(count.examples))
+            for name, count in reader.cleaner.counts.items()
+        },
+        tokenizer=_tokenizer_name(config),
+        vocab_size=tok.vocab_size,
+        bytes_per_token=datasets["train"].bytes_per_token,
+        splits={
+            split: SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
+            for split, each in datasets.items()
+        },
+        packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
+        seconds=time.perf_counter() - start,
+        notes=tuple(_notes(config, tok, datasets)),
+    )
+
+
+def _tokenizer_name(config: PrepareConfig) -> str:
+    match config.tokenizer:
+        case TokenizerConfig(algorithm=algorithm):
+            return algorithm
+        case ExistingTokenizer(path=path):
+            return path
+    return config.tokenizer.kind
+
+
+def _notes(config: PrepareConfig, tok: Tokenizer, datasets: dict[str, Dataset]) -> Iterator[str]:
+    if isinstance(config.tokenizer, TokenizerConfig) and tok.vocab_size < config.tokenizer.vocab_size:
+        yield f"the text has pieces for a vocabulary of {tok.vocab_size} only, not of {config.tokenizer.vocab_size}"
+    if config.validation and not len(datasets["validation"]):
+        count = len(datasets["train"])
+        yield f"no document is held out: there are {count}; cut finer (--split paragraph) or use --validation 1"

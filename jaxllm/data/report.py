@@ -1,0 +1,89 @@
+"""What `prepare` did, as data (report.json) and as tables for a person."""
+
+from typing import TYPE_CHECKING
+
+from jaxllm.core.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class RuleReport(Config):
+    """One cleaning rule; `examples` of what it dropped."""
+
+    changed: int
+    dropped: int
+    examples: tuple[str, ...]
+
+
+class SplitReport(Config):
+    """Sizes of one split; `trained` tokens are learned."""
+
+    documents: int
+    tokens: int
+    trained: int
+
+
+class PackingReport(Config):
+    """The training split in rows of `seq_len`; `waste` is the share of padding, `dropped` what is longer than a row."""
+
+    seq_len: int
+    rows: int
+    waste: float
+    dropped: int
+
+
+class PrepareReport(Config):
+    """The account of one `prepare`: everything that was read is either stored or counted here as left out."""
+
+    directory: str
+    kind: str
+    documents_read: int
+    documents_kept: int
+    bytes_read: int
+    bytes_kept: int
+    problems: int
+    problem_examples: tuple[str, ...]
+    rules: dict[str, RuleReport]
+    tokenizer: str
+    vocab_size: int
+    bytes_per_token: float
+    splits: dict[str, SplitReport]
+    packing: PackingReport
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def show(report: PrepareReport, console: "Console") -> None:
+    """Print the report as tables."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    unit = "conversations" if report.kind == "chat" else "documents"
+    table = Table(title=escape(report.directory), show_header=False, title_justify="left")
+    for name, value in _facts(report, unit):
+        table.add_row(name, escape(value))
+    console.print(table)
+    losses = [("unreadable", 0, report.problems, report.problem_examples)]
+    losses += [(name, rule.changed, rule.dropped, rule.examples) for name, rule in report.rules.items()]
+    dropped = Table("rule", "changed", f"{unit} dropped", "examples", title="left out", title_justify="left")
+    for name, changed, count, examples in losses:
+        dropped.add_row(name, f"{changed:,}", f"{count:,}", escape("\n".join(examples)))
+    console.print(dropped)
+    for note in report.notes:
+        console.print(f"note: {escape(note)}")
+
+
+def _facts(report: PrepareReport, unit: str) -> list[tuple[str, str]]:
+    packing = report.packing
+    facts = [
+        (unit, f"{report.documents_read:,} read, {report.documents_kept:,} kept"),
+        ("text", f"{report.bytes_read:,} bytes read, {report.bytes_kept:,} kept"),
+        ("tokenizer", f"{report.tokenizer}, {report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
+    ]
+    for name, split in report.splits.items():
+        facts.append((name, f"{split.documents:,} {unit}, {split.tokens:,} tokens, {split.trained:,} trained"))
+    rows = f"{packing.rows:,} rows of {packing.seq_len}, {packing.waste:.1%} padding"
+    facts.append(("packing", rows + (f", {packing.dropped:,} {unit} too long" if packing.dropped else "")))
+    facts.append(("time", f"{report.seconds:.1f} s, {report.bytes_read / 1e6 / max(report.seconds, 1e-9):.2f} MB/s"))
+    return facts

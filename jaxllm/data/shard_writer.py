@@ -1,0 +1,194 @@
+"""Writing of a dataset directory: streams documents into shards, then publishes the whole directory by one rename."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from jaxllm.core import files
+from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32, shard_files
+from jaxllm.data.tokenizer import Tokenizer
+
+
+class DatasetWriter:
+    """Context manager that builds `directory`; it appears when the block ends without an exception, and not before.
+
+    Memory holds one shard per split, whatever the size of the data.
+
+    Args:
+      kind: "text" (every token is learned) or "chat" (the tokens marked `trained`).
+      overwrite: replace an existing directory at the end, once the new one is complete.
+      shard_tokens: close a shard when it holds this many tokens.
+    Raises:
+      FileExistsError: `directory` exists and `overwrite` is False.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        tokenizer: Tokenizer,
+        kind: Kind,
+        overwrite: bool = False,
+        shard_tokens: int = 1 << 24,
+    ):
+        self.directory = Path(directory)
+        self.tokenizer = tokenizer
+        self.kind = kind
+        self.overwrite = overwrite
+        if self.directory.exists() and not overwrite:
+            raise FileExistsError(
+                f"{self.directory} exists; choose another directory, or pass --overwrite to replace it"
+            )
+        self._sealed = False
+        self._temporary = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        self._splits = {
+            split: _SplitWriter(self._temporary / split, kind, self._dtype, shard_tokens) for split in SPLITS
+        }
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self._temporary, ignore_errors=True)  # of a killed process that had our number
+        self._temporary.mkdir(parents=True)
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if exception_type is None:
+                if not self._sealed:
+                    self.seal()
+                self._publish()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add_text(self, split: str, ids: list[int], source: str, location: str, text_bytes: int) -> None:
+        """Store one document as [bos] + ids + [eos]; `text_bytes` is the UTF-8 length of its text."""
+        tokens = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+        trained = [False] + [True] * (len(ids) + 1)
+        self._splits[split].add(tokens, trained, {"source": source, "location": location}, text_bytes)
+
+    def add_chat(self, split: str, ids: list[int], trained: list[bool], source: str, location: str) -> None:
+        """Store one encoded conversation.
+
+        Raises:
+          ValueError: no token of it is trained (the first one cannot be: nothing predicts it).
+        """
+        if not any(trained[1:]):
+            raise ValueError(
+                f"{source}, {location}: no token of this conversation is learned; it needs an assistant message, and "
+                "the chat template needs {% generation %} around what the assistant says"
+            )
+        text_bytes = sum(
+            len(self.tokenizer.token_bytes(token)) for token, learn in zip(ids, trained, strict=True) if learn
+        )
+        self._splits[split].add(ids, trained, {"source": source, "location": location}, text_bytes)
+
+    def seal(self) -> Path:
+        """Write the rest, the tokenizer and the manifest; return the directory, complete but not yet in its place.
+
+        Raises:
+          ValueError: there is no document for training.
+        """
+        self.tokenizer.save(self._temporary / "tokenizer")
+        manifest = Manifest(
+            version=VERSION,
+            kind=self.kind,
+            dtype=self._dtype,
+            vocab_size=self.tokenizer.vocab_size,
+            tokenizer_fingerprint=self.tokenizer.fingerprint,
+            splits={split: writer.finish() for split, writer in self._splits.items()},
+        )
+        if not manifest.splits["train"].n_documents:
+            raise ValueError(
+                f"nothing to write to {self.directory}: no document is left for training; check the sources"
+            )
+        files.write_json(self._temporary / "manifest.json", manifest.model_dump(mode="json"))
+        self._sealed = True
+        return self._temporary
+
+    def write_report(self, report: dict) -> None:
+        """Put `report.json` beside the manifest."""
+        files.write_json(self._temporary / "report.json", report)
+
+    def _publish(self) -> None:
+        if not self.directory.exists():
+            os.replace(self._temporary, self.directory)
+            return
+        if not self.overwrite:
+            raise FileExistsError(f"{self.directory} appeared while the data was prepared; it is left as it is")
+        old = self._temporary.with_suffix(".old")
+        os.replace(self.directory, old)
+        os.replace(self._temporary, self.directory)
+        shutil.rmtree(old)
+
+
+class _SplitWriter:
+    def __init__(self, directory: Path, kind: Kind, dtype: str, shard_tokens: int):
+        self.directory = directory
+        self.kind = kind
+        self.dtype = dtype
+        self.shard_tokens = shard_tokens
+        self.n_trained = 0
+        self.trained_bytes = 0
+        self.shards: list[ShardInfo] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[np.ndarray] = []
+        self._trained: list[np.ndarray] = []
+        self._origins: list[str] = []
+        self._size = 0
+
+    def add(self, tokens: list[int], trained: list[bool], origin: dict[str, str], text_bytes: int) -> None:
+        if self._size and self._size + len(tokens) > self.shard_tokens:
+            self._flush()
+        self._tokens.append(np.array(tokens, self.dtype))
+        self._origins.append(json.dumps(origin, ensure_ascii=False) + "\n")
+        self._size += len(tokens)
+        self.n_trained += sum(trained[1:])
+        self.trained_bytes += text_bytes
+        if self.kind == "chat":
+            self._trained.append(np.array(trained, bool))
+
+    def finish(self) -> SplitInfo:
+        if self._tokens:
+            self._flush()
+        return SplitInfo(
+            n_documents=sum(shard.n_documents for shard in self.shards),
+            n_tokens=sum(shard.n_tokens for shard in self.shards),
+            n_trained=self.n_trained,
+            trained_bytes=self.trained_bytes,
+            shards=tuple(self.shards),
+        )
+
+    def _flush(self) -> None:
+        name = f"shard-{len(self.shards):05d}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _save(self.directory / f"{name}.tokens.npy", np.concatenate(self._tokens))
+        np.save(
+            self.directory / f"{name}.offsets.npy",
+            np.cumsum([0, *(len(tokens) for tokens in self._tokens)], dtype=np.int64),
+        )
+        (self.directory / f"{name}.origins.jsonl").write_bytes("".join(self._origins).encode("utf-8"))
+        if self.kind == "chat":
+            _save(self.directory / f"{name}.trained.npy", np.concatenate(self._trained))
+        names = shard_files(self.kind, name)
+        self.shards.append(
+            ShardInfo(
+                name=name,
+                n_documents=len(self._tokens),
+                n_tokens=self._size,
+                size_bytes={each: (self.directory / each).stat().st_size for each in names},
+                crc32={each: crc32(self.directory / each) for each in names},
+            )
+        )
+        self._clear()
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file. `np.save` would do, but its error on a full disk does not say that the disk is full."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)

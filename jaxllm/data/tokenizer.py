@@ -1,0 +1,195 @@
+"""Tokenizers: text <-> ids, special tokens, chat template, and the directory that holds them.
+
+Text never produces a special id: specials are inserted by whoever builds a sequence (`[bos] + text + [eos]`, the chat
+template).
+"""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from jaxllm.core import files
+from jaxllm.data.chat import BOS, EOS, ROLE_TOKENS, ChatTemplate
+from jaxllm.data.pieces import BytePieces, SentencePieces
+from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
+
+PAD = "<pad>"
+VERSION = 1
+
+
+class Tokenizer:
+    """A piece model with its special tokens.
+
+    Attributes:
+      special: special tokens by name; `encode` never returns their ids and `decode` drops them.
+      chat: None if the vocabulary lacks the tokens of a chat template.
+    """
+
+    def __init__(
+        self,
+        pieces: BytePieces | SentencePieces,
+        special: dict[str, int],
+        ids: tuple[int, int, int],
+        chat: ChatTemplate | None,
+    ):
+        self.pieces = pieces
+        self.special = special
+        self.pad_id, self.bos_id, self.eos_id = ids
+        self.chat = chat
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pieces.size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever some text or conversation could be encoded otherwise."""
+        model = self.pieces.proto if isinstance(self.pieces, SentencePieces) else b""
+        template = self.chat.source if self.chat else ""
+        return files.fingerprint(self.pieces.kind, model, repr(sorted(self.special.items())), template)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone: no bos, no eos, no special token even if `text` spells one."""
+        return self.pieces.encode([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on all cores where the piece model can."""
+        return self.pieces.encode(texts)
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of one id: b"" for a special token, maybe a part of a character."""
+        return self.pieces.bytes_of(token)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens dropped; bytes that are not UTF-8 become U+FFFD."""
+        text = b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.pieces.leading_space else text
+
+    def stream(self) -> "TokenStream":
+        """Return a decoder for ids that arrive one by one."""
+        return TokenStream(self)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json`, `spm.model` and `chat_template.jinja` (the last two where they apply)."""
+        directory = Path(directory)
+        if isinstance(self.pieces, SentencePieces):
+            files.write_bytes(directory / "spm.model", self.pieces.proto)
+        if self.chat:
+            files.write_text(directory / "chat_template.jinja", self.chat.source)
+        description = {
+            "version": VERSION,
+            "kind": self.pieces.kind,
+            "lossless": not isinstance(self.pieces, SentencePieces) or self.pieces.escape_mark,
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "special": self.special,
+            "chat_template": "chat_template.jinja" if self.chat else None,
+            "fingerprint": self.fingerprint,
+        }
+        files.write_json(directory / "tokenizer.json", description)
+
+
+class TokenStream:
+    """Decodes ids one by one and holds back the bytes of an unfinished character.
+
+    Joining every `push` and the final `flush` gives exactly `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip_space = tokenizer.pieces.leading_space
+
+    def push(self, token: int) -> str:
+        """Return the characters that `token` completes: "" while one is unfinished, and for special tokens."""
+        return self._strip(self._decoder.decode(self._tokenizer.token_bytes(token)))
+
+    def flush(self) -> str:
+        """Return what is held back; an unfinished character becomes U+FFFD."""
+        return self._strip(self._decoder.decode(b"", final=True))
+
+    def _strip(self, text: str) -> str:
+        if text and self._strip_space:
+            self._strip_space = False
+            return text.removeprefix(" ")
+        return text
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return the tokenizer of 256 bytes and the six special tokens; needs no training and never meets an unknown."""
+    special = {name: index for index, name in enumerate((PAD, BOS, EOS, *ROLE_TOKENS))}
+    return Tokenizer(BytePieces(len(special)), special, (0, 1, 2), ChatTemplate())
+
+
+def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Train a SentencePiece tokenizer on `texts`; the same texts and config give the same model, byte for byte.
+
+    The vocabulary can come out smaller than asked when the text has too few distinct pieces: see
+    `Tokenizer.vocab_size`.
+
+    Raises:
+      ValueError: no text, or vocab_size smaller than the alphabet of the text.
+    """
+    return _from_sentencepiece(SentencePieces(train_pieces(texts, config), escape_mark=True))
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Load a tokenizer directory, a dataset or run that holds one, or any SentencePiece `.model` file.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: the directory is damaged (a file does not match the recorded fingerprint) or the model has no bos or
+        eos.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
+    if (path / "tokenizer").is_dir():
+        path = path / "tokenizer"
+    if not (path / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is no tokenizer: expected a directory with tokenizer.json, or a SentencePiece .model file"
+        )
+    description = files.read_json(path / "tokenizer.json")
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"{path / 'tokenizer.json'} has version {description.get('version')}; this jaxllm reads version {VERSION}"
+        )
+    special = description["special"]
+    ids = (description["pad_id"], description["bos_id"], description["eos_id"])
+    names = {token: name for name, token in special.items()}
+    if description["kind"] == "bytes":
+        pieces = BytePieces(len(special))
+    else:
+        pieces = SentencePieces((path / "spm.model").read_bytes(), escape_mark=description["lossless"])
+    chat = None
+    if description["chat_template"]:
+        source = (path / description["chat_template"]).read_bytes().decode("utf-8")
+        chat = ChatTemplate(source, tuple(special), bos_token=names[ids[1]], eos_token=names[ids[2]])
+    tokenizer = Tokenizer(pieces, special, ids, chat)
+    if tokenizer.fingerprint != description["fingerprint"]:
+        raise ValueError(
+            f"{path} was changed: its files have fingerprint {tokenizer.fingerprint}, tokenizer.json records "
+            f"{description['fingerprint']}; restore it, since a model trained with it needs exactly these ids"
+        )
+    return tokenizer
+
+
+def _from_sentencepiece(pieces: SentencePieces) -> Tokenizer:
+    """Read the special tokens from the model; the default chat template applies if all roles are control symbols."""
+    bos, eos, pad, unknown = (pieces.id_of(role) for role in ("bos", "eos", "pad", "unk"))
+    if bos is None or eos is None:
+        raise ValueError(
+            f"the SentencePiece model has bos id {bos} and eos id {eos}; both are needed (options bos_id, eos_id)"
+        )
+    special = pieces.control
+    names = {token: name for name, token in special.items()}
+    chat = None
+    if all(name in special for name in ROLE_TOKENS):
+        chat = ChatTemplate(special=tuple(special), bos_token=names[bos], eos_token=names[eos])
+    # Padding is never attended nor trained, so a model without a pad id can pad with any id it has.
+    padding = next(token for token in (pad, unknown, eos) if token is not None)
+    return Tokenizer(pieces, special, (padding, bos, eos), chat)

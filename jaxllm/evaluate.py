@@ -1,0 +1,159 @@
+"""python -m jaxllm.evaluate: perplexity of held-out text, and right answers in five applications."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.core import files
+from jaxllm.core.config import command
+from jaxllm.data.world_tasks import APPLICATIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxllm.data.loader import DataConfig
+    from jaxllm.evaluation.likelihood import Likelihood
+    from jaxllm.language_model import LanguageModel
+
+TASKS = ("perplexity", *APPLICATIONS)
+SPLITS = ("new_combinations", "pretrain_only", "novel")
+
+
+@command
+def main(argv: list[str] | None = None) -> int | None:
+    """Evaluate a model, print a table, write results.json."""
+    arguments = _parser().parse_args(argv)
+    tasks = _choices("--tasks", arguments.tasks, TASKS)
+    splits = _choices("--splits", arguments.splits, SPLITS)
+    for flag, number in (("--n", arguments.n), ("--batch-size", arguments.batch_size)):
+        if number < 1:
+            raise ValueError(f"{flag} {number} must be at least 1")
+
+    from rich.console import Console
+
+    import jaxllm
+    from jaxllm.evaluation.applications import evaluate_applications
+
+    model = jaxllm.load(arguments.model)
+    results: dict[str, Any] = {"model": arguments.model}
+    if "perplexity" in tasks:
+        data = _data_config(arguments, model)
+        measured = _perplexity(model, data)
+        results["perplexity"] = {"data": [source.path for source in data.sources], **measured._asdict()}
+    if applications := [task for task in tasks if task != "perplexity"]:
+        model.decoder.max_rows = arguments.batch_size
+        results["applications"] = evaluate_applications(model, arguments.n, arguments.seed, splits, applications)
+    show(results, Console())
+    if arguments.out:
+        files.write_json(arguments.out, results)
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxllm.evaluate", description="Say how good a model is.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run directory, or one of its checkpoints")
+    add("--tasks", metavar="T,...", default=",".join(TASKS), help=f"of {', '.join(TASKS)} (default: all)")
+    add("--data", metavar="DATASET", help="dataset directory for perplexity (default: what the model was trained on)")
+    add("--seq-len", metavar="T", type=int, help="row length with --data (default: the longest the model takes)")
+    add("--n", metavar="N", type=int, default=200, help="exercises per application and split (default: 200)")
+    add("--splits", metavar="S,...", default=SPLITS[0], help=f"of {', '.join(SPLITS)} (default: {SPLITS[0]})")
+    add("--batch-size", metavar="B", type=int, default=64, help="rows that are computed together (default: 64)")
+    add("--seed", metavar="N", type=int, default=0, help="which exercises are drawn")
+    add("--out", metavar="FILE", help="write the results as JSON")
+    return parser
+
+
+def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"{flag} has {unknown[0]!r}, which does not exist; use any of {','.join(known)}")
+    return chosen
+
+
+def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "DataConfig":
+    """The validation data: of --data, or of the run's own recipe."""
+    import jax
+
+    from jaxllm.data.loader import DataConfig, Source
+    from jaxllm.data.packing import PackingConfig
+    from jaxllm.language_model import locate
+    from jaxllm.recipe import load_recipe
+
+    if arguments.batch_size % jax.device_count():
+        raise ValueError(
+            f"--batch-size {arguments.batch_size} does not divide by {jax.device_count()} devices; use a multiple of it"
+        )
+    if arguments.data is None:
+        data = load_recipe(locate(arguments.model)[0]).data
+        if not all((Path(source.path) / "manifest.json").is_file() for source in data.sources):
+            raise ValueError(
+                f"the data that {arguments.model} was trained on is not here "
+                f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
+            )
+        return data.model_copy(update={"batch_size": arguments.batch_size})
+    packing = PackingConfig(seq_len=arguments.seq_len or model.config.max_seq_len)
+    return DataConfig(sources=(Source(path=arguments.data),), packing=packing, batch_size=arguments.batch_size)
+
+
+def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
+    import functools
+
+    import jax
+
+    from jaxllm.core.batch import Batch
+    from jaxllm.data.loader import Loader
+    from jaxllm.evaluation.likelihood import evaluate_loss
+    from jaxllm.sharding.mesh import MeshConfig, make_mesh
+    from jaxllm.training.feed import place
+    from jaxllm.training.state import param_shardings
+    from jaxllm.training.step import eval_step
+
+    loader = Loader(data, "validation")
+    if loader.tokenizer_fingerprint != model.tokenizer.fingerprint:
+        raise ValueError(
+            f"{data.sources[0].path} was tokenised with {loader.tokenizer_fingerprint}, the model has the tokenizer "
+            f"{model.tokenizer.fingerprint}; prepare the data with --tokenizer MODEL"
+        )
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # every device holds a part of the model and takes a part of the rows
+    params = jax.device_put(model.params, param_shardings(model.config, mesh))
+    evaluate = jax.jit(functools.partial(eval_step, model=model.config, compute=model.compute))
+
+    def sums(batch: Batch) -> dict[str, jax.Array]:
+        return evaluate(params, jax.tree.map(lambda x: place(x, mesh), batch))
+
+    with jax.set_mesh(mesh):
+        return evaluate_loss(loader, sums, loader.bytes_per_token)
+
+
+def show(results: dict[str, Any], console: "Console") -> None:
+    """Print the results as tables."""
+    from rich.table import Table
+
+    if "perplexity" in results:
+        values = results["perplexity"]
+        console.print(
+            f"{values['nats_per_token']:.4f} nats/token, perplexity {values['perplexity']:,.2f}, "
+            f"{values['bits_per_byte']:.4f} bits/byte, over {values['tokens']:,.0f} tokens of validation text",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if "applications" not in results:
+        return
+    found = {split: results["applications"][split] for split in SPLITS if split in results["applications"]}
+    table = Table("application", "task", *(split.replace("_", " ") for split in found))
+    for application in dict.fromkeys(name for each in found.values() for name in each):
+        entries = [each.get(application) for each in found.values()]
+        cells = ["" if e is None else f"{e['fraction']:.1%} ({e['correct']}/{e['n']})" for e in entries]
+        table.add_row(application, "", *cells, style="bold")
+        for task in dict.fromkeys(task for e in entries if e for task in e["by_task"]):
+            shares = [e["by_task"].get(task) if e else None for e in entries]
+            table.add_row("", task, *("" if share is None else f"{share:.1%}" for share in shares))
+    console.print(table)
+    console.print(f"answered in {results['applications']['seconds']:.1f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The five applications: held-out exercises asked in the chat template, answered greedily, judged by `tasks`."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.evaluation.tasks import APPLICATIONS, Example, Split, TaskScore, held_out, score
+from jaxllm.inference.sampling import Sampler
+
+MAX_FAILURES = 20  # per application and split, that are kept to look at
+GREEDY = Sampler(temperature=0.0)
+
+
+class Answer(Protocol):
+    """What a model returns per prompt."""
+
+    text: str
+    tokens: list[int]
+
+
+class Answerer(Protocol):
+    """What is evaluated: `jaxllm.LanguageModel`, or anything that answers like it."""
+
+    tokenizer: Tokenizer
+
+    def generate(
+        self, prompts: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int, sampler: Sampler
+    ) -> Sequence[Answer]:
+        """Answer each conversation, in order."""
+
+
+def evaluate_applications(
+    model: Answerer,
+    count: int = 200,
+    seed: int = 0,
+    splits: Sequence[Split] = ("new_combinations",),
+    applications: Sequence[str] = APPLICATIONS,
+) -> dict[str, Any]:
+    """Ask `count` exercises of each application and split, and say how many answers are right.
+
+    Every model gets the same tokens, those of the chat template, also one that was never taught to answer.
+
+    Args:
+      splits: as in `tasks.held_out`; "novel" is asked of "qa" alone, where it exists.
+    Returns:
+      What JSON can hold:
+      {split: {application: {"fraction", "correct", "n", "by_task": {task: fraction}, "failures": [{"prompt",
+      "expected", "got"}, ...]}}, "seconds": in all, "answer_tokens": written in all}
+    Raises:
+      ValueError: an unknown application or split, or count is more than there are exercises.
+    """
+    start, written = time.perf_counter(), 0
+    results: dict[str, Any] = {split: {} for split in splits}
+    asked = {
+        application: {
+            split: held_out(application, split, count, seed) for split in splits if _exists(application, split)
+        }
+        for application in applications
+    }
+    for application, by_split in asked.items():
+        examples = [example for each in by_split.values() for example in each]
+        answers = _answer(model, examples)
+        written += sum(len(answer.tokens) for answer in answers)
+        texts = iter([answer.text for answer in answers])
+        for split, each in by_split.items():
+            results[split][application] = _entry(each, score(each, [next(texts) for _ in each]))
+    return {**results, "seconds": time.perf_counter() - start, "answer_tokens": written}
+
+
+def compare(base: Mapping[str, Any] | None, tuned: Mapping[str, Any], split: Split) -> dict[str, dict[str, float]]:
+    """Join two results of `evaluate_applications` to {application: {"base", "tuned", "n"}}, as the report shows it.
+
+    Args:
+      base: None where there was no model to compare with; the entries then have no "base".
+    """
+    return {
+        application: {
+            **({"base": base[split][application]["fraction"]} if base is not None else {}),
+            "tuned": entry["fraction"],
+            "n": entry["n"],
+        }
+        for application, entry in tuned[split].items()
+    }
+
+
+def _exists(application: str, split: str) -> bool:
+    return split != "novel" or application == "qa"
+
+
+def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Answer]:
+    """Answer all prompts, with as much room as a right answer can need: a model that never stops is cut soon."""
+    if not examples:
+        return []
+    longest = max(len(model.tokenizer.encode(example.answer)) for example in examples)
+    free = examples[0].application == "generation"  # any story will do, also a longer one
+    limit = (2 * longest if free else longest) + 4  # the end token, and a token or two more for the same characters
+    prompts = [[{"role": "user", "content": example.prompt}] for example in examples]
+    return model.generate(prompts, max_new_tokens=limit, sampler=GREEDY)
+
+
+def _entry(examples: Sequence[Example], result: TaskScore) -> dict[str, Any]:
+    asked, failed = Counter(each.task for each in examples), Counter(each.task for each, _ in result.failures)
+    return {
+        "fraction": result.fraction,
+        "correct": result.correct,
+        "n": result.total,
+        "by_task": {task: 1 - failed[task] / asked[task] for task in asked},
+        "failures": [
+            {"prompt": example.prompt, "expected": example.answer, "got": text}
+            for example, text in result.failures[:MAX_FAILURES]
+        ],
+    }

@@ -1,0 +1,249 @@
+"""The report of an experiment: one HTML page that needs nothing else, no network, no script, no file beside it.
+
+    stages (records of their run directories), results, conversations -> charts and rows -> report.html.j2 -> page
+
+The page is data for the eye: nothing is computed here that `results.json` and the run directories do not hold.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jaxllm
+from jaxllm.core import files
+from jaxllm.evaluation import scores
+from jaxllm.evaluation.charts import SERIES, Line, line_chart, smooth
+
+Records = Sequence[Mapping[str, Any]]
+MAX_SAMPLES = 7  # moments of training that are shown per prompt
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run.
+
+    Attributes:
+      name: as a reader would call it: "Pretraining".
+      metrics, timing, samples: the records of the run directory's files of these names (`training.metrics.read`).
+      recipe: text of recipe.yaml.
+    """
+
+    name: str
+    metrics: Records
+    timing: Records = ()
+    samples: Records = ()
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and what the model answered before and after instruction tuning."""
+
+    application: str
+    prompt: str
+    before: str
+    after: str
+    expected: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A further table of results.
+
+    Attributes:
+      key: of `Report.results`, where its scores are; without them the table is left out.
+      base, tuned: what the columns are called.
+    """
+
+    key: str
+    title: str
+    text: str
+    base: str = "before"
+    tuned: str = "after"
+
+
+EXTRAS = (
+    Extra(
+        "pretrain_only",
+        "Words that only pretraining has seen",
+        "The same exercises about words that occur in no instruction. Whoever solves them has carried knowledge from "
+        "raw text into its answers.",
+    ),
+    Extra(
+        "novel",
+        "Names that occur nowhere",
+        "Stories about people whose names are in no training text: only reading and copying can answer.",
+    ),
+    Extra(
+        "ablation",
+        "Does pretraining matter?",
+        "The same instructions, learned from random weights instead of the pretrained model.",
+        base="without pretraining",
+        tuned="with pretraining",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the page says.
+
+    Attributes:
+      title: the headline.
+      results: as in results.json. "tasks" and the keys of `extras` hold {application: {"base", "tuned", "n"}} with
+        fractions of n examples, base or tuned may be absent; "model", "parameters", "tokens", "seconds" and "machine"
+        are optional.
+      next_steps: (what it does, command).
+    """
+
+    title: str
+    stages: tuple[Stage, ...]
+    results: Mapping[str, Any]
+    conversations: tuple[Exchange, ...] = ()
+    next_steps: tuple[tuple[str, str], ...] = ()
+    extras: tuple[Extra, ...] = field(default=EXTRAS)
+
+
+class Chart(NamedTuple):
+    """An SVG element with its title, the unit of its y axis, its legend (CSS colour, look, words), a sentence below."""
+
+    title: str
+    unit: str
+    svg: str
+    legend: list[tuple[str, str, str]]
+    caption: str
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Write `report` to `path` as one HTML page, atomically.
+
+    Raises:
+      ValueError: there is no stage, or a stage has no training loss.
+    """
+    if not report.stages:
+        raise ValueError("the report has no stages; give at least one training run")
+    for stage in report.stages:
+        if not _values(stage.metrics, "loss")[0]:
+            raise ValueError(f"stage {stage.name!r} has no training loss in its metrics; is its run directory right?")
+    files.write_bytes(path, render(report).encode("utf-8", "replace"))
+
+
+def render(report: Report) -> str:
+    """Return the page as text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
+    )
+    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
+    tables = [
+        (extra, scores.table(report.results[extra.key])) for extra in report.extras if report.results.get(extra.key)
+    ]
+    tasks = scores.table(report.results.get("tasks", {}))
+    return template.render(
+        report=report, version=jaxllm.__version__, facts=_facts(report.results), tasks=tasks,
+        charts=list(_charts(report.stages)), summary=scores.summarise(report.results.get("tasks", {})), tables=tables,
+        recipes=[stage for stage in report.stages if stage.recipe],
+        diaries=[(stage.name, list(_diaries(stage.samples))) for stage in report.stages],
+        conversations=report.conversations, application_name=scores.name, language=_language,
+    )  # fmt: skip
+
+
+def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The headline numbers: (words, value)."""
+    writers = {
+        "parameters": ("parameters", _amount), "tokens": ("tokens learned from", _amount),
+        "seconds": ("from text to this page", _duration), "model": ("model", str), "machine": ("machine", str),
+    }  # fmt: skip
+    return [(words, write(results[key])) for key, (words, write) in writers.items() if key in results]
+
+
+def _amount(number: float) -> str:
+    """Write a number to three digits: 6_391_808 -> "6.39 million"."""
+    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if number >= size:
+            return f"{number / size:.3g}{word}"
+    return f"{number:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """Write seconds as the two largest units: 272 -> "4 min 32 s"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"
+
+
+def _values(records: Records, key: str) -> tuple[list[float], list[float]]:
+    """Return (steps, values) of the records that have `key`; NaN and Inf are strings in the files."""
+    found = [(record["step"], float(record[key])) for record in records if key in record]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _charts(stages: Sequence[Stage]) -> Iterator[Chart]:
+    """One loss chart per stage, then learning rate and speed of all stages one after the other."""
+    for stage, colour in zip(stages, _colours(stages), strict=True):
+        yield _loss_chart(stage, colour)
+    yield _joined(stages, "metrics", "lr", "Learning rate")
+    if any(stage.timing for stage in stages):
+        yield _joined(stages, "timing", "tokens_per_s", "Tokens per second")
+
+
+def _colours(stages: Sequence[Stage]) -> list[str]:
+    return [SERIES[index % len(SERIES)] for index in range(len(stages))]
+
+
+def _loss_chart(stage: Stage, colour: str) -> Chart:
+    steps, loss = _values(stage.metrics, "loss")
+    window = 2 * (len(loss) // 80) + 1
+    lines = [Line(steps, loss, colour, "raw"), Line(steps, smooth(loss, window), colour)]
+    legend = [(colour, "line", f"training, mean of {window} steps" if window > 1 else "training")]
+    caption = f"{steps[-1]:,} steps. Training loss {loss[-1]:.3f} at the end"
+    val_steps, val_loss = _values(stage.metrics, "val_loss")
+    if val_loss:
+        lines.append(Line(val_steps, val_loss, "ink", "points"))
+        legend.append(("ink", "points", "validation"))
+        caption += f", validation loss {val_loss[-1]:.3f}"
+        if bits := _values(stage.metrics, "val_bits_per_byte")[1]:
+            caption += f" ({bits[-1]:.3f} bits per byte)"
+    svg = line_chart(lines, "loss, nats per token", log=True)
+    return Chart(f"{stage.name}: loss", "nats per token, log scale", svg, legend, caption + ".")
+
+
+def _joined(stages: Sequence[Stage], source: str, key: str, title: str) -> Chart:
+    """A chart in which each stage starts where the one before ended."""
+    lines, legend, marks, parts, start = [], [], [], [], 0
+    for stage, colour in zip(stages, _colours(stages), strict=True):
+        steps, values = _values(getattr(stage, source), key)
+        lines.append(Line([start + step for step in steps], values, colour))
+        legend.append((colour, "line", stage.name))
+        if values and key == "tokens_per_s":
+            parts.append(f"{sorted(values)[len(values) // 2]:,.0f} in {stage.name}")
+        start += stage.metrics[-1]["step"]
+        marks.append(start)
+    caption = "Median: " + ", ".join(parts) + "." if parts else ""
+    return Chart(title, "", line_chart(lines, title, marks=marks[:-1]), legend, caption)
+
+
+def _diaries(samples: Records) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield (prompt, records) for each prompt: first and last, and what is evenly between."""
+    for prompt in dict.fromkeys(record["prompt"] for record in samples):
+        records = [record for record in samples if record["prompt"] == prompt]
+        count = min(len(records), MAX_SAMPLES)
+        chosen = [round(i * (len(records) - 1) / max(count - 1, 1)) for i in range(count)]
+        yield prompt, [records[index] for index in chosen]
+
+
+def _language(text: str) -> str:
+    """Return the value of an HTML lang attribute: fonts and screen readers need to know Chinese."""
+    return "zh-Hans" if re.search("[\u4e00-\u9fff]", text) else "en"
+
+
+def _printable(value: object) -> object:
+    """Show control characters, which HTML forbids, as their pictures: a model may write any byte."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda found: chr(0x2400 + min(ord(found[0]), 0x21)), value)

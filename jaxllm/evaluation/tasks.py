@@ -1,0 +1,117 @@
+"""Evaluation on the micro-world: held-out exercises of five applications and what counts as a right answer.
+
+Nothing here depends on what was generated for training: `data.world_words` keeps the held-out contents out of every
+document and conversation, whatever their number and seed.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxllm.data import world_stories
+from jaxllm.data.world_tasks import APPLICATIONS as APPLICATIONS
+from jaxllm.data.world_tasks import TASKS
+from jaxllm.data.world_words import EN, LATE, NOVEL, SEEN, ZH, Pool
+
+Split = Literal["new_combinations", "pretrain_only", "novel"]
+_POOLS: dict[str, Pool] = {"new_combinations": SEEN, "pretrain_only": LATE, "novel": NOVEL}
+_TRIES_FOR_A_NEW_PROMPT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt that is in no training data, and its right answer.
+
+    Attributes:
+      application: one of `APPLICATIONS`.
+      task: the finer kind, such as "reading_zh".
+      split: "new_combinations" of words that conversations use, "pretrain_only" about a word that only documents use,
+        or "novel", names that occur nowhere.
+      answer: of a generation example, one of the right answers.
+    """
+
+    application: str
+    task: str
+    split: Split
+    prompt: str
+    answer: str
+
+
+def held_out(application: str, split: Split, count: int, seed: int) -> list[Example]:
+    """Return `count` examples of distinct prompts, drawn from the application's tasks in turn.
+
+    Args:
+      application: one of `APPLICATIONS`.
+      split: as in `Example`; "novel" exists for "qa" alone, the application that can be answered by copying.
+    Raises:
+      ValueError: an unknown application or split, or fewer than `count` distinct prompts exist.
+    """
+    tasks = [task for task in TASKS if task.application == application]
+    if not tasks:
+        raise ValueError(f"application={application!r} is unknown; use one of {', '.join(APPLICATIONS)}")
+    if split not in _POOLS or (split == "novel" and application != "qa"):
+        raise ValueError(
+            f"split={split!r} does not exist for {application}; use new_combinations or pretrain_only"
+            " (or novel, for qa)"
+        )
+    if split == "novel":
+        tasks = [task for task in tasks if task.name == "reading_en"]  # the novel names are not written in Chinese
+    elif split == "new_combinations":
+        tasks = [task for task in tasks if not task.closed_book]
+    rng = random.Random(f"world held out {application} {split} {seed}")
+    examples: dict[str, Example] = {}
+    index, last_new = 0, 0
+    while len(examples) < count:
+        task = tasks[index % len(tasks)]
+        prompt, answer, _ = task.draw(rng, _POOLS[split], True)
+        index += 1
+        if prompt not in examples:
+            examples[prompt], last_new = Example(application, task.name, split, prompt, answer), index
+        elif index - last_new > _TRIES_FOR_A_NEW_PROMPT:
+            raise ValueError(f"count={count} is too many: {application}, {split} has {len(examples)} distinct prompts")
+    return list(examples.values())
+
+
+def is_correct(example: Example, text: str) -> bool:
+    """Say whether `text` answers the example: exactly, or for generation by any story about what was asked.
+
+    Surrounding white space does not count. A story must be one that `data.world_stories` can tell, with the hero, the
+    colour, the thing and the place of the prompt; plot and relative are free.
+    """
+    text = text.strip()
+    if example.application != "generation":
+        return text == example.answer
+    language = EN if example.answer.isascii() else ZH
+    told, asked = (world_stories.parse(story, language) for story in (text, example.answer))
+    if told is None or asked is None:
+        return False
+    return replace(asked, plot=told.plot, relative=told.relative) == told
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """How many of `total` examples were answered correctly, and which were not: (example, text) pairs."""
+
+    correct: int
+    total: int
+    failures: tuple[tuple[Example, str], ...]
+
+    @property
+    def fraction(self) -> float:
+        """Correct answers per example, 0 to 1."""
+        return self.correct / self.total
+
+
+def score(examples: Sequence[Example], texts: Sequence[str]) -> TaskScore:
+    """Judge one text per example.
+
+    Raises:
+      ValueError: the lengths differ, or there is nothing to judge.
+    """
+    if len(examples) != len(texts) or not examples:
+        raise ValueError(
+            f"{len(examples)} examples and {len(texts)} texts: give one text for each of at least 1 example"
+        )
+    failures = tuple((e, t) for e, t in zip(examples, texts, strict=True) if not is_correct(e, t))
+    return TaskScore(len(examples) - len(failures), len(examples), failures)

@@ -1,0 +1,57 @@
+"""Text out of arriving tokens: whole characters only, and nothing of a stop string."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class CharacterStream(Protocol):
+    """What turns ids into whole characters one by one (`Tokenizer.stream()`)."""
+
+    def push(self, token: int) -> str:
+        """Return the characters that `token` completes."""
+
+    def flush(self) -> str:
+        """Return what is held back."""
+
+
+class TextStream:
+    """Joins tokens to text up to the first stop string, and holds back whatever may still become one.
+
+    Example, stop strings ("END",), pieces "abE" "N" "x" "END" "y":
+
+        push -> "ab"   ""   "ENx"   ""    then `stopped` is True
+
+    Attributes:
+      stopped: a stop string has come; nothing more is returned.
+    """
+
+    def __init__(self, characters: CharacterStream, stop: Sequence[str]):
+        self._characters = characters
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Return the text that is final now."""
+        return self._release(self._characters.push(token))
+
+    def flush(self) -> str:
+        """Return the rest: the answer is over."""
+        text = self._release(self._characters.flush())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        # The longest end of the text that begins a stop string may not be shown yet.
+        held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        cut = len(text) - held
+        self._held = text[cut:]
+        return text[:cut]

@@ -1,0 +1,226 @@
+"""A trained model as one object: text in, text out, with logits and parameters in reach.
+
+lm = jaxllm.load("runs/quickstart")
+lm.generate("Once upon a time", max_new_tokens=64)
+lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.core import files
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.chat import encode_chat
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.inference.decode import Completion, Decoder, Limits, Request
+from jaxllm.inference.sampling import Sampler
+from jaxllm.inference.text import TextStream
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import Params, bind, graph
+
+Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
+Prompt = str | Messages
+
+
+class Generation(NamedTuple):
+    """One answer.
+
+    Attributes:
+      text: without special tokens, cut before a stop string.
+      tokens: all new ids, with the stop token or those of the stop string; logprobs: of each, at temperature 1.
+      finish_reason: "stop" (a stop token or string) or "length" (max_new_tokens, or the model's max_seq_len).
+      prompt: index of its prompt; sample: which of the prompt's answers.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt: int = 0
+    sample: int = 0
+
+
+class LanguageModel:
+    """A model with its tokenizer.
+
+    Args:
+      params: blocks stacked on L, as training leaves them.
+      chat: the model was taught to answer in the tokenizer's chat template; decides what `respond` does.
+      compute: precision; default: what suits this machine.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
+        compute: ComputeConfig | None = None,
+    ):  # fmt: skip
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; use the one that "
+                "the model was trained with"
+            )
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.is_chat = chat
+        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The same model for token ids; made at the first use."""
+        return Decoder(self.config, self.params, self.compute)
+
+    def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Return next-token logits, float32.
+
+        Args:
+          mask: True = token, False = padding, on either side of a row; logits at padding mean nothing.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        return self._logits(self.params, tokens, mask)
+
+    @cached_property
+    def _logits(self) -> Callable[[Params, Array, Array], Array]:
+        graphdef, _ = graph(self.config, self.compute)
+
+        def logits(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+            segments = mask.astype(jnp.int32)
+            positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
+            return bind(graphdef, params)(tokens, segments, positions)
+
+        return jax.jit(logits)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008
+        num_samples: int = 1, stop: Sequence[str] = (),
+    ) -> list[Generation]:  # fmt: skip
+        """Continue or answer each prompt `num_samples` times; the answers of a prompt stand together, in its place.
+
+        Args:
+          prompts: a string is continued; a list of messages is answered in the chat template.
+          stop: an answer ends before the first of these strings.
+        Raises:
+          ValueError: an empty or too long prompt, num_samples < 1, an empty stop string.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1")
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
+        requests = [Request(row, sample) for row in rows for sample in range(num_samples)]
+        completions = self.decoder.generate(requests, sampler, self._limits(max_new_tokens, stop))
+        return [
+            self._generation(completion, stop)._replace(prompt=i // num_samples, sample=i % num_samples)
+            for i, completion in enumerate(completions)
+        ]
+
+    def chat(
+        self, messages: Messages, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = ()  # noqa: B008
+    ) -> Generation:  # fmt: skip
+        """Answer a conversation whose last message is the user's."""
+        return self.generate([messages], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)[0]
+
+    def respond(self, prompt: str, *, max_new_tokens: int = 256, sampler: Sampler = Sampler()) -> Generation:  # noqa: B008
+        """Answer `prompt` as a user's message if the model was taught to (`is_chat`), else continue it as text."""
+        asked = [{"role": "user", "content": prompt}] if self.is_chat else prompt
+        return self.generate([asked], max_new_tokens=max_new_tokens, sampler=sampler)[0]
+
+    def stream(
+        self, prompt: Prompt, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = ()  # noqa: B008
+    ) -> Iterator[str]:  # fmt: skip
+        """Yield the answer piece by piece: a string is continued, a list of messages is answered.
+
+        The pieces joined are the text of `generate` or `chat`; characters and stop strings are never split.
+        """
+        ids = self.encode(prompt)
+        limits = self._limits(max_new_tokens, stop)
+        text = TextStream(self.tokenizer.stream(), stop)
+        for completion in self.decoder.stream(Request(ids), sampler, limits._replace(finished=None)):
+            if piece := text.push(completion.tokens[0]):
+                yield piece
+            if text.stopped:
+                return
+        if piece := text.flush():
+            yield piece
+
+    def save(self, directory: str | Path) -> None:
+        """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
+        from jaxllm.core import config as configs
+        from jaxllm.data.loader import DataConfig, Source
+        from jaxllm.recipe import FILE_NAME, Recipe
+        from jaxllm.training.checkpoint import Checkpoints
+
+        directory = Path(directory)
+        if directory.exists() and any(directory.iterdir()):
+            raise ValueError(f"{directory} is not empty; save into a new directory")
+        data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
+        recipe = Recipe(out=str(directory), model=self.config, data=data)
+        files.write_text(directory / FILE_NAME, configs.dump(recipe))
+        self.tokenizer.save(directory / "tokenizer")
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save_params(self.params, {"step": 0, "chat": self.is_chat})
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the ids that come before the answer: bos and the text, or the conversation in the chat template."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        if not prompt:
+            raise ValueError("no messages; give at least one from the user")
+        return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)[0]
+
+    def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
+        if isinstance(stop, str) or "" in stop:
+            raise ValueError(f"stop={stop!r} must be a list of strings that are not empty")
+        finished = partial(self._has_stop, stop) if stop else None
+        return Limits(max_new_tokens, (self.tokenizer.eos_id,), finished)
+
+    def _has_stop(self, stop: Sequence[str], tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens)
+        return any(string in text for string in stop)
+
+    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
+        """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""
+        text = TextStream(self.tokenizer.stream(), stop)
+        pieces: list[str] = []
+        for count, token in enumerate(completion.tokens, 1):
+            pieces.append(text.push(token))
+            if text.stopped:
+                kept = "".join(pieces)
+                return Generation(kept, completion.tokens[:count], completion.logprobs[:count], "stop")
+        return Generation("".join(pieces) + text.flush(), *completion)
+
+
+def load(model: str | Path, *, compute: ComputeConfig | None = None) -> LanguageModel:
+    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), or a directory whose run.json names the run.
+
+    Raises:
+      ValueError: it is none of these; the message says what was looked for.
+    """
+    from jaxllm.recipe import FILE_NAME, load_recipe
+    from jaxllm.training.checkpoint import load_params
+
+    run_dir, step = locate(model)
+    recipe = load_recipe(run_dir / FILE_NAME)
+    params, meta = load_params(run_dir, recipe.model, step=step)
+    tokenizer = tokenizers.load(run_dir / "tokenizer")
+    chat = bool(meta.get("chat"))
+    return LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute)
+
+
+def locate(model: str | Path) -> tuple[Path, int | None]:
+    """Return (run directory, checkpoint step or None = newest) of what a user calls MODEL."""
+    path = Path(model)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; MODEL is a run directory written by train or tune")
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    if not (path / "recipe.yaml").is_file() and (path / "run.json").is_file():
+        path = path / files.read_json(path / "run.json")["model"]
+    if not (path / "recipe.yaml").is_file():
+        raise ValueError(f"{path} is no run directory (no recipe.yaml); give one that train or tune has written")
+    return path, None

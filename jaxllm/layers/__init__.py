@@ -1,0 +1,5 @@
+"""The building blocks of every model. Axis letters in einsum strings, annotations and comments, here and everywhere:
+
+B batch    T query position    S key or cache position    D model width    V vocabulary    L layers
+N query heads    K key/value heads    G = N / K    H head width    F ffn width
+"""

@@ -1,0 +1,61 @@
+"""Position-wise feed-forward layers."""
+
+from typing import Annotated, Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from jaxllm.core.config import Config
+from jaxllm.layers.linear import Projection, project_together
+from jaxllm.sharding.rules import constrain
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+class Gated(Config):
+    """y = (act(x W_gate) * x W_up) W_down. Source: Shazeer 2020, GLU Variants; SwiGLU with silu."""
+
+    kind: Literal["gated"] = "gated"
+    activation: Activation = Field("silu", description="nonlinearity of the gate")
+
+
+class Plain(Config):
+    """y = act(x W_up) W_down. Source: Vaswani et al. 2017, section 3.3."""
+
+    kind: Literal["plain"] = "plain"
+    activation: Activation = Field("gelu_tanh", description="nonlinearity between the two products")
+
+
+FfnConfig = Annotated[Gated | Plain, Field(discriminator="kind")]
+
+
+class Ffn(nnx.Module):
+    """The feed-forward layer that `config` describes, d_model -> d_ff -> d_model."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, config: Gated | Plain, *, d_model: int, d_ff: int, bias: bool = False,
+        std: float = 0.02, out_std: float = 0.02,
+    ):  # fmt: skip
+        wide, narrow = {"mlp": d_ff}, {"embed": d_model}
+        self.activation = config.activation
+        self.gate = Projection(rngs, narrow, wide, bias=bias, std=std) if isinstance(config, Gated) else None
+        self.up = Projection(rngs, narrow, wide, bias=bias, std=std)
+        self.down = Projection(rngs, wide, narrow, bias=bias, std=out_std)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        activation = ACTIVATIONS[self.activation]
+        with jax.named_scope("ffn"):
+            if self.gate is None:
+                hidden = activation(self.up(x))
+            else:
+                gate, up = project_together(x, self.gate, self.up)
+                hidden = activation(gate) * up
+            return self.down(constrain(hidden, "batch", "length", "mlp"))

@@ -1,0 +1,54 @@
+"""Who may attend to whom, kept symbolic until a kernel needs it.
+
+A mask is a small pytree with the facts; `dense` writes the bool[B, T, S] out (True = may attend). Kernels that can skip
+whole blocks read the facts instead.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+class CausalMask(NamedTuple):
+    """Self-attention over one row: a token sees itself and earlier tokens of its own segment.
+
+    Attributes:
+      segments: int32 [B, T]; tokens of different segments never see each other. None: the row is one segment.
+
+    Example, segments 1 1 2 2:
+
+        1 . . .
+        1 1 . .
+        . . 1 .
+        . . 1 1
+    """
+
+    segments: Int[Array, "B T"] | None = None
+
+    def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
+        """Write out the rows `queries` and the columns `keys` (slices of Python ints, stop included in each)."""
+        rows = jnp.arange(queries.start, queries.stop)
+        columns = jnp.arange(keys.start, keys.stop)
+        visible = (rows[:, None] >= columns[None, :])[None]
+        if self.segments is not None:
+            visible = visible & (self.segments[:, queries, None] == self.segments[:, None, keys])
+        return visible
+
+
+class CacheMask(NamedTuple):
+    """Attention of new tokens into a cache: slot s of a row holds the token at position s.
+
+    Attributes:
+      positions: int32 [B, T] of the queries; a query sees the slots 0 ... position.
+    """
+
+    positions: Int[Array, "B T"]
+
+    def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
+        """Write out the rows `queries` and the slots `keys`."""
+        slots = jnp.arange(keys.start, keys.stop)
+        return self.positions[:, queries, None] >= slots[None, None, :]
+
+
+Mask = CausalMask | CacheMask

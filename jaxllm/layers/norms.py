@@ -1,0 +1,49 @@
+"""Normalisation over the model width or head width, always computed in float32."""
+
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from jaxllm.core.config import Config
+from jaxllm.layers.linear import constant
+
+
+class RMSNorm(Config):
+    """y = x / sqrt(mean(x^2) + eps) * scale. Source: Zhang and Sennrich 2019."""
+
+    kind: Literal["rms"] = "rms"
+    eps: float = Field(1e-6, gt=0, description="added to the mean square before the root")
+
+
+class LayerNorm(Config):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias. Source: Ba et al. 2016."""
+
+    kind: Literal["layer"] = "layer"
+    eps: float = Field(1e-5, gt=0, description="added to the variance before the root")
+
+
+NormConfig = Annotated[RMSNorm | LayerNorm, Field(discriminator="kind")]
+
+
+class Norm(nnx.Module):
+    """The norm that `config` describes, over the last axis of size `width`."""
+
+    def __init__(self, config: RMSNorm | LayerNorm, width: int):
+        self.config = config
+        self.scale = constant((width,), ("norm",), 1.0)
+        self.bias = constant((width,), ("norm",), 0.0) if isinstance(config, LayerNorm) else None
+
+    def __call__(self, x: Float[Array, "*B W"]) -> Float[Array, "*B W"]:
+        # float32: a bfloat16 mean of squares loses the small channels.
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.eps)
+        y = y * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        if self.bias is not None:
+            y = y + jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
+        return y.astype(x.dtype)

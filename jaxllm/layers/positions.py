@@ -1,0 +1,51 @@
+"""Where a token stands: rotary angles, a learned table, or nothing."""
+
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from pydantic import Field
+
+from jaxllm.core.config import Config
+
+
+class Rope(Config):
+    """Rotary position embedding on queries and keys. Source: Su et al. 2021; halves rotated as in GPT-NeoX."""
+
+    kind: Literal["rope"] = "rope"
+    theta: float = Field(10_000.0, gt=0, description="base of the geometric series of wavelengths")
+
+
+class Learned(Config):
+    """A trained vector per position, added to the token embedding (GPT-2). Source: Vaswani et al. 2017, section 3.5."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class NoPositions(Config):
+    """No position signal but the causal mask. Source: Kazemnejad et al. 2023."""
+
+    kind: Literal["none"] = "none"
+
+
+PositionConfig = Annotated[Rope | Learned | NoPositions, Field(discriminator="kind")]
+
+
+def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Return (cos, sin), float32 [B, T, 1, H/2], of positions * theta^(-2i/H).
+
+    float32 whatever the compute dtype: at position 4096 a bfloat16 angle is off by whole turns.
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (x[i], x[i + H/2]) by their angles, in float32.
+
+    Scores of rotated queries and keys depend on the difference of positions alone.
+    """
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,76 @@
+"""What a model is (ModelConfig) and how it is computed (ComputeConfig): two questions, two configs."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from jaxllm.core.config import Config
+from jaxllm.layers.ffn import FfnConfig, Gated
+from jaxllm.layers.norms import NormConfig, RMSNorm
+from jaxllm.layers.positions import PositionConfig, Rope
+
+
+class ModelConfig(Config):
+    """Architecture of a decoder-only Transformer; Llama-type by default, GPT-type by choice of the variants."""
+
+    vocab_size: int = Field(ge=1, description="rows of the embedding table, tokens")
+    d_model: int = Field(ge=1, description="model width")
+    n_layers: int = Field(ge=1, description="number of blocks")
+    n_heads: int = Field(ge=1, description="query heads")
+    n_kv_heads: int | None = Field(None, ge=1, description="key/value heads; none = n_heads (no grouping)")
+    head_dim: int | None = Field(None, ge=1, description="width of a head; none = d_model / n_heads")
+    d_ff: int = Field(ge=1, description="width of the feed-forward layer")
+    max_seq_len: int = Field(ge=1, description="longest sequence the model is made for, tokens")
+    norm: NormConfig = Field(RMSNorm(), description="normalisation before attention, feed-forward and head")
+    positions: PositionConfig = Field(Rope(), description="position encoding")
+    ffn: FfnConfig = Field(Gated(), description="feed-forward variant")
+    qk_norm: bool = Field(False, description="normalise queries and keys per head")
+    bias: bool = Field(False, description="biases on all projections (GPT-2)")
+    tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
+    embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; change one, or set head_dim"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}")
+        if isinstance(self.positions, Rope) and self.head_width % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, K."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, H."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+
+class ComputeConfig(Config):
+    """How the same model is computed: precision and memory, nothing that changes what it is."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="activations and matrix products; auto = bfloat16 on TPU and GPU, float32 on CPU"
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "none", description="what the backward pass recomputes: nothing, all but matrix products, or the whole block"
+    )
+    layers: Literal["auto", "scan", "unroll"] = Field(
+        "auto", description="compile one block and loop, or all blocks; auto = unroll on CPU up to 16 layers, else scan"
+    )
+    loss_chunk: int = Field(512, ge=1, description="tokens of a row whose logits exist at one time, in training")
+
+    def resolve(self, platform: str, n_layers: int) -> "ComputeConfig":
+        """Replace each auto by the choice for `platform` ("cpu", "gpu", "tpu")."""
+        dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype
+        layers = (
+            ("unroll" if platform == "cpu" and n_layers <= 16 else "scan") if self.layers == "auto" else self.layers
+        )
+        return self.model_copy(update={"dtype": dtype, "layers": layers})

@@ -1,0 +1,132 @@
+"""python -m jaxllm.prepare: text to a dataset that `train` and `tune` read."""
+
+import argparse
+import re
+import sys
+
+from jaxllm.core import config as configs
+from jaxllm.core import schema
+
+EXAMPLES = """
+examples:
+  python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --vocab-size 16000 --out data/books
+  python -m jaxllm.prepare --jsonl news.jsonl:body --jsonl forum.jsonl:post --tokenizer data/books --out data/web
+  python -m jaxllm.prepare --chat --jsonl alpaca.jsonl --jsonl math.jsonl:question,answer --tokenizer data/books --out d
+  python -m jaxllm.prepare RECIPE.yaml clean.min_chars=200 seed=1
+"""
+
+
+@configs.command
+def main(argv: list[str] | None = None) -> int | None:
+    """Prepare a dataset, print the account of it."""
+    from jaxllm.data import prepare, report
+
+    arguments, rest = _parser().parse_known_args(argv)
+    if arguments.help:
+        sys.stdout.write(_parser().format_help() + EXAMPLES + "\nkeys of RECIPE and of key=value:\n")
+        sys.stdout.write(schema.describe(prepare.PrepareConfig) + "\n")
+        return 0
+    recipe, overrides = _positional(rest)
+    inputs = _inputs(arguments)
+    if recipe and inputs:
+        raise ValueError(
+            f"sources are given twice: in {recipe} and as flags; write them all into the recipe, or use flags alone"
+        )
+    config = configs.load(prepare.PrepareConfig, recipe, inputs + _settings(arguments) + overrides)
+
+    from rich.console import Console
+
+    report.show(prepare.prepare(config), Console())
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxllm.prepare",
+        usage="%(prog)s [RECIPE] [flags] [key=value ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this text")
+    add("--text", metavar="GLOB", action="append", default=[], help="text files; may be given again")
+    add("--split", choices=("file", "paragraph", "line"), help="what one document of --text is (default: file)")
+    add(
+        "--jsonl",
+        metavar="FILE[:FIELDS]",
+        action="append",
+        default=[],
+        help="JSON lines; FIELDS: the text's field, or for chat messages, alpaca or PROMPT,ANSWER",
+    )
+    add("--pydocs", action="store_true", help="documentation of the Python standard library")
+    add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")
+    add("--chat", action="store_true", help="conversations: learn the assistant's answers only")
+    add(
+        "--tokenizer",
+        metavar="T",
+        help="bpe or unigram (train one), bytes, or the path of a tokenizer, dataset, run or .model file",
+    )
+    add("--vocab-size", metavar="N", type=int, help="ids of a trained tokenizer")
+    add("--out", metavar="DIR", help="dataset directory to make")
+    add(
+        "--validation",
+        metavar="X",
+        type=float,
+        help="documents to hold out: a share if below 1, else a number (default: 0.01)",
+    )
+    add("--errors", choices=("error", "skip", "replace"), help="what to do with unreadable input (default: error)")
+    add("--seq-len", metavar="T", type=int, help="row length for the report's padding")
+    add("--seed", metavar="N", type=int, help="decides which documents are held out, and what --world says")
+    add("--overwrite", action="store_true", help="replace the directory if it exists")
+    return parser
+
+
+def _positional(rest: list[str]) -> tuple[str | None, list[str]]:
+    """Split what is no flag into the recipe and the overrides."""
+    overrides = [text for text in rest if re.match(r"[A-Za-z_][\w.]*=", text)]
+    others = [text for text in rest if text not in overrides]
+    if wrong := [text for text in others if text.startswith("-")]:
+        raise ValueError(f"unknown flag {wrong[0]}; python -m jaxllm.prepare --help lists all flags")
+    if len(others) > 1:
+        raise ValueError(f"more than one recipe: {', '.join(others)}; quote glob patterns, and repeat --text for each")
+    return (others[0] if others else None), overrides
+
+
+def _inputs(arguments: argparse.Namespace) -> list[str]:
+    """The sources given as flags, in the notation of overrides."""
+    inputs = [{"kind": "text", "path": path, "split": arguments.split} for path in arguments.text]
+    for jsonl in arguments.jsonl:
+        path, _, fields = jsonl.partition(":") if jsonl[1:3] != ":\\" else (jsonl, "", "")
+        inputs.append({"kind": "jsonl", "path": path, "fields": fields or None})
+    if arguments.pydocs:
+        inputs.append({"kind": "pydocs"})
+    if arguments.world is not None:
+        inputs.append({"kind": "world", "count": arguments.world, "seed": arguments.seed})
+    if arguments.split and not arguments.text:
+        raise ValueError("--split says how --text is cut, and there is no --text")
+    return [
+        f"inputs.{index}.{key}={value}"
+        for index, each in enumerate(inputs)
+        for key, value in each.items()
+        if value is not None
+    ]
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """All other flags, in the notation of overrides."""
+    settings = {name: getattr(arguments, name) for name in ("out", "validation", "errors", "seq_len", "seed")}
+    settings |= {"overwrite": True} if arguments.overwrite else {}
+    settings |= {"chat": True} if arguments.chat else {}
+    match arguments.tokenizer:
+        case "bpe" | "unigram" as algorithm:
+            settings |= {"tokenizer.kind": "train", "tokenizer.algorithm": algorithm}
+        case "bytes":
+            settings["tokenizer.kind"] = "bytes"
+        case str() as path:
+            settings |= {"tokenizer.kind": "existing", "tokenizer.path": path}
+    settings["tokenizer.vocab_size"] = arguments.vocab_size
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""python -m jaxllm.quickstart: raw text to an instruction-following model in five minutes on two CPU cores."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.core import files
+from jaxllm.core.config import command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxllm.language_model import LanguageModel
+
+TASKS, LATE, NOVEL = "new_combinations", "pretrain_only", "novel"
+DOCUMENTS, CONVERSATIONS, VOCAB_SIZE = 30_000, 13_000, 1280
+SMOKE = {"documents": 2_000, "conversations": 800, "steps": "steps=20", "count": 20}
+ANSWERS_SHOWN = 5
+
+
+@command
+def main(argv: list[str] | None = None) -> int | None:
+    """Run every stage; a stage that is complete already (an earlier run in the same directory) is not done again."""
+    arguments = _parser().parse_args(argv)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    start = time.perf_counter()
+    out = Path(arguments.out or ("runs/quickstart-smoke" if arguments.smoke else "runs/quickstart"))
+    _heading(console, 1, "Writing a micro-world and its tokenizer")
+    _prepare(out, arguments.smoke)
+    if not arguments.skip_pretraining:
+        _heading(console, 2, "Pretraining on raw text")
+        if _train(out, "pretrain", arguments):
+            return 130
+    base = _load(out / "pretrain") if not arguments.skip_pretraining else None
+    before = _evaluate(base, arguments.smoke) if base else None
+    _heading(console, 3, "Teaching it to follow instructions")
+    if _train(out, "tune", arguments):
+        return 130
+    _heading(console, 4, "Asking what it has never been asked")
+    files.write_json(out / "run.json", {"model": "tune"})
+    tuned = _load(out / "tune")
+    after = _evaluate(tuned, arguments.smoke)
+    results = _results(out, before, after, tuned)
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    files.write_json(out / "results.json", results)
+    _show(console, results)
+    _report(out, results, _conversations(console, base, tuned))
+    console.print(
+        f"\n{results['seconds']:.0f} s in all. The report: {out / 'report.html'}\n"
+        f"Talk to it:  python -m jaxllm.sample {out} --chat",
+        soft_wrap=True,
+    )
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jaxllm.quickstart", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
+    parser.add_argument("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
+    parser.add_argument(
+        "--skip-pretraining", action="store_true", help="tune random weights instead: what is pretraining good for?"
+    )
+    return parser
+
+
+def _heading(console: "Console", number: int, text: str) -> None:
+    console.print(f"\n[bold cyan]{number}/4[/] [bold]{text}[/]")
+
+
+def _prepare(out: Path, smoke: bool) -> None:
+    """Write the two datasets: raw text with a new tokenizer, and conversations in the same tokens."""
+    from jaxllm.data.pieces_training import TokenizerConfig
+    from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig, prepare
+    from jaxllm.data.sources import World
+
+    text, chat = out / "data" / "pretrain", out / "data" / "instruct"
+    n_documents, n_conversations = (SMOKE["documents"], SMOKE["conversations"]) if smoke else (DOCUMENTS, CONVERSATIONS)
+    if not text.exists():
+        world, vocabulary = World(count=n_documents, seed=0), TokenizerConfig(vocab_size=VOCAB_SIZE)
+        prepare(PrepareConfig(inputs=(world,), out=str(text), tokenizer=vocabulary, seq_len=128))
+    if not chat.exists():
+        world, vocabulary = World(count=n_conversations, seed=1), ExistingTokenizer(path=str(text))
+        prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=128))
+
+
+def _train(out: Path, stage: str, arguments: argparse.Namespace) -> bool:
+    """Run the recipe of `stage` with its paths inside `out`; return whether the user stopped it."""
+    from jaxllm.recipe import load_recipe, shipped
+    from jaxllm.wiring import train
+
+    sources = ["pretrain"] if stage == "pretrain" else ["instruct", "pretrain"]
+    overrides = [f"data.sources.{i}.path={out / 'data' / source}" for i, source in enumerate(sources)]
+    overrides.append(f"out={out / stage}")
+    if stage == "tune":
+        overrides += (
+            ["start_from=none", "model.preset=quickstart"]
+            if arguments.skip_pretraining
+            else [f"start_from={out / 'pretrain'}"]
+        )
+    if arguments.smoke:
+        overrides.append(str(SMOKE["steps"]))
+    return bool(train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).stopped)
+
+
+def _load(run_dir: Path) -> "LanguageModel":
+    import jaxllm
+
+    return jaxllm.load(run_dir)
+
+
+def _evaluate(model: "LanguageModel", smoke: bool) -> dict[str, Any]:
+    from jaxllm.evaluation.applications import evaluate_applications
+
+    return evaluate_applications(model, count=SMOKE["count"] if smoke else 200, splits=(TASKS, LATE, NOVEL))
+
+
+def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tuned: "LanguageModel") -> dict[str, Any]:
+    """Put together what results.json says."""
+    import platform
+
+    import jax
+
+    from jaxllm.evaluation.applications import compare
+    from jaxllm.models.accounting import param_count
+
+    stages = [stage for stage in ("pretrain", "tune") if (out / stage).exists()]
+    tables = {"tasks": TASKS, "pretrain_only": LATE, "novel": NOVEL}
+    return {
+        **{key: compare(before, after, split) for key, split in tables.items()},
+        "tokens": sum(_tokens(out / stage) for stage in stages),
+        "parameters": param_count(tuned.config),
+        "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
+        "failures": {application: entry["failures"] for application, entry in after[TASKS].items()},
+    }
+
+
+def _tokens(run_dir: Path) -> int:
+    """Return the trained tokens of a run."""
+    from jaxllm.training.metrics import read
+
+    return int(sum(record.get("tokens", 0) for record in read(run_dir / "metrics.jsonl")))
+
+
+def _show(console: "Console", results: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    titles = {
+        "tasks": "Instructions it has never seen: exactly right answers",
+        "pretrain_only": "The same, about words that only the raw text had",
+        "novel": "The same, about names that occur nowhere",
+    }
+    for key, title in titles.items():
+        table = Table("application", "pretrained", "tuned", "n", title=title, title_justify="left")
+        for application, entry in results[key].items():
+            base = f"{entry['base']:.1%}" if "base" in entry else "-"
+            table.add_row(application, base, f"{entry['tuned']:.1%}", str(entry["n"]))
+        console.print(table)
+
+
+def _conversations(console: "Console", base: "LanguageModel | None", tuned: "LanguageModel") -> tuple:
+    """Ask both models one held-out question per application."""
+    from jaxllm.evaluation.report import Exchange
+    from jaxllm.evaluation.tasks import APPLICATIONS, held_out, is_correct
+    from jaxllm.inference.sampling import Sampler
+
+    examples = [held_out(application, TASKS, ANSWERS_SHOWN, seed=7)[i] for i, application in enumerate(APPLICATIONS)]
+    prompts = [[{"role": "user", "content": example.prompt}] for example in examples]
+    greedy = Sampler(temperature=0.0)
+    answers = [
+        [answer.text for answer in model.generate(prompts, max_new_tokens=90, sampler=greedy)] if model else None
+        for model in (base, tuned)
+    ]
+    exchanges = []
+    for index, example in enumerate(examples):
+        before, after = (texts[index] if texts else "" for texts in answers)
+        correct = is_correct(example, after)
+        exchanges.append(Exchange(example.application, example.prompt, before, after, example.answer, correct))
+        console.print(f"\n[dim]{example.application}[/]\n  [bold]{example.prompt}[/]")
+        console.print(f"  {after} [{'green' if correct else 'red'}]{'✓' if correct else '✗'}[/]")
+    return tuple(exchanges)
+
+
+def _report(out: Path, results: dict[str, Any], exchanges: tuple) -> None:
+    from jaxllm.evaluation.report import Report, Stage, write_report
+    from jaxllm.training.metrics import read
+
+    names = {"pretrain": "Pretraining", "tune": "Instruction tuning"}
+    stages = tuple(
+        Stage(
+            name, read(out / stage / "metrics.jsonl"), read(out / stage / "timing.jsonl"),
+            read(out / stage / "samples.jsonl"), (out / stage / "recipe.yaml").read_text(encoding="utf-8"),
+        )
+        for stage, name in names.items() if (out / stage / "recipe.yaml").exists()
+    )  # fmt: skip
+    steps = (
+        ("Hold a conversation", f"python -m jaxllm.sample {out} --chat"),
+        (
+            "Ask one thing",
+            f'python -m jaxllm.sample {out} --prompt "Translate into Chinese: Tom sees a red ball in the park."',
+        ),
+        ("See what it was trained on", f"python -m jaxllm.inspect {out} --step 1"),
+        ("Use real text: the manual of Python itself", "python -m jaxllm.prepare configs/pydocs/text.yaml"),
+        ("Use your own", "python -m jaxllm.prepare --text 'my/**/*.txt' --out data/mine"),
+    )
+    title = "From raw text to a model that follows instructions"
+    write_report(out / "report.html", Report(title, stages, results, exchanges, steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

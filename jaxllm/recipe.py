@@ -1,0 +1,118 @@
+"""The recipe: everything that decides a run, in one typed tree. The only place that names every config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from jaxllm.core import config as configs
+from jaxllm.core.config import Config, ConfigError, Duration
+from jaxllm.data.loader import DataConfig
+from jaxllm.models import presets
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.sharding.distributed import PlatformConfig
+from jaxllm.sharding.mesh import MeshConfig, axis_sizes
+from jaxllm.training.checkpoint import CheckpointConfig
+from jaxllm.training.optim import AdamW, OptimConfig
+from jaxllm.training.run_log import MonitorConfig
+from jaxllm.training.step import StepConfig
+
+FILE_NAME = "recipe.yaml"
+
+
+class Recipe(Config):
+    """A training run: pretraining, or instruction tuning of `start_from`."""
+
+    out: str = Field(description="run directory; an existing run there is resumed")
+    start_from: str | None = Field(None, description="model to start from (a run directory); none = random weights")
+    seed: int = Field(0, ge=0, description="seed of initial weights and of sampled texts")
+    steps: Duration = Field(Duration("1 epoch"), description='length: steps, "2e9 tokens" or "1 epoch"')
+    model: ModelConfig = Field(description="architecture; `model.preset` names a published one")
+    data: DataConfig = Field(description="what to train on")
+    optim: OptimConfig = Field(AdamW(), description="optimizer and learning rate")
+    step: StepConfig = Field(StepConfig(), description="accumulation, z-loss, moving average, spike guard")
+    compute: ComputeConfig = Field(ComputeConfig(), description="precision and memory")
+    mesh: MeshConfig = Field(MeshConfig(), description="devices")
+    platform: PlatformConfig = Field(PlatformConfig(), description="start-up of JAX")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when to save, what to keep")
+    monitor: MonitorConfig = Field(MonitorConfig(), description="logging, validation, samples")
+
+
+def _expand(raw: dict[str, Any]) -> dict[str, Any]:
+    """Replace `model: {preset: NAME, field: value}` by the preset's fields with the given ones on top.
+
+    A model that is not described at all starts as the model of `start_from`.
+    """
+    model = dict(raw.get("model") or {})
+    if not model and raw.get("start_from"):
+        model = load_recipe(raw["start_from"]).model.model_dump(mode="json")
+    if "preset" in model:
+        model = {**presets.raw(model.pop("preset")), **model}
+    if "vocab_size" not in model and raw.get("data", {}).get("sources"):
+        model["vocab_size"] = _vocab_size(raw["data"]["sources"][0].get("path"))
+    return {**raw, "model": model}
+
+
+def _vocab_size(dataset: str | None) -> int:
+    """Return the vocabulary of a dataset directory: what the embedding table must at least hold."""
+    from jaxllm.core.files import read_json
+
+    manifest = Path(dataset or "") / "manifest.json"
+    if not manifest.exists():
+        raise ConfigError(
+            f"data.sources.0.path={dataset!r} is not a dataset (no manifest.json); run python -m jaxllm.prepare"
+        )
+    return read_json(manifest)["vocab_size"]
+
+
+def shipped(name: str) -> Path:
+    """Return the path of a recipe that comes with jaxllm, such as "quickstart/pretrain.yaml"."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "configs" / name, package.parent / "configs" / name) if path.exists())
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or the resolved recipe of a run directory, with dotted overrides ("optim.lr=3e-4") on top."""
+    if path is not None and Path(path).is_dir():
+        path = Path(path) / FILE_NAME
+    return configs.load(Recipe, path, overrides, expand=_expand)
+
+
+def check(recipe: Recipe, *, vocab_size: int, n_devices: int) -> None:
+    """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
+
+    Args:
+      vocab_size: ids of the datasets' tokenizer.
+    """
+    model, data = recipe.model, recipe.data
+    problems = []
+    if model.vocab_size < vocab_size:
+        problems.append(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; set it to "
+            f"{vocab_size} or more"
+        )
+    if data.packing.seq_len > model.max_seq_len:
+        problems.append(
+            f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; "
+            "lower the first or raise the second"
+        )
+    if data.batch_size % recipe.step.accumulate:
+        problems.append(
+            f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"
+        )
+    else:
+        rows = data.batch_size // recipe.step.accumulate
+        sizes = axis_sizes(recipe.mesh, n_devices)
+        parts = sizes["data"] * sizes["fsdp"]
+        if rows % parts:
+            problems.append(
+                f"data.batch_size / step.accumulate = {rows} rows is not divisible by data x fsdp = {parts} devices; "
+                f"use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh"
+            )
+    if recipe.monitor.prompts and recipe.monitor.sample_tokens >= model.max_seq_len:
+        problems.append(
+            f"monitor.sample_tokens={recipe.monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"
+        )
+    if problems:
+        raise ConfigError("the recipe contradicts itself:\n  " + "\n  ".join(problems))

@@ -1,0 +1,61 @@
+"""Batches on the devices before they are needed: a thread reads ahead, the step never waits for the host."""
+
+import collections
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from jax.sharding import Mesh
+
+from jaxllm.core.batch import Batch
+from jaxllm.sharding.rules import named_sharding
+
+
+class Feed:
+    """Device batches from an iterator of host-local NumPy batches.
+
+    Attributes:
+      waited_s: seconds the caller has spent waiting for data, in all.
+    """
+
+    def __init__(self, batches: Iterator[Batch], mesh: Mesh, depth: int = 2):
+        self.waited_s = 0.0
+        self._batches = batches
+        self._mesh = mesh
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")  # one thread: order is kept
+        self._ahead = collections.deque(self._reader.submit(self._read) for _ in range(depth))
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def next(self) -> Batch:
+        """Return the next batch, sharded over the batch axes of the mesh.
+
+        Raises:
+          EOFError: the iterator has ended. Whatever else it raised is raised here.
+        """
+        start = time.perf_counter()
+        batch = self._ahead.popleft().result()
+        self.waited_s += time.perf_counter() - start
+        self._ahead.append(self._reader.submit(self._read))
+        return batch
+
+    def _read(self) -> Batch:
+        try:
+            batch = next(self._batches)
+        except StopIteration as end:  # a future cannot carry it
+            raise EOFError(
+                "the data has ended; an iterator for training repeats, or raises an error of its own"
+            ) from end
+        return jax.tree.map(lambda x: place(x, self._mesh), batch)
+
+
+def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
+    """Join the rows [B / processes, T] of every process to one global array [B, T], rows over the batch axes."""
+    shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
+    sharding = named_sharding(mesh, ("batch", "length"), shape)
+    return jax.make_array_from_process_local_data(sharding, local, shape)

@@ -1,0 +1,84 @@
+"""What a run writes down: metrics.jsonl (what was computed, bitwise repeatable), timing.jsonl (when), TensorBoard.
+
+The two files are apart on purpose: a resumed run's metrics.jsonl equals the uninterrupted run's, byte for byte.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jaxllm.core.files import write_text
+
+
+class MetricsWriter:
+    """Appends to the files of one run directory; `resume_from` drops what a killed run wrote after its checkpoint."""
+
+    def __init__(self, run_dir: Path, *, resume_from: int = 0):
+        from tensorboardX import SummaryWriter
+
+        self._files = {}
+        for name in ("metrics", "timing", "samples"):
+            path = Path(run_dir) / f"{name}.jsonl"
+            _truncate(path, resume_from)
+            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the writer
+        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_from or None)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+    def metrics(self, step: int, values: dict[str, float], *, board: bool = True) -> None:
+        """Record deterministic values; NaN and Inf are written as strings, because JSON has no such numbers."""
+        self._write("metrics", {"step": step, **{key: _json_number(value) for key, value in values.items()}})
+        if board:
+            self._scalars(step, values)
+
+    def timing(self, step: int, values: dict[str, float]) -> None:
+        """Record wall-clock values."""
+        self._write("timing", {"step": step, **{key: _json_number(value) for key, value in values.items()}})
+        self._scalars(step, values)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record a text the model wrote."""
+        self._write("samples", {"step": step, "prompt": prompt, "text": text})
+        self._board.add_text("samples", f"**{prompt}** {text}", step)
+
+    def flush(self) -> None:
+        """Hand all lines to the operating system, so that a kill of the process cannot lose them."""
+        for file in self._files.values():
+            file.flush()
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a .jsonl file of a run; a last line cut by a kill is dropped."""
+    records = []
+    if not Path(path).exists():
+        return records
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+    return records
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the lines of steps <= `step`."""
+    if not path.exists():
+        return
+    kept = [record for record in read(path) if record["step"] <= step]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    write_text(path, lines)
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,135 @@
+"""The voice of a run: files, TensorBoard, progress line, and the record of refused steps."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from pydantic import Field
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.config import Config
+from jaxllm.training.loop import Diverged
+from jaxllm.training.metrics import MetricsWriter, read
+from jaxllm.training.progress import ProgressLine
+
+
+class MonitorConfig(Config):
+    """What is written down and looked at while training."""
+
+    log_every: int = Field(10, ge=1, description="steps between lines in timing.jsonl, TensorBoard and on the screen")
+    evaluate_every: int = Field(
+        250, ge=1, description="steps between validation losses; the last step is always evaluated"
+    )
+    evaluate_batches: int | None = Field(None, ge=1, description="validation batches; none = the whole split")
+    sample_every: int = Field(500, ge=1, description="steps between sampled texts")
+    prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
+    sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")
+    max_skipped: int = Field(5, ge=0, description="steps in a row that the guard may skip before the run stops")
+
+
+class RunLog:
+    """Writes what happens in one run; on processes other than the first it only guards.
+
+    Args:
+      done: updates completed before this process started; lines of later steps are dropped from the files.
+      flops: (model FLOPs of one step, peak FLOP/s of all devices or None).
+    """
+
+    def __init__(
+        self, run_dir: Path, name: str, config: MonitorConfig, done: int, steps: int, *, tokens_per_step: int,
+        flops: tuple[float, float | None],
+    ):  # fmt: skip
+        self._run_dir, self._config, self._steps = run_dir, config, steps
+        self._tokens_per_step, self._flops = tokens_per_step, flops
+        self._skipped_in_a_row = 0
+        self._elapsed = _elapsed_before(run_dir, done)
+        self._window: list[tuple[float, float]] = []
+        first = jax.process_index() == 0
+        self._writer = MetricsWriter(run_dir, resume_from=done) if first else None
+        self._progress = ProgressLine(name, done, steps, shown=first)
+
+    def __enter__(self) -> "RunLog":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.__exit__()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._progress.say(text)
+
+    def flush(self) -> None:
+        """Make sure that a kill of the process loses no line."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def step(self, step: int, metrics: dict[str, float], seconds: float, waited: float) -> None:
+        """Record one update."""
+        if not metrics["skipped"]:
+            self._skipped_in_a_row = 0
+        self._elapsed += seconds
+        self._window.append((seconds, waited))
+        due = step % self._config.log_every == 0 or step == self._steps
+        if self._writer is not None:
+            self._writer.metrics(step, metrics, board=due)
+        if due:
+            self._timing(step, metrics)
+
+    def _timing(self, step: int, metrics: dict[str, float]) -> None:
+        # The first step of a process compiles; a window with more steps leaves it out of the rates.
+        window = self._window[1:] if len(self._window) > 1 and step <= self._config.log_every else self._window
+        step_s, wait_s = (float(np.mean(column)) for column in zip(*window, strict=True))
+        self._window = []
+        flops, peak = self._flops
+        values = {
+            "elapsed_s": self._elapsed, "step_s": step_s, "data_wait_s": wait_s,
+            "tokens_per_s": self._tokens_per_step / step_s, "model_flops_per_s": flops / step_s,
+        }  # fmt: skip
+        if peak is not None:
+            values["mfu"] = flops / step_s / peak
+        if self._writer is not None:
+            self._writer.timing(step, values)
+        rate = f"{values['tokens_per_s']:,.0f} tok/s" + (f" MFU {values['mfu']:.1%}" if peak is not None else "")
+        self._progress.update(step, f"loss {metrics['loss']:.4f}  {rate}", line=True)
+
+    def skipped(self, step: int, batch: Batch, metrics: dict[str, float]) -> None:
+        """Record a refused update and keep its batch for inspection.
+
+        Raises:
+          Diverged: more than `max_skipped` in a row.
+        """
+        self._skipped_in_a_row += 1
+        path = self._run_dir / "skipped" / f"step-{step}-process-{jax.process_index()}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **batch._asdict())
+        facts = f"loss={metrics['loss']:.4g}, grad_norm={metrics['grad_norm']:.4g}"
+        self.say(f"step {step} skipped: {facts}; its batch is in {path}")
+        if self._skipped_in_a_row > self._config.max_skipped:
+            self.flush()
+            raise Diverged(
+                f"{self._skipped_in_a_row} steps in a row had no usable gradient (step {step}: {facts}); the parameters"
+                f" are those before them. Lower optim.lr, look at the batches in {path.parent} (python -m"
+                f" jaxllm.inspect {self._run_dir} --step {step}), or raise monitor.max_skipped"
+            )
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Record validation values."""
+        if self._writer is not None:
+            self._writer.metrics(step, values)
+            self._writer.timing(step, {"elapsed_s": self._elapsed})
+        self.say(f"step {step}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Record a text that the model wrote."""
+        if self._writer is not None:
+            self._writer.sample(step, prompt, text)
+        self.say(f"  {prompt} → {text}")
+
+
+def _elapsed_before(run_dir: Path, done: int) -> float:
+    """Return the training seconds of earlier processes of this run, up to step `done`."""
+    records = read(run_dir / "timing.jsonl")
+    return max((record["elapsed_s"] for record in records if record["step"] <= done), default=0.0)

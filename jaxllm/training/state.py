@@ -1,0 +1,79 @@
+"""Everything that training carries from step to step, and its layout on the mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxllm.core.tree import map_named, named_leaves
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Params, abstract_params, init_params, logical_axes
+from jaxllm.sharding.rules import named_sharding
+
+
+class TrainState(NamedTuple):
+    """The training state.
+
+    Attributes:
+      step: updates completed (skipped ones included).
+      params: parameters, float32.
+      opt_state: optimizer state of the same layout.
+      ema: exponential moving average of params, or None.
+      norm_mean: running mean of the gradient norm, what a spike is measured against; 0 until the first step.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None
+    norm_mean: Float[Array, ""]
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+    """Return the tree of NamedShardings of the parameters on `mesh`."""
+    is_axes = lambda node: isinstance(node, tuple)
+    shapes = abstract_params(config)
+    return jax.tree.map(
+        lambda axes, leaf: named_sharding(mesh, axes, leaf.shape), logical_axes(config), shapes, is_leaf=is_axes
+    )
+
+
+def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:
+    """Return the shardings of a whole state: what mirrors a parameter lies like it, all else is replicated.
+
+    Optimizer leaves carry the path of their parameter at the end of their own ("0/mu/blocks/ffn/up/kernel").
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_name = named_leaves(params)
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        for start in range(name.count("/") + 1):
+            sharding = by_name.get(name.split("/", start)[-1])
+            if sharding is not None and len(sharding.spec) == leaf.ndim:
+                return sharding
+        return replicated
+
+    return map_named(place, abstract)
+
+
+def init_state(
+    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool = False,
+    params: Params | None = None,
+) -> tuple[TrainState, TrainState]:  # fmt: skip
+    """Return (state, its shardings), born sharded: no device and no host ever holds all of it.
+
+    Args:
+      params: start from these instead of random ones (instruction tuning); consumed.
+    """
+
+    def build(params: Params | None) -> TrainState:
+        params = init_params(config, seed) if params is None else params
+        zero = jnp.zeros((), jnp.int32)
+        copy = jax.tree.map(jnp.copy, params) if ema else None
+        return TrainState(zero, params, tx.init(params), copy, jnp.zeros((), jnp.float32))
+
+    shardings = state_shardings(jax.eval_shape(build, params), param_shardings(config, mesh), mesh)
+    return jax.jit(build, out_shardings=shardings, donate_argnums=0)(params), shardings

@@ -1,0 +1,123 @@
+"""One update: gradient of the summed loss over the global batch, divided once, clipped, applied, guarded."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from pydantic import Field
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.config import Config
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import Params, bind, graph
+from jaxllm.sharding.rules import constrain
+from jaxllm.training.losses import cross_entropy
+from jaxllm.training.optim import AdamW, Muon, optimizer
+from jaxllm.training.state import TrainState
+
+Metrics = dict[str, Array]
+NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradient norms
+
+
+class StepConfig(Config):
+    """What an update does beside the optimizer."""
+
+    accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of parameters; none = off")
+    spike_factor: float | None = Field(
+        None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
+    )
+
+
+def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float = 0.0) -> tuple:
+    """Return (loss, nats) summed over the weighted tokens of `batch`; see `losses.cross_entropy`."""
+    module = bind(graph(model, compute)[0], params)
+    hidden = module.states(batch.tokens, batch.segments, batch.positions)
+    with jax.named_scope("loss"):
+        matrix = module.output_matrix()
+        return cross_entropy(hidden, matrix, batch.targets, batch.weights, z, compute.loss_chunk)
+
+
+def gradient_sums(
+    params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, step: StepConfig
+) -> tuple[Params, Float[Array, ""], Float[Array, ""]]:
+    """Return (gradient of the loss sum, loss sum, nats sum) over the batch, in `step.accumulate` microbatches."""
+    value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
+    if step.accumulate == 1:
+        (loss, nats), gradient = value_and_grad(params, batch, model, compute, step.z_loss)
+        return gradient, loss, nats
+
+    def split(x: Array) -> Array:
+        # Strided, so that each device's rows stay on it: [B] -> [B / A, A] -> [A, B / A].
+        x = jnp.swapaxes(x.reshape(x.shape[0] // step.accumulate, step.accumulate, *x.shape[1:]), 0, 1)
+        return constrain(x, None, "batch", None)
+
+    def add(carry: tuple, microbatch: Batch) -> tuple[tuple, None]:
+        (loss, nats), gradient = value_and_grad(params, microbatch, model, compute, step.z_loss)
+        return jax.tree.map(jnp.add, carry, (gradient, loss, nats)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+
+
+def train_step(
+    state: TrainState, batch: Batch, lr: Float[Array, ""], *, model: ModelConfig, compute: ComputeConfig,
+    optim: AdamW | Muon, step: StepConfig,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """Return the state after one update on `batch`, and the step's metrics.
+
+    A step whose loss or gradient is not finite, or whose gradient norm is a spike, leaves parameters and optimizer
+    untouched and reports skipped = 1.
+
+    Args:
+      lr: learning rate of this update; `schedules.learning_rate` of the step.
+    Returns:
+      metrics: loss (mean nats per weighted token), objective (with z-loss), grad_norm, lr, tokens (sum of weights),
+      skipped; float32 scalars.
+    """
+    gradient, loss, nats = gradient_sums(state.params, batch, model, compute, step)
+    with jax.named_scope("update"):
+        tokens = jnp.sum(batch.weights)
+        scale = 1.0 / jnp.maximum(tokens, 1.0)
+        gradient = jax.tree.map(lambda g: g * scale, gradient)
+        norm = optax.tree.norm(gradient)
+        direction, opt_state = optimizer(optim).update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + lr * u, state.params, direction)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if step.spike_factor is not None:
+            good &= (state.norm_mean == 0) | (norm <= step.spike_factor * state.norm_mean)
+        params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
+        ema = state.ema
+        if step.ema_decay is not None:
+            ema = jax.tree.map(lambda e, p: step.ema_decay * e + (1 - step.ema_decay) * p, ema, params)
+        mean = jnp.where(state.norm_mean == 0, norm, NORM_MEAN_DECAY * state.norm_mean + (1 - NORM_MEAN_DECAY) * norm)
+        mean = jnp.where(good, mean, state.norm_mean)
+    metrics = {
+        "loss": nats * scale, "objective": loss * scale, "grad_norm": norm, "lr": lr, "tokens": tokens,
+        "skipped": 1.0 - good.astype(jnp.float32),
+    }  # fmt: skip
+    return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
+
+
+def _where(condition: Array, new: tuple, old: tuple) -> tuple:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig) -> Metrics:
+    """Return the summed nats and weights of `batch`: add over batches, then divide."""
+    _, nats = loss_sums(params, batch, model, compute)
+    return {"nats": nats, "tokens": jnp.sum(batch.weights)}
+
+
+def compile_step(
+    model: ModelConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState
+) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
+    """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
+    function = functools.partial(train_step, model=model, compute=compute, optim=optim, step=step)
+    compiled = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+    return lambda state, batch, lr: compiled(state, batch, np.float32(lr))

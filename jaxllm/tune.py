@@ -1,0 +1,41 @@
+"""python -m jaxllm.tune: teach a pretrained model to follow instructions."""
+
+import sys
+
+from jaxllm.core.config import command
+
+USAGE = """usage: python -m jaxllm.tune RECIPE.yaml [key=value ...]
+       python -m jaxllm.tune RUN_DIR [key=value ...]       resume a run
+
+Trains the model `start_from` on conversations (a dataset prepared with --chat): the loss is on the assistant's words
+and on the token that ends them. The same recipe keys and the same loop as `train`.
+
+  python -m jaxllm.tune configs/pydocs/tune.yaml start_from=runs/pydocs/pretrain
+
+keys:
+"""
+
+
+@command
+def main(argv: list[str] | None = None) -> int | None:
+    """Tune as a recipe says."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        from jaxllm.core.schema import describe
+        from jaxllm.recipe import Recipe
+
+        sys.stdout.write(USAGE + describe(Recipe) + "\n")
+        return 0
+    from jaxllm.recipe import load_recipe
+    from jaxllm.wiring import train
+
+    recipe = load_recipe(argv[0], argv[1:])
+    if recipe.start_from is None:
+        raise ValueError(
+            "start_from is not set; name the model to tune (start_from=runs/...), or use python -m jaxllm.train"
+        )
+    return 130 if train(recipe, name="tune").stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxllm.data import describe, report
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.loader import DataConfig, Loader, Source
+from jaxllm.data.packing import PackingConfig, plan
+from jaxllm.data.pieces_training import TokenizerConfig
+from jaxllm.data.prepare import BytesTokenizer, Encoded, ExistingTokenizer, PrepareConfig, assign_splits, prepare
+from jaxllm.data.shards import Dataset
+from jaxllm.data.sources import JsonLines, TextFiles, World
+
+
+@pytest.fixture
+def text_file(tmp_path, texts):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(texts * 2) + "\n\nx\n", encoding="utf-8")
+    return TextFiles(path=str(path), split="line")
+
+
+def show(made):
+    out = io.StringIO()
+    report.show(made, Console(file=out, width=150))
+    return out.getvalue()
+
+
+def test_text_to_dataset(tmp_path, text_file, texts):
+    made = prepare(
+        PrepareConfig(
+            inputs=(text_file,),
+            out=str(tmp_path / "data"),
+            tokenizer=TokenizerConfig(vocab_size=400, character_coverage=1.0),
+            validation=2,
+            clean={"min_chars": 2},
+            seq_len=64,
+        )
+    )
+    train, validation = (Dataset.open(tmp_path / "data", split) for split in ("train", "validation"))
+    tokenizer = tokenizers.load(tmp_path / "data")
+    lines = [line.rstrip(" ") for text in texts for line in text.split("\n") if line]
+    decoded = [tokenizer.decode(each.tokens(d)) for each in (train, validation) for d in range(len(each))]
+    assert sorted(decoded) == sorted(lines)
+    assert len(validation) == 2
+    assert (made.documents_read, made.documents_kept) == (2 * len(lines) + 1, len(lines))
+    assert (made.rules["min_chars"].dropped, made.rules["duplicate"].dropped) == (1, len(lines))
+    assert made.bytes_kept == sum(len(line.encode()) for line in lines)
+    assert made.splits["train"].tokens == train.lengths.sum()
+    assert made.packing.rows == len(plan(train, PackingConfig(seq_len=64)))
+    assert json.loads((tmp_path / "data" / "report.json").read_text(encoding="utf-8"))["documents_kept"] == len(lines)
+    shown = show(made)
+    assert f"{len(lines)} kept" in shown
+    assert "duplicate" in shown
+    assert "padding" in shown
+
+
+def test_the_same_input_gives_the_same_data(tmp_path, text_file):
+    prints = []
+    for name in ("a", "b"):
+        prepare(PrepareConfig(inputs=(text_file,), out=str(tmp_path / name), tokenizer=TokenizerConfig(vocab_size=400)))
+        prints.append(Dataset.open(tmp_path / name).fingerprint)
+    assert prints[0] == prints[1]
+
+
+def test_chat_with_an_existing_tokenizer_to_a_trained_batch(tmp_path):
+    text = PrepareConfig(
+        inputs=(World(count=300),), out=str(tmp_path / "text"), tokenizer=TokenizerConfig(vocab_size=800)
+    )
+    prepare(text)
+    made = prepare(
+        PrepareConfig(
+            inputs=(World(count=100),),
+            chat=True,
+            out=str(tmp_path / "chat"),
+            tokenizer=ExistingTokenizer(path=str(tmp_path / "text")),
+            validation=0.1,
+        )
+    )
+    assert made.kind == "chat"
+    sources = (Source(path=str(tmp_path / "chat"), weight=0.85), Source(path=str(tmp_path / "text"), weight=0.15))
+    loader = Loader(DataConfig(sources=sources, packing=PackingConfig(seq_len=128), batch_size=4, threads=0))
+    tokenizer = tokenizers.load(loader.tokenizer_dir)
+    row = loader.plans[0].row(0)
+    answers = tokenizer.decode(row.targets[row.weights > 0])
+    everything = tokenizer.decode(row.tokens)
+    assert answers
+    assert len(answers) < len(everything)
+    assert (row.targets[row.weights > 0] == tokenizer.eos_id).sum() == (
+        row.tokens == tokenizer.special["<|assistant|>"]
+    ).sum()
+
+
+def test_conversations_without_answers_stop(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    config = PrepareConfig(
+        inputs=(JsonLines(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer()
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no token of this conversation is learned"):
+        prepare(config)
+    assert not (tmp_path / "d").exists()
+
+
+def test_unreadable_rows_are_in_the_report(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{bad\n{"text": "two"}\n')
+    config = PrepareConfig(inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON"):
+        prepare(config)
+    made = prepare(config.model_copy(update={"errors": "skip"}))
+    assert made.problems == 1
+    assert "a.jsonl:2: not JSON" in made.problem_examples[0]
+    assert "a.jsonl:2: not JSON" in show(made).replace("\n", "")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\t\n"])
+@pytest.mark.parametrize("tokenizer", [BytesTokenizer(), TokenizerConfig()])
+def test_empty_corpus_is_an_error(tmp_path, content, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    config = PrepareConfig(inputs=(TextFiles(path=str(path)),), out=str(tmp_path / "d"), tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match=r"no text is left: 1 documents were read, .* min_chars dropped 1; check the sources"
+    ):
+        prepare(config)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_one_line_is_a_corpus_and_says_that_nothing_is_held_out(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("just this line")
+    made = prepare(PrepareConfig(inputs=(TextFiles(path=str(path)),), out=str(tmp_path / "d"), validation=0.5))
+    assert made.splits["train"].documents == 1
+    assert [note.split(";")[0] for note in made.notes] == [
+        f"the text has pieces for a vocabulary of {made.vocab_size} only, not of 8192",
+        "no document is held out: there are 1",
+    ]
+    with pytest.raises(ValueError, match="no document is left for training"):
+        prepare(PrepareConfig(inputs=(TextFiles(path=str(path)),), out=str(tmp_path / "e"), validation=1))
+
+
+def items(count):
+    return [Encoded("s", str(number), [number], [], 1) for number in range(count)]
+
+
+def test_split_by_share_and_by_number():
+    share = list(assign_splits(items(2000), 0.1, seed=0))
+    assert [item for _, item in share] == items(2000)
+    held = [item.ids[0] for split, item in share if split == "validation"]
+    assert 150 < len(held) < 250
+    assert held == [item.ids[0] for split, item in assign_splits(items(2000), 0.1, seed=0) if split == "validation"]
+    assert held != [item.ids[0] for split, item in assign_splits(items(2000), 0.1, seed=1) if split == "validation"]
+    exact = list(assign_splits(items(500), 20, seed=0))
+    assert sorted(item.ids[0] for _, item in exact) == list(range(500))
+    held = [item.ids[0] for split, item in exact if split == "validation"]
+    assert len(held) == 20
+    assert held == sorted(held)
+    assert np.ptp(held) > 250
+    assert {split for split, _ in assign_splits(items(50), 0, seed=0)} == {"train"}
+
+
+def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
+    made = plan(Dataset.open(chat_dataset([(3, 4), (2, 3)])), PackingConfig(seq_len=12))
+    row = describe.describe_row(made, 0, byte)
+    first, second = row.segments
+    assert (first.document, first.source, first.location, first.n_tokens) == (0, "chat", "train 0", 6)
+    assert [(span.text, span.trained) for span in second.spans] == [("<bos>\x05", False), ("\x0f\x0f<eos>", True)]
+    assert row.n_padding == 12 - 6 - 4
+    out = io.StringIO()
+    describe.show(row, "sample 0", Console(file=out, width=100, force_terminal=True, color_system="standard"))
+    assert "\x1b[32m" in out.getvalue()  # green
+    assert "\x1b[2m" in out.getvalue()  # dim
+    assert "segment 2, 4 tokens: document 1, chat, train 1" in out.getvalue()
+
+
+def test_describe_follows_the_loader(text_dataset, byte):
+    path = text_dataset([20, 30, 40])
+    loader = Loader(
+        DataConfig(sources=(Source(path=str(path)),), packing=PackingConfig(seq_len=16), batch_size=2, threads=0)
+    )
+    next(loader)
+    batch = next(loader)
+    for index, row in enumerate(describe.describe_samples(loader, range(2, 4), byte)):
+        shown = "".join(span.text for segment in row.segments for span in segment.spans)
+        real = batch.segments[index] > 0
+        assert byte.decode(batch.targets[index][real]).replace("<", "") in shown.replace("<bos>", "").replace(
+            "<eos>", ""
+        )

@@ -1,0 +1,141 @@
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from jaxllm.data import shard_writer
+from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.shards import Dataset, read_manifest
+
+
+def test_documents_come_back_across_shards(text_dataset, byte):
+    directory = text_dataset([5, 30, 10, 60, 1], shard_tokens=40, validation=[3])
+    dataset = Dataset.open(directory)
+    assert [shard.n_documents for shard in read_manifest(directory).splits["train"].shards] == [2, 1, 1, 1]
+    assert dataset.lengths.tolist() == [7, 32, 12, 62, 3]
+    assert byte.decode(dataset.tokens(3)) == "".join(chr(97 + (3 + i) % 26) for i in range(60))
+    assert dataset.tokens(0).tolist() == [1, *byte.encode("abcde"), 2]
+    assert dataset.tokens(0, 1, 3).tolist() == byte.encode("ab")
+    assert dataset.tokens(0, 6, 100).tolist() == [2]
+    assert dataset.trained(0).tolist() == [False] + [True] * 6
+    whole = np.concatenate([dataset.tokens(document) for document in range(5)])
+    assert (dataset.stream(0, 116) == whole).all()
+    assert (dataset.stream(35, 110) == whole[35:110]).all()
+    assert dataset.origin(2) == {"source": "text", "location": "train 2"}
+    assert dataset.origin(4) == {"source": "text", "location": "train 4"}
+    assert len(Dataset.open(directory, "validation")) == 1
+
+
+def test_manifest_counts_targets_and_bytes(text_dataset, chat_dataset):
+    text = Dataset.open(text_dataset([4, 10]))
+    assert text.n_trained == 4 + 10 + 2  # every byte and each eos
+    assert text.bytes_per_token == 14 / 16
+    chat = Dataset.open(chat_dataset([(3, 4), (2, 3)]))
+    assert chat.kind == "chat"
+    assert chat.n_trained == 7
+    assert chat.bytes_per_token == 5 / 7  # eos stands for no byte
+    assert chat.trained(1).tolist() == [False, False, True, True, True]
+
+
+def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, byte, monkeypatch):
+    monkeypatch.setattr(byte.pieces, "size", 70_000)
+    with DatasetWriter(tmp_path / "wide", byte, "text") as writer:
+        writer.add_text("train", [69_999], "s", "l", 1)
+    assert Dataset.open(tmp_path / "wide").tokens(0).tolist() == [1, 69_999, 2]
+    assert read_manifest(tmp_path / "wide").dtype == "uint32"
+
+
+def test_location_may_hold_any_character(tmp_path, byte):
+    with DatasetWriter(tmp_path / "odd", byte, "text") as writer:
+        for location in ("a\u2028b\nc", "第二"):
+            writer.add_text("train", [10], "s", location, 1)
+    dataset = Dataset.open(tmp_path / "odd")
+    assert [dataset.origin(document)["location"] for document in range(2)] == ["a\u2028b\nc", "第二"]
+
+
+def test_fingerprint_is_of_the_tokens_alone(text_dataset):
+    first, same, other = (text_dataset(sizes, name) for sizes, name in (([5, 9], "a"), ([5, 9], "b"), ([5, 10], "c")))
+    assert Dataset.open(first).origin(0) != Dataset.open(same).origin(0)
+    assert Dataset.open(first).fingerprint == Dataset.open(same).fingerprint
+    assert Dataset.open(first).fingerprint != Dataset.open(other).fingerprint
+    assert Dataset.open(first).fingerprint != Dataset.open(first, "validation").fingerprint
+
+
+@pytest.mark.parametrize("part", ["tokens.npy", "offsets.npy", "origins.jsonl", "trained.npy"])
+def test_damage_is_found_and_named(chat_dataset, part):
+    directory = chat_dataset([(3, 4), (2, 3)])
+    path = directory / "train" / f"shard-00000.{part}"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(
+        ValueError, match=rf"shard-00000.{part} is damaged: expected {len(content)} bytes, found {len(content) - 1}"
+    ):
+        Dataset.open(directory, verify=False)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"shard-00000.{part} is damaged: expected CRC-32 \w+, found \w+"):
+        Dataset.open(directory)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"shard-00000.{part} is missing"):
+        Dataset.open(directory)
+
+
+def test_what_is_no_dataset_is_refused(text_dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no dataset: it has no manifest.json"):
+        Dataset.open(tmp_path / "nothing")
+    directory = text_dataset([5])
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
+        Dataset.open(directory, "test")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
+    with pytest.raises(ValueError, match="version 0; this jaxllm reads version 1"):
+        Dataset.open(directory)
+    (directory / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json is not valid JSON"):
+        Dataset.open(directory)
+
+
+def test_existing_directory_is_kept_unless_overwrite(text_dataset, tmp_path, byte):
+    directory = text_dataset([5])
+    with pytest.raises(FileExistsError, match="exists; choose another directory, or pass --overwrite"):
+        DatasetWriter(directory, byte, "text")
+    with DatasetWriter(directory, byte, "text", overwrite=True) as writer:
+        writer.add_text("train", [10] * 8, "s", "l", 8)
+        assert Dataset.open(directory).lengths.tolist() == [7]  # the old one serves until the end
+    assert Dataset.open(directory).lengths.tolist() == [10]
+    assert os.listdir(tmp_path) == ["text"]
+
+
+def test_failure_leaves_nothing(text_dataset, tmp_path, byte, monkeypatch):
+    directory = text_dataset([5])
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_writer, "_save", full)
+    for name in ("text", "new"):
+        with (
+            pytest.raises(OSError, match="No space left"),
+            DatasetWriter(tmp_path / name, byte, "text", overwrite=True) as writer,
+        ):
+            writer.add_text("train", [10], "s", "l", 1)
+    assert os.listdir(tmp_path) == ["text"]
+    assert Dataset.open(directory).lengths.tolist() == [7]
+
+
+def test_empty_data_is_refused(tmp_path, byte):
+    with (
+        pytest.raises(ValueError, match="no document is left for training"),
+        DatasetWriter(tmp_path / "empty", byte, "text"),
+    ):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_conversation_without_answer_is_refused(tmp_path, byte):
+    with (
+        pytest.raises(ValueError, match=r"f.jsonl, line 3: no token of this conversation is learned"),
+        DatasetWriter(tmp_path / "chat", byte, "chat") as writer,
+    ):
+        writer.add_chat("train", [1, 3, 9], [True, False, False], "f.jsonl", "line 3")

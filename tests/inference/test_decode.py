@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+
+from jaxllm.inference.decode import CHECK_EVERY, Limits, Request, bucket
+from jaxllm.inference.sampling import Sampler, penalise
+from jaxllm.layers.cache import init_cache
+from jaxllm.layers.masks import CausalMask
+from jaxllm.models.config import ComputeConfig
+from jaxllm.models.decoder import bind, graph
+
+COMPUTE = ComputeConfig(dtype="float32", layers="unroll")
+GREEDY, PLAIN = Sampler(temperature=0), Sampler(temperature=1.0, seed=5)
+RANDOM = np.random.default_rng(1)
+PROMPTS = [RANDOM.integers(3, 61, n).tolist() for n in (1, 2, 5, 9, 17, 31, 33, 40)]
+
+
+def tokens_of(decoder, prompts, sampler, count, **limits):
+    return [a.tokens for a in decoder.generate([Request(p) for p in prompts], sampler, Limits(count, **limits))]
+
+
+def test_greedy_equals_the_oracle_without_cache(decoder, oracle):
+    found = tokens_of(decoder, PROMPTS, GREEDY, 20)
+    assert found == [oracle(prompt, 20) for prompt in PROMPTS]
+    assert len({tuple(answer) for answer in found}) > 4  # the model does depend on the prompt
+
+
+def test_logprobs_are_those_of_the_full_forward(decoder, forward):
+    for prompt, answer in zip(PROMPTS, decoder.generate([Request(p) for p in PROMPTS], PLAIN, Limits(8)), strict=True):
+        logits = forward(prompt + answer.tokens)[len(prompt) - 1 : -1]
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        np.testing.assert_allclose(answer.logprobs, expected[np.arange(8), answer.tokens], atol=1e-4)
+
+
+def test_cached_logits_equal_the_full_forward(decoder, forward):
+    config = decoder.config
+    model = bind(graph(config, COMPUTE, stacked=False)[0], decoder.params)
+    tokens = np.asarray(PROMPTS[4])[None]
+    positions = np.arange(17)[None]
+    cache = init_cache(config.n_layers, (1, 32, config.kv_heads, config.head_width), np.float32)
+    first, cache = model.hidden(tokens[:, :9], positions[:, :9], CausalMask(), cache)
+    rest, cache = model.decode(tokens[:, 9:], positions[:, 9:], cache)  # several tokens at once, too
+    logits = np.concatenate([model.logits(first), model.logits(rest)], axis=1)[0]
+    np.testing.assert_allclose(logits, forward(PROMPTS[4]), atol=2e-5)
+
+
+def test_an_answer_does_not_depend_on_its_batch(decoder):
+    prompts = [RANDOM.integers(3, 61, n).tolist() for n in RANDOM.integers(1, 40, 24)]
+    together = tokens_of(decoder, prompts, PLAIN, 24)
+    for size in (1, 5):
+        for i in range(0, 24, size):
+            assert tokens_of(decoder, prompts[i : i + size], PLAIN, 24) == together[i : i + size]
+
+
+def test_turns_of_max_rows_keep_the_order(decoder, monkeypatch):
+    expected = tokens_of(decoder, PROMPTS, GREEDY, 6)
+    monkeypatch.setattr(decoder, "max_rows", 4)
+    assert tokens_of(decoder, PROMPTS, GREEDY, 6) == expected
+
+
+def test_samples_of_a_prompt_differ_and_can_be_repeated_alone(decoder):
+    many = decoder.generate([Request(PROMPTS[3], sample) for sample in range(4)], PLAIN, Limits(12))
+    assert len({tuple(answer.tokens) for answer in many}) == 4
+    assert decoder.generate([Request(PROMPTS[3], 2)], PLAIN, Limits(12))[0].tokens == many[2].tokens
+
+
+@pytest.mark.parametrize("sampler", [GREEDY, Sampler(temperature=0.9, top_p=0.9, repetition_penalty=1.3, seed=2)])
+def test_stream_equals_generate(decoder, sampler):
+    answer = decoder.generate([Request(PROMPTS[2])], sampler, Limits(12))[0]
+    steps = list(decoder.stream(Request(PROMPTS[2]), sampler, Limits(12)))
+    assert [step.tokens[0] for step in steps] == answer.tokens
+    np.testing.assert_allclose([step.logprobs[0] for step in steps], answer.logprobs, atol=1e-5)
+    assert [step.finish_reason for step in steps] == [""] * 11 + ["length"]
+
+
+def test_stop_ids_end_rows_one_by_one(decoder):
+    free = tokens_of(decoder, PROMPTS, GREEDY, 20)
+    stops = (free[0][3], free[5][7])
+    answers = decoder.generate([Request(p) for p in PROMPTS], GREEDY, Limits(20, stops))
+    for found, whole in zip(answers, free, strict=True):
+        ends = [i for i, token in enumerate(whole) if token in stops]
+        assert found.tokens == (whole[: ends[0] + 1] if ends else whole)
+        assert found.finish_reason == ("stop" if ends else "length")
+
+
+def test_finished_ends_a_row_soon(decoder):
+    whole = tokens_of(decoder, PROMPTS[:2], GREEDY, 40)
+    enough = lambda tokens: len(tokens) >= 5 and tokens[:5] == whole[0][:5]
+    first, second = decoder.generate([Request(p) for p in PROMPTS[:2]], GREEDY, Limits(40, finished=enough))
+    assert first.tokens == whole[0][: len(first.tokens)]
+    assert 5 <= len(first.tokens) <= 5 + CHECK_EVERY
+    assert (first.finish_reason, second.finish_reason) == ("stop", "length")
+    assert second.tokens == whole[1]
+
+
+def test_repetition_penalty_covers_prompt_and_answer(decoder, forward):
+    prompt, tokens = PROMPTS[1], list(PROMPTS[1])
+    for _ in range(10):
+        seen = np.isin(np.arange(61), tokens)
+        tokens.append(int(np.argmax(penalise(forward(tokens)[-1], seen, np.float32(3)))))
+    found = tokens_of(decoder, [prompt, PROMPTS[4]], Sampler(temperature=0, repetition_penalty=3), 10)
+    assert found[0] == tokens[2:]
+
+
+def test_the_models_length_is_the_limit(decoder):
+    long = RANDOM.integers(3, 61, 75).tolist()
+    answers = decoder.generate([Request(long), Request(PROMPTS[0])], GREEDY, Limits(500))
+    assert [len(answer.tokens) for answer in answers] == [5, 79]
+    assert [answer.finish_reason for answer in answers] == ["length", "length"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "prompt 1 has 0 tokens"), ([1] * 80, "80 tokens; the model takes 1 to 79"), ([61], "vocabulary ends at 60")],
+)
+def test_impossible_prompts_are_refused(decoder, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        decoder.generate([Request([3]), Request(prompt)], GREEDY, Limits(4))
+
+
+def test_max_new_tokens_must_be_positive(decoder):
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        decoder.generate([Request([3])], GREEDY, Limits(0))
+
+
+def test_buckets():
+    found = [bucket(n, 1000) for n in (1, 32, 33, 48, 49, 65, 96, 97, 200, 769, 900)]
+    assert found == [32, 32, 48, 48, 64, 96, 96, 128, 256, 1000, 1000]

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxllm.layers.ffn import Ffn, Gated, Plain
+from jaxllm.layers.linear import Projection, param, project_together
+from jaxllm.layers.norms import LayerNorm, Norm, RMSNorm
+from jaxllm.layers.positions import rope_angles, rotate
+
+X = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+
+
+def test_rms_norm_formula():
+    norm = Norm(RMSNorm(eps=1e-6), 8)
+    norm.scale[...] = jnp.arange(8.0)
+    expected = X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * np.arange(8.0)
+    np.testing.assert_allclose(norm(X), expected, atol=1e-6)
+
+
+def test_layer_norm_formula():
+    norm = Norm(LayerNorm(eps=1e-5), 8)
+    norm.scale[...], norm.bias[...] = jnp.arange(8.0), jnp.ones(8)
+    expected = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-5) * np.arange(8.0) + 1
+    np.testing.assert_allclose(norm(X), expected, atol=1e-5)
+
+
+def test_norm_reduces_bfloat16_in_float32():
+    large = jnp.full((1, 1, 512), 3.0, jnp.bfloat16)
+    np.testing.assert_allclose(Norm(RMSNorm(), 512)(large).astype(np.float32), 1.0, atol=1e-2)
+
+
+def test_rope_scores_depend_on_distance_alone():
+    q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (1, 2))
+
+    def score(query_position, key_position):
+        turn = lambda x, p: rotate(x, rope_angles(jnp.array([[p]]), 8, 10_000.0))
+        return jnp.sum(turn(q, query_position) * turn(k, key_position))
+
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
+    np.testing.assert_allclose(score(0, 0), jnp.sum(q * k), rtol=1e-6)
+
+
+def test_rope_literal_quarter_turn():
+    # One pair, first frequency 1: position pi/2 turns (1, 0) to (0, 1).
+    x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+    angles = (jnp.cos(jnp.pi / 2).reshape(1, 1, 1, 1), jnp.sin(jnp.pi / 2).reshape(1, 1, 1, 1))
+    np.testing.assert_allclose(rotate(x, angles)[0, 0, 0], [0.0, 1.0], atol=1e-6)
+
+
+def test_projections_together_equal_projections_apart():
+    rngs = nnx.Rngs(0)
+    parts = [
+        Projection(rngs, {"embed": 8}, {"heads": 4, "head_dim": 2}, bias=True),
+        Projection(rngs, {"embed": 8}, {"kv_heads": 2, "head_dim": 2}),
+    ]
+    parts[0].bias[...] = jnp.ones((4, 2))
+    for joined, part in zip(project_together(X, *parts), parts, strict=True):
+        np.testing.assert_allclose(joined, part(X), atol=1e-6)
+    assert project_together(X, *parts)[0].shape == (2, 3, 4, 2)
+
+
+@pytest.mark.parametrize("config", [Gated(), Plain(activation="relu")])
+def test_ffn_formula(config):
+    ffn = Ffn(nnx.Rngs(0), config, d_model=8, d_ff=16, bias=True)
+    up = X @ ffn.up.kernel[...]
+    hidden = jax.nn.silu(X @ ffn.gate.kernel[...]) * up if isinstance(config, Gated) else jnp.maximum(up, 0)
+    np.testing.assert_allclose(ffn(X), hidden @ ffn.down.kernel[...], atol=1e-6)
+
+
+def test_every_dimension_needs_an_axis_name():
+    with pytest.raises(ValueError, match="name every dimension"):
+        param(nnx.Rngs(0), (2, 3), ("embed",), 0.02)

@@ -1,0 +1,66 @@
+import jax
+import pytest
+
+from jaxllm.models import accounting, presets
+from jaxllm.models.config import ComputeConfig
+from jaxllm.models.decoder import init_params
+
+# Llama and GPT-2: counts of the published checkpoints. GPT-3: the shapes of Brown et al. 2020, table 2.1, which names
+# them 125M ... 175B.
+PUBLISHED = {
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "gpt2-124m": 124_439_808,
+    "gpt2-355m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1.5b": 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    assert accounting.param_count(presets.get(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("gpt3-125m", 0.125), ("gpt3-350m", 0.356), ("gpt3-760m", 0.760), ("gpt3-1.3b", 1.3), ("gpt3-2.7b", 2.7),
+     ("gpt3-6.7b", 6.7), ("gpt3-13b", 13), ("gpt3-175b", 175)],
+)  # fmt: skip
+def test_gpt3_sizes(name, billions):
+    assert accounting.param_count(presets.get(name)) / 1e9 == pytest.approx(billions, rel=0.015)
+
+
+def test_counts_equal_real_arrays():
+    config = presets.get("tiny")
+    assert accounting.param_count(config) == sum(x.size for x in jax.tree.leaves(init_params(config, 0)))
+
+
+def test_flops_of_7b_at_4k():
+    # 6 x 6.607e9 (all but the token table) + 6 x 32 layers x 4096 x 4096
+    assert (
+        accounting.flops_per_token(presets.get("llama2-7b"), 4096)
+        == 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
+    )
+
+
+def test_remat_orders_the_activation_estimate():
+    config = presets.get("llama2-7b")
+    sizes = [
+        accounting.training_bytes(config, ComputeConfig(dtype="bfloat16", remat=remat), 4096)["activations"]
+        for remat in ("none", "dots", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_unknown_preset_suggests():
+    with pytest.raises(ValueError, match="did you mean llama2-7b"):
+        presets.get("lama2-7b")
+
+
+def test_peak_is_unknown_for_a_cpu():
+    assert accounting.peak_flops("cpu") is None
+    assert accounting.peak_flops("NVIDIA H200") == 989e12

@@ -1,0 +1,101 @@
+"""Every recipe in configs/ is valid, fits together with its neighbours, and builds without allocating anything."""
+
+import functools
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxllm.core import config as configs
+from jaxllm.core import files, raw
+from jaxllm.core.batch import Batch
+from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig
+from jaxllm.models.decoder import abstract_params
+from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
+from jaxllm.training.optim import optimizer
+from jaxllm.training.state import TrainState
+from jaxllm.training.step import train_step
+
+DIRECTORY = Path(__file__).parent.parent / "configs"
+FILES = sorted(DIRECTORY.rglob("*.yaml"))
+PREPARE = [file for file in FILES if "inputs" in raw.read(file).tree]
+TRAINING = [file for file in FILES if file not in PREPARE]
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(DIRECTORY))
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """`load_recipe` in a directory where the run that a recipe starts from has been recorded."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(file: Path) -> Recipe:
+        start_from = raw.read(file).tree.get("start_from")
+        if start_from is not None:
+            [before, *_] = [other for other in TRAINING if raw.read(other).tree["out"] == start_from]
+            files.write_text(Path(start_from) / FILE_NAME, configs.dump(load(before)))
+        return load_recipe(file)
+
+    return load
+
+
+def step_shapes(recipe: Recipe) -> tuple[TrainState, TrainState, dict]:
+    """States before and after one update, and its metrics, as shapes."""
+    params = abstract_params(recipe.model)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    ema = params if recipe.step.ema_decay is not None else None
+    opt_state = jax.eval_shape(optimizer(recipe.optim).init, params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, ema, scalar)
+    shape = (recipe.data.batch_size, recipe.data.packing.seq_len)
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = Batch(integers, integers, jax.ShapeDtypeStruct(shape, jnp.float32), integers, integers)
+    step = functools.partial(
+        train_step, model=recipe.model, compute=recipe.compute.resolve("tpu", recipe.model.n_layers),
+        optim=recipe.optim, step=recipe.step,
+    )  # fmt: skip
+    return state, *jax.eval_shape(step, state, batch, scalar)
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=name)
+def test_training_recipe_builds(file, load):
+    recipe = load(file)
+    sizes = (recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
+    n_devices = 8 if -1 in sizes else math.prod(sizes)
+    check(recipe, vocab_size=recipe.model.vocab_size, n_devices=n_devices)
+    before, after, metrics = step_shapes(recipe)
+    describe = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    assert describe(after) == describe(before)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("file", PREPARE, ids=name)
+def test_prepare_recipe_is_valid(file):
+    config = configs.load(PrepareConfig, file)
+    if isinstance(config.tokenizer, ExistingTokenizer):
+        made = [other for other in PREPARE if raw.read(other).tree["out"] == config.tokenizer.path]
+        assert len(made) == 1, f"no recipe makes the tokenizer {config.tokenizer.path}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_the_first_line_says_what_it_is_for(file):
+    assert re.match(r"# [A-Z].{20,}", file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", [file for file in TRAINING if file.parent.name != "quickstart"], ids=name)
+def test_data_is_made_by_a_recipe_or_a_command_that_is_shown(file):
+    shown = "".join(other.read_text(encoding="utf-8") for other in file.parent.glob("*.yaml"))
+    made = {raw.read(other).tree["out"] for other in PREPARE} | set(re.findall(r"--out (\S+)", shown))
+    for source in raw.read(file).tree["data"]["sources"]:
+        assert source["path"] in made, f"nothing says how to make {source['path']}"
+
+
+def test_the_7b_run_may_move_between_machines(load):
+    tpu, gpu = (load(DIRECTORY / "llama2-7b" / f"{machine}-pretrain.yaml") for machine in ("v5p", "h200"))
+    same = {"mesh", "platform", "step"}
+    assert tpu.model_dump(exclude=same) == gpu.model_dump(exclude=same)
+    assert tpu.step.model_copy(update={"accumulate": 1}) == gpu.step.model_copy(update={"accumulate": 1})

@@ -1,0 +1,111 @@
+"""The command on a tiny random model: its loss is that of the logits, its errors are one line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm import evaluate
+from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.language_model import LanguageModel
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import init_params
+
+CONFIG = ModelConfig(vocab_size=262, d_model=16, n_layers=1, n_heads=2, d_ff=32, max_seq_len=512)
+TEXTS = ("the quick brown fox", "jumps over", "小红看见一只猫。")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf * 6, init_params(CONFIG, 0)))()
+    return LanguageModel(CONFIG, params, byte_tokenizer(), chat=True)
+
+
+@pytest.fixture(scope="module")
+def model(lm, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    lm.save(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data") / "text"
+    tokenizer = byte_tokenizer()
+    with DatasetWriter(directory, tokenizer, "text") as writer:
+        for split in ("train", "validation"):
+            for number, text in enumerate(TEXTS):
+                writer.add_text(split, tokenizer.encode(text), "t", str(number), len(text.encode()))
+    return str(directory)
+
+
+def test_perplexity_is_that_of_the_logits(lm, model, data, tmp_path, capsys):
+    flags = ["--tasks", "perplexity", "--data", data, "--seq-len", "64", "--batch-size", "8"]
+    assert evaluate.main([model, *flags, "--out", str(tmp_path / "r.json")]) is None
+    nats, tokens = 0.0, 0
+    for text in TEXTS:
+        ids = np.array([lm.tokenizer.bos_id, *lm.tokenizer.encode(text), lm.tokenizer.eos_id])
+        logits = np.asarray(lm.logits(ids[None, :-1]))[0]
+        logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats, tokens = nats - logits[np.arange(len(ids) - 1), ids[1:]].sum(), tokens + len(ids) - 1
+    found = json.loads((tmp_path / "r.json").read_text())["perplexity"]
+    assert found["tokens"] == tokens
+    assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert found["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-3)
+    n_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-4)
+    assert f"over {tokens} tokens" in capsys.readouterr().out
+
+
+def test_applications_are_asked_and_shown(model, tmp_path, capsys):
+    flags = ["--tasks", "classification", "--n", "4", "--splits", "new_combinations,pretrain_only"]
+    assert evaluate.main([model, *flags, "--out", str(tmp_path / "r.json")]) is None
+    found = json.loads((tmp_path / "r.json").read_text())["applications"]
+    assert [found[split]["classification"]["n"] for split in ("new_combinations", "pretrain_only")] == [4, 4]
+    out = capsys.readouterr().out
+    assert "0.0% (0/4)" in out
+    assert "topic_zh" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--tasks", "perplexity,poetry"],
+            "--tasks has 'poetry', which does not exist; use any of perplexity,generation",
+        ),
+        (
+            ["--tasks", "qa", "--splits", "old"],
+            "--splits has 'old', which does not exist; use any of new_combinations,",
+        ),
+        (["--tasks", "qa", "--n", "0"], "--n 0 must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (
+            ["--tasks", "perplexity", "--batch-size", "12"],
+            "--batch-size 12 does not divide by 8 devices; use a multiple",
+        ),
+        (["--tasks", "perplexity"], "was trained on is not here (not-recorded); name a dataset with --data"),
+        (["--tasks", "perplexity", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_user_errors_are_one_line(model, flags, message, capsys):
+    assert evaluate.main([model, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_another_tokenizer_is_refused(model, tmp_path, capsys):
+    from jaxllm.data import tokenizer
+    from jaxllm.data.pieces_training import TokenizerConfig
+
+    other = tokenizer.train(TEXTS * 3, TokenizerConfig(vocab_size=300, character_coverage=1.0))
+    with DatasetWriter(tmp_path / "d", other, "text") as writer:
+        for split in ("train", "validation"):
+            writer.add_text(split, other.encode(TEXTS[0]), "t", "0", len(TEXTS[0]))
+    flags = ["--tasks", "perplexity", "--data", str(tmp_path / "d"), "--batch-size", "8"]
+    assert evaluate.main([model, *flags]) == 2
+    assert "prepare the data with --tokenizer MODEL" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.inference.sampling import Sampler
+from jaxllm.inference.text import TextStream
+from jaxllm.language_model import LanguageModel, locate
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import init_params
+
+CONFIG = ModelConfig(vocab_size=262, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160)
+GREEDY, WARM = Sampler(temperature=0), Sampler(temperature=1.0, seed=3)
+USER = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf * 6, init_params(CONFIG, 0)))()
+    return LanguageModel(CONFIG, params, byte_tokenizer(), chat=True)
+
+
+class Letters:
+    """Character stream of a tokenizer whose ids are the letters of `text`, in pieces."""
+
+    def push(self, piece):
+        return piece
+
+    def flush(self):
+        return ""
+
+
+def test_padding_on_either_side_changes_nothing(lm):
+    rows = np.random.default_rng(0).integers(6, 262, (2, 9))
+    alone = lm.logits(rows)
+    assert alone.dtype == np.float32
+    assert alone.shape == (2, 9, 262)
+    pad, mask = np.zeros((2, 3), int), np.repeat([[True, False]], 2, 0).repeat([9, 3], 1)
+    right = lm.logits(np.concatenate([rows, pad], 1), mask)[:, :9]
+    left = lm.logits(np.concatenate([pad, rows], 1), mask[:, ::-1])[:, 3:]
+    np.testing.assert_allclose(right, alone, atol=2e-5)
+    np.testing.assert_allclose(left, alone, atol=2e-5)
+
+
+def test_answers_stand_in_the_order_of_prompts_and_samples(lm):
+    found = lm.generate(["a much longer prompt", "b"], max_new_tokens=8, sampler=WARM, num_samples=2)
+    assert [(answer.prompt, answer.sample) for answer in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert found[2].tokens == lm.generate("b", max_new_tokens=8, sampler=WARM)[0].tokens
+    for answer in found:
+        assert answer.text == lm.tokenizer.decode(answer.tokens)
+        assert len(answer.tokens) == len(answer.logprobs)
+
+
+def test_chat_and_respond_use_the_template(lm):
+    answer = lm.chat(USER, max_new_tokens=8, sampler=GREEDY)
+    special = lm.tokenizer.special
+    assert lm.encode(USER) == [1, special["<|user|>"], *lm.tokenizer.encode("Hello"), special["<|assistant|>"]]
+    assert lm.respond("Hello", max_new_tokens=8, sampler=GREEDY) == answer
+    assert lm.generate("Hello", max_new_tokens=8, sampler=GREEDY)[0].tokens != answer.tokens
+
+
+def test_stop_strings_cut_generate_and_stream_alike(lm):
+    whole = lm.generate("x", max_new_tokens=60, sampler=WARM)[0]
+    stop = whole.text[20:23]
+    cut = lm.generate("x", max_new_tokens=60, sampler=WARM, stop=[stop])[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert stop in lm.tokenizer.decode(cut.tokens)
+    assert stop not in lm.tokenizer.decode(cut.tokens[:-1])
+    assert "".join(lm.stream("x", max_new_tokens=60, sampler=WARM, stop=[stop])) == cut.text
+
+
+def test_streamed_pieces_join_to_the_answer(lm):
+    pieces = list(lm.stream(USER, max_new_tokens=60, sampler=WARM))
+    assert "".join(pieces) == lm.chat(USER, max_new_tokens=60, sampler=WARM).text
+    assert len(pieces) > 5
+
+
+def test_no_piece_shows_a_part_of_a_stop_string():
+    text = "abENxENDyz"
+    for cuts in itertools.product([False, True], repeat=len(text) - 1):
+        pieces, start = [], 0
+        for i, cut in enumerate((*cuts, True), 1):
+            if cut:
+                pieces.append(text[start:i])
+                start = i
+        stream = TextStream(Letters(), ["END", "NDx"])
+        shown = [stream.push(piece) for piece in pieces]
+        assert "".join(shown) + stream.flush() == "abENx"
+        assert stream.stopped
+
+
+def test_what_is_held_back_comes_at_the_end():
+    stream = TextStream(Letters(), ["END"])
+    assert [stream.push("abE"), stream.push("N"), stream.flush()] == ["ab", "", "EN"]
+
+
+def test_characters_are_never_split(lm):
+    stream = TextStream(lm.tokenizer.stream(), ["\u20ac!"])
+    ids = lm.tokenizer.encode("a\u00e9\u20ac?")
+    assert [stream.push(token) for token in ids] == ["a", "", "\u00e9", "", "", "", "\u20ac?"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stop": [""]}, "not empty"),
+        ({"stop": "END"}, "must be a list"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_impossible_requests_are_refused(lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate("x", **arguments)
+
+
+def test_a_conversation_needs_messages(lm):
+    with pytest.raises(ValueError, match="no messages"):
+        lm.chat([])
+
+
+def test_a_foreign_tokenizer_is_refused(lm):
+    with pytest.raises(ValueError, match="262 ids and the model 200"):
+        LanguageModel(CONFIG.model_copy(update={"vocab_size": 200}), lm.params, byte_tokenizer())
+
+
+def test_save_and_load_give_the_same_model(lm, tmp_path):
+    lm.save(tmp_path / "run")
+    (tmp_path / "run.json").write_text('{"model": "run"}')
+    for path in (tmp_path, tmp_path / "run" / "checkpoints" / "0"):
+        again = jaxllm.load(path)
+        assert (again.config, again.is_chat, again.tokenizer.fingerprint) == (CONFIG, True, lm.tokenizer.fingerprint)
+        jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+    with pytest.raises(ValueError, match="is not empty"):
+        lm.save(tmp_path / "run")
+
+
+def test_wrong_paths_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        locate(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no run directory \(no recipe.yaml\)"):
+        locate(tmp_path)

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+
+import pytest
+
+from jaxllm import inspect, prepare
+from jaxllm.data.shards import Dataset
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"line number {number} says hello" for number in range(60)))
+    return path
+
+
+def test_flags_make_a_dataset(text, tmp_path, capsys):
+    out = tmp_path / "d"
+    flags = ["--text", str(text), "--split", "line", "--tokenizer", "bpe", "--vocab-size", "320", "--out", str(out)]
+    assert prepare.main([*flags, "--validation", "5", "--seq-len", "32", "clean.min_chars=2"]) is None
+    assert "60 read, 60 kept" in capsys.readouterr().out
+    assert len(Dataset.open(out, "validation")) == 5
+    assert prepare.main(flags) == 2
+    assert f"error: {out} exists; choose another directory, or pass --overwrite" in capsys.readouterr().err
+    assert prepare.main([*flags, "--overwrite"]) is None
+    chat = ["--chat", "--world", "40", "--tokenizer", str(out), "--out", str(tmp_path / "c")]
+    assert prepare.main(chat) is None
+    assert Dataset.open(tmp_path / "c").kind == "chat"
+    assert Dataset.open(tmp_path / "c").tokenizer_fingerprint == Dataset.open(out).tokenizer_fingerprint
+
+
+def test_recipe_makes_a_dataset(text, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"inputs:\n- kind: text\n  path: {text}\n  split: line\ntokenizer: {{kind: bytes}}\nout: {tmp_path / 'd'}\n"
+    )
+    assert prepare.main([str(recipe), "validation=3"]) is None
+    assert len(Dataset.open(tmp_path / "d", "validation")) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--txt", "a"], "unknown flag --txt; python -m jaxllm.prepare --help lists all flags"),
+        (["--text", "none.txt", "--out", "d"], "no file matches 'none.txt'"),
+        (["--world", "5"], "missing key 'out'"),
+        (["--out", "d"], "missing key 'inputs'"),
+        (["--world", "5", "--split", "line", "--out", "d"], "--split says how --text is cut, and there is no --text"),
+        (["r.yaml", "--world", "5"], "sources are given twice: in r.yaml and as flags"),
+        (["a.txt", "b.txt"], "more than one recipe: a.txt, b.txt; quote glob patterns"),
+        (["--world", "0", "--out", "d"], "inputs.0.count=0: expected a whole number >= 1"),
+    ],
+)
+def test_user_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_lists_flags_and_keys_and_stays_light(capsys):
+    assert prepare.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--jsonl FILE[:FIELDS]" in out
+    assert "tokenizer.vocab_size" in out
+    code = (
+        "import sys; from jaxllm import inspect, prepare; prepare.main(['--help']); "
+        "sys.exit(any(name in sys.modules for name in ('jax', 'grain', 'orbax', 'sentencepiece', 'jinja2')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_inspect_shows_a_dataset(text, tmp_path, capsys):
+    out = tmp_path / "d"
+    prepare.main(["--text", str(text), "--split", "line", "--tokenizer", "bytes", "--out", str(out)])
+    capsys.readouterr()
+    assert inspect.main([str(out), "--rows", "2", "--seq-len", "40"]) is None
+    shown = capsys.readouterr().out
+    assert shown.count("sample") == 2
+    assert "line number" in shown
+    assert "a.txt" in shown
+    assert inspect.main([str(out), "--step", "1"]) == 2
+    assert "--step needs a run directory" in capsys.readouterr().err
+    assert inspect.main([str(tmp_path)]) == 2
+    assert "is no dataset: it has no manifest.json" in capsys.readouterr().err

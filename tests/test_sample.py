@@ -1,0 +1,120 @@
+import io
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxllm import sample
+from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.inference.sampling import Sampler
+from jaxllm.language_model import LanguageModel
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import init_params
+
+CONFIG = ModelConfig(vocab_size=262, d_model=16, n_layers=1, n_heads=2, d_ff=16, max_seq_len=128)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "run"
+    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf * 6, init_params(CONFIG, 0)))()
+    LanguageModel(CONFIG, params, byte_tokenizer(), chat=True).save(directory)
+    return str(directory)
+
+
+def outcome(capsys, *argv):
+    status = sample.main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_json_lines_hold_every_answer_in_order(run, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo \u00e9\n")
+    status, out, _ = outcome(
+        capsys, run, "--prompts", tmp_path / "p.txt", "--json", "--num-samples", 2, "--max-new-tokens", 5
+    )
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status is None
+    assert [(line["prompt"], line["sample"]) for line in lines] == [
+        (p, i) for p in ("one", "two \u00e9") for i in (0, 1)
+    ]
+    assert all(line.keys() == {"prompt", "text", "tokens", "finish_reason", "sample"} for line in lines)
+    assert all(1 <= line["tokens"] <= 5 for line in lines)
+
+
+def test_stream_prints_what_generate_prints(run, capsys):
+    arguments = [run, "--prompt", "hi", "--max-new-tokens", 6, "--temperature", 1, "--seed", 4]
+    assert outcome(capsys, *arguments)[1] == outcome(capsys, *arguments, "--stream")[1]
+
+
+def test_raw_differs_from_the_template(run, capsys):
+    arguments = [run, "--prompt", "hi", "--max-new-tokens", 6, "--temperature", 0]
+    assert outcome(capsys, *arguments)[1] != outcome(capsys, *arguments, "--raw")[1]
+
+
+def test_standard_input_is_a_prompt(run, capsys, monkeypatch):
+    arguments = [run, "--max-new-tokens", 6, "--temperature", 0]
+    expected = outcome(capsys, *arguments, "--prompt", "piped")[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped\n"))
+    assert outcome(capsys, *arguments)[1] == expected
+
+
+class Parrot:
+    """A model whose answer is how many messages it was given."""
+
+    tokenizer = byte_tokenizer()
+
+    def stream(self, messages, **options):
+        if len(messages) > 5:
+            raise ValueError("too long")
+        yield from (str(len(messages)), messages[0]["content"])
+
+
+def test_a_conversation_remembers_resets_and_ends(capsys):
+    arguments = SimpleNamespace(model="m", system="S", max_new_tokens=4, stop=[])
+    typed = io.StringIO("a\n\nb\n/reset\nc\n/exit\nnever\n")
+    sample.converse(Parrot(), arguments, Sampler(), typed)
+    out = capsys.readouterr().out
+    assert [line.removeprefix("> ").removeprefix("> ") for line in out.splitlines()[1:]][:4] == [
+        "2S", "4S", "(the conversation starts over)", "2S",
+    ]  # fmt: skip
+
+
+def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys):
+    arguments = SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[])
+    sample.converse(Parrot(), arguments, Sampler(), io.StringIO("a\nb\nc\nd\n"))
+    assert capsys.readouterr().out.endswith("(too long; /reset starts over)\n> \n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere", "--prompt", "x"], "nowhere does not exist"),
+        (["m", "--prompt", " "], "prompt of --prompt is empty"),
+        (["m", "--prompt", "x", "--prompts", "f"], "--prompt and --prompts are both given"),
+        (["m", "--prompts", "no-such-file"], "No such file or directory: no-such-file"),
+        (["m", "--prompt", "x", "--stream", "--json"], "--stream shows one answer"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, argv, message):
+    status, out, err = outcome(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_damaged_prompt_file_names_the_line(capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    assert "p.jsonl, line 2: expected {" in outcome(capsys, "m", "--prompts", tmp_path / "p.jsonl")[2]
+
+
+def test_help_is_quick_because_jax_is_not_imported():
+    code = "import sys, jaxllm.sample\ntry: jaxllm.sample.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.monotonic() - started < 20  # a second on a machine at rest

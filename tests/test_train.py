@@ -1,0 +1,173 @@
+"""Whole runs as a user makes them: real processes, really killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+STEPS = 24
+RECIPE = """
+out: {run}
+steps: {steps}
+model: {{preset: tiny, n_layers: 1, d_model: 32, n_heads: 2, d_ff: 48, vocab_size: 300}}
+data: {{sources: [{{path: {data}}}], packing: {{seq_len: 32}}, batch_size: 4}}
+optim: {{lr: 1e-2, schedule: {{kind: cosine, warmup: 4}}}}
+step: {{ema_decay: 0.9}}
+checkpoint: {{every: 4}}
+monitor: {{log_every: 1, evaluate_every: 8}}
+platform: {{cpu_devices: 2, compile_cache: {cache}}}
+compute: {{layers: scan}}
+"""
+
+
+def python(*arguments, **options):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": ""}
+    environment.pop("JAX_NUM_CPU_DEVICES")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, **options}
+    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], **options)
+
+
+def run(*arguments):
+    process = python(*arguments)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A dataset, a compile cache and the run that nobody disturbs."""
+    path = tmp_path_factory.mktemp("train")
+    status, output = run(
+        "jaxllm.prepare", "--world", 300, "--tokenizer", "bytes", "--validation", 10, "--out", path / "data"
+    )
+    assert status == 0, output
+    status, output = run("jaxllm.train", recipe(path, "undisturbed"))
+    assert status == 0, output
+    return path
+
+
+def recipe(path: Path, name: str, steps: int = STEPS) -> Path:
+    file = path / f"{name}.yaml"
+    file.write_text(RECIPE.format(run=path / name, data=path / "data", cache=path / "cache", steps=steps))
+    return file
+
+
+def final_params(run_dir: Path):
+    """Every array of the last checkpoint's parameters, read as inference does."""
+    from jaxllm.recipe import load_recipe
+    from jaxllm.training.checkpoint import load_params
+
+    params, meta = load_params(run_dir, load_recipe(run_dir).model)
+    assert meta["step"] == STEPS
+    return params
+
+
+def assert_same_run(one: Path, other: Path):
+    import jax
+
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), final_params(one), final_params(other)
+    )
+
+
+def lines(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_kill_9_at_random_moments_changes_nothing(workspace):
+    run_dir, file = workspace / "killed", recipe(workspace, "killed")
+    generator, kills = random.Random(time.time_ns()), 0
+    for _ in range(3):
+        process = python("jaxllm.train", file)
+        target = lines(run_dir) + generator.randint(1, 9)
+        while process.poll() is None and lines(run_dir) < min(target, STEPS):
+            time.sleep(0.02)
+        time.sleep(generator.random() * 0.3)  # a save may be under way
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 1
+    status, output = run("jaxllm.train", file)
+    assert status == 0, output
+    assert_same_run(run_dir, workspace / "undisturbed")
+
+
+def test_sigterm_saves_says_how_to_resume_and_resumes_bitwise(workspace):
+    run_dir, file = workspace / "stopped", recipe(workspace, "stopped")
+    process = python("jaxllm.train", file)
+    while process.poll() is None and lines(run_dir) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"python -m jaxllm.train {run_dir}" in output
+    status, output = run("jaxllm.train", run_dir)
+    assert status == 0, output
+    assert_same_run(run_dir, workspace / "undisturbed")
+
+
+def test_a_finished_run_is_not_trained_again(workspace):
+    before = (workspace / "undisturbed" / "metrics.jsonl").read_bytes()
+    status, output = run("jaxllm.train", workspace / "undisturbed")
+    assert status == 0, output
+    assert (workspace / "undisturbed" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(workspace):
+    import shutil
+
+    for name in ("other-data", "other-model"):
+        shutil.copytree(workspace / "undisturbed", workspace / name)
+    status, output = run(
+        "jaxllm.prepare", "--world", 310, "--tokenizer", "bytes", "--validation", 10, "--out", workspace / "data2"
+    )
+    assert status == 0, output
+    run_dir = workspace / "other-data"
+    status, output = run(
+        "jaxllm.train", run_dir, f"out={run_dir}", f"data.sources.0.path={workspace / 'data2'}", "steps=30"
+    )
+    assert status == 2
+    assert "was trained on another data" in output
+    run_dir = workspace / "other-model"
+    status, output = run("jaxllm.train", run_dir, f"out={run_dir}", "model.d_ff=64")
+    assert status == 2
+    assert "already holds a run with another model" in output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=100", "model.vocab_size=100 is smaller than the tokenizer's"),
+        ("data.packing.seq_len=4096", "data.packing.seq_len=4096 is longer than model.max_seq_len=128"),
+        ("step.accumulate=3", "data.batch_size=4 is not divisible by step.accumulate=3"),
+        ("mesh.fsdp=3", "does not use 8 devices exactly"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        ("data.sources.0.path=/nowhere", "/nowhere"),
+    ],
+)
+def test_contradictions_are_errors_before_any_compile(workspace, override, message, capsys):
+    from jaxllm.train import main
+
+    assert main([str(recipe(workspace, "wrong")), override]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert not (workspace / "wrong").exists()
+
+
+def test_records_hold_what_a_reader_needs(workspace):
+    records = [json.loads(line) for line in (workspace / "undisturbed" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
+    assert [record["step"] for record in records if "val_loss" in record] == [8, 16, 24]
+    timing = [json.loads(line) for line in (workspace / "undisturbed" / "timing.jsonl").read_text().splitlines()]
+    assert all(record["tokens_per_s"] > 0 for record in timing if "tokens_per_s" in record)

@@ -1,0 +1,82 @@
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.models.config import ModelConfig
+from jaxllm.sharding.mesh import MeshConfig, make_mesh
+from jaxllm.training.checkpoint import CheckpointConfig, Checkpoints, load_params
+from jaxllm.training.optim import AdamW, Muon, optimizer
+from jaxllm.training.state import init_state
+
+MODEL = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=64, max_seq_len=32)
+
+
+ADAMW, DATA = AdamW(), MeshConfig()
+
+
+def make(optim=ADAMW, mesh=DATA, devices=8, seed=0, ema=False):
+    return init_state(MODEL, optimizer(optim), make_mesh(mesh, jax.devices()[:devices]), seed=seed, ema=ema)
+
+
+def save(directory, state, *steps, **options):
+    with Checkpoints(directory, CheckpointConfig(**options)) as checkpoints:
+        for step in steps:
+            checkpoints.save(state, {"step": step, "sample": 8 * step}, val_loss=abs(step - 2.0))
+            checkpoints.wait()
+        return checkpoints.steps()
+
+
+def assert_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize(("optim", "ema"), [(AdamW(), True), (Muon(), False)])
+def test_restores_bitwise_onto_another_mesh(tmp_path, optim, ema):
+    state, _ = make(optim, MeshConfig(fsdp=8), ema=ema)
+    save(tmp_path, state, 3)
+    other, shardings = make(optim, MeshConfig(data=1, fsdp=2, tensor=2), devices=4, seed=1, ema=ema)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, meta = checkpoints.restore(jax.eval_shape(lambda: other), shardings)
+    assert meta == {"step": 3, "sample": 24}
+    assert_equal(restored, state)
+    kernel = restored.params["blocks"]["ffn"]["up"]["kernel"]
+    assert kernel.sharding == shardings.params["blocks"]["ffn"]["up"]["kernel"]
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    state, _ = make(devices=1)
+    assert save(tmp_path, state, 1, 2, 3, 4, 5, keep_last=2, keep_best=1) == [2, 4, 5]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    state, shardings = make(devices=1)
+    save(tmp_path, state, 1, 2)
+    for file in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
+        assert meta["step"] == 1
+        assert "cannot be read and is skipped" in caplog.text
+        assert_equal(restored.params, state.params)
+        checkpoints.save(restored, {"step": 2, "sample": 16})  # the damaged one is replaced
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_inference_reads_the_moving_average_where_there_is_one(tmp_path):
+    state, _ = make(devices=1, ema=True)
+    state = state._replace(ema=jax.tree.map(lambda x: x + 1, state.params))
+    save(tmp_path, state, 1)
+    params, meta = load_params(tmp_path, MODEL)
+    assert meta["sample"] == 8
+    assert_equal(params, state.ema)
+
+
+def test_missing_checkpoints_are_said_clearly(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoints/ directory"):
+        load_params(tmp_path, MODEL)
+    state, _ = make(devices=1)
+    save(tmp_path, state, 4)
+    with pytest.raises(ValueError, match=r"no checkpoint 7; it has steps \[4\]"):
+        load_params(tmp_path, MODEL, step=7)

@@ -1,0 +1,32 @@
+import math
+
+from jaxllm.training.metrics import MetricsWriter, read
+
+
+def test_records_survive_and_later_steps_are_dropped_on_resume(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.metrics(step, {"loss": 1 / step})
+    writer.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "loss": 0.2')  # a line that a kill cut short
+    writer = MetricsWriter(tmp_path, resume_from=2)
+    writer.metrics(3, {"loss": 1 / 3})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_nan_is_valid_json(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.metrics(1, {"loss": math.nan, "grad_norm": math.inf})
+    writer.close()
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": "nan", "grad_norm": "inf"}]
+
+
+def test_samples_with_line_separators_stay_one_line(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.sample(1, "a\u2028b", "c\nd\x85")
+    writer.close()
+    assert read(tmp_path / "samples.jsonl")[0]["text"] == "c\nd\x85"
