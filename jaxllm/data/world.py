@@ -36,7 +36,7 @@ SCHEDULE = tuple(
         *("story_zh", "zh_en", "reading_zh", "sentiment_zh", "basket_zh"),
         *("story_en", "en_zh", "reading_en", "sentiment_en", "basket_en"),
         *("story_zh", "zh_en", "reading_zh", "sentiment_zh", "basket_zh"),
-        *("story_en", "en_zh", "reading_en", "sentiment_en", "basket_en"),
+        *("story_en", "en_zh", "reading_en", "topic_zh", "basket_en"),
         *("story_zh", "zh_en", "reading_zh", "sentiment_zh", "basket_zh"),
         *("story_en", "en_zh", "reading_zh", "topic_en", "films_en"),
         *("story_zh", "zh_en", "closed_book", "topic_zh", "films_zh"),
@@ -80,7 +80,10 @@ def _other(language: int) -> int:
 def _tale(rng: random.Random) -> list[str]:
     story, first = Story.draw(rng, EVERY, False), _language(rng)
     title = story.fill(
-        ("{hero} and a {colour} {thing} in the {place}", "{hero}和{place}里{colour}的{thing}")[first], first
+        ("{hero}, {relative} and a {colour} {thing} in the {place}", "{hero}、{relative}和{place}里{colour}的{thing}")[
+            first
+        ],
+        first,
     )
     return [title, story.say(first), story.say(_other(first))]
 

@@ -37,14 +37,14 @@ class Task:
 
 _WRITE = (
     (
-        "Write a story about {hero} and a {colour} {thing} in the {place}.",
-        "Tell me a story about {hero} and a {colour} {thing} in the {place}.",
-        "Please write a short story with {hero} and a {colour} {thing} in the {place}.",
+        "Write a story about {hero}, {relative} and a {colour} {thing} in the {place}.",
+        "Tell me a story about {hero}, {relative} and a {colour} {thing} in the {place}.",
+        "Please write a short story with {hero}, {relative} and a {colour} {thing} in the {place}.",
     ),
     (
-        "写一个关于{hero}和{place}里{colour}的{thing}的故事。",
-        "请写一个故事，关于{hero}和{place}里{colour}的{thing}。",
-        "给我讲一个关于{hero}和{place}里{colour}的{thing}的故事。",
+        "写一个关于{hero}、{relative}和{place}里{colour}的{thing}的故事。",
+        "请写一个故事，关于{hero}、{relative}和{place}里{colour}的{thing}。",
+        "给我讲一个关于{hero}、{relative}和{place}里{colour}的{thing}的故事。",
     ),
 )
 _TO_CHINESE = (

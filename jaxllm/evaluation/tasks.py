@@ -76,8 +76,8 @@ def held_out(application: str, split: Split, count: int, seed: int) -> list[Exam
 def is_correct(example: Example, text: str) -> bool:
     """Say whether `text` answers the example: exactly, or for generation by any story about what was asked.
 
-    Surrounding white space does not count. A story must be one that `data.world_stories` can tell, with the hero, the
-    colour, the thing and the place of the prompt; plot and relative are free.
+    Surrounding white space does not count. A story must be one that `data.world_stories` can tell of the two people,
+    the colour, the thing and the place of the prompt; the plot is free.
     """
     text = text.strip()
     if example.application != "generation":
@@ -86,7 +86,7 @@ def is_correct(example: Example, text: str) -> bool:
     told, asked = (world_stories.parse(story, language) for story in (text, example.answer))
     if told is None or asked is None:
         return False
-    return replace(asked, plot=told.plot, relative=told.relative) == told
+    return replace(asked, plot=told.plot) == told
 
 
 @dataclass(frozen=True, slots=True)

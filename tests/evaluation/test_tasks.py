@@ -81,7 +81,7 @@ CHINESE = "安娜在公园里看见一个红色的皮球。安娜丢了皮球，
         (ENGLISH, True),
         (KEPT, True),
         (LOST, True),
-        (ENGLISH.replace("Mum", "Uncle"), True),
+        (ENGLISH.replace("Mum", "Uncle"), False),
         (ENGLISH.replace("red", "blue"), False),
         (ENGLISH.replace("ball", "kite"), False),
         (ENGLISH.replace("Anna", "Mary"), False),
@@ -100,7 +100,7 @@ CHINESE = "安娜在公园里看见一个红色的皮球。安娜丢了皮球，
     ],
 )
 def test_english_stories_are_judged_by_the_grammar(told, right):
-    prompt = "Write a story about Anna and a red ball in the park."
+    prompt = "Write a story about Anna, Mum and a red ball in the park."
     example = tasks.Example("generation", "story_en", "new_combinations", prompt, ENGLISH)
     assert tasks.is_correct(example, told) is right
 
@@ -109,7 +109,7 @@ def test_english_stories_are_judged_by_the_grammar(told, right):
     ("told", "right"),
     [
         (CHINESE, True),
-        (CHINESE.replace("妈妈", "叔叔"), True),
+        (CHINESE.replace("妈妈", "叔叔"), False),
         (CHINESE.replace("一个", "一只"), False),
         (CHINESE.replace("红色", "蓝色"), False),
         (CHINESE.replace("难过", "高兴"), False),
@@ -119,7 +119,7 @@ def test_english_stories_are_judged_by_the_grammar(told, right):
 )
 def test_chinese_stories_are_judged_by_the_grammar(told, right):
     example = tasks.Example(
-        "generation", "story_zh", "new_combinations", "写一个关于安娜和公园里红色的皮球的故事。", CHINESE
+        "generation", "story_zh", "new_combinations", "写一个关于安娜、妈妈和公园里红色的皮球的故事。", CHINESE
     )
     assert tasks.is_correct(example, told) is right
 
