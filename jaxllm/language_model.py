@@ -73,7 +73,7 @@ class LanguageModel:
     @cached_property
     def decoder(self) -> Decoder:
         """The same model for token ids; made at the first use."""
-        return Decoder(self.config, self.params, self.compute)
+        return Decoder(self.config, self.params, self.compute, vocab_size=self.tokenizer.vocab_size)
 
     def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Return next-token logits, float32.

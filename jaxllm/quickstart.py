@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None) -> int | None:
         if _train(out, "pretrain", arguments):
             return 130
     base = _load(out / "pretrain") if not arguments.skip_pretraining else None
-    before = _evaluate(base, arguments.smoke) if base else None
+    before = _evaluate(base, arguments.smoke, (TASKS,)) if base else None
     _heading(console, 3, "Teaching it to follow instructions")
     if _train(out, "tune", arguments):
         return 130
     _heading(console, 4, "Asking what it has never been asked")
     files.write_json(out / "run.json", {"model": "tune"})
     tuned = _load(out / "tune")
-    after = _evaluate(tuned, arguments.smoke)
+    after = _evaluate(tuned, arguments.smoke, (TASKS, LATE, NOVEL))
     results = _results(out, before, after, tuned)
     results["seconds"] = round(time.perf_counter() - start, 1)
     files.write_json(out / "results.json", results)
@@ -112,10 +112,10 @@ def _load(run_dir: Path) -> "LanguageModel":
     return jaxllm.load(run_dir)
 
 
-def _evaluate(model: "LanguageModel", smoke: bool) -> dict[str, Any]:
+def _evaluate(model: "LanguageModel", smoke: bool, splits: tuple[str, ...]) -> dict[str, Any]:
     from jaxllm.evaluation.applications import evaluate_applications
 
-    return evaluate_applications(model, count=SMOKE["count"] if smoke else 200, splits=(TASKS, LATE, NOVEL))
+    return evaluate_applications(model, count=SMOKE["count"] if smoke else 200, splits=splits)
 
 
 def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tuned: "LanguageModel") -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tu
     stages = [stage for stage in ("pretrain", "tune") if (out / stage).exists()]
     tables = {"tasks": TASKS, "pretrain_only": LATE, "novel": NOVEL}
     return {
-        **{key: compare(before, after, split) for key, split in tables.items()},
+        **{key: compare(before if key == "tasks" else None, after, split) for key, split in tables.items()},
         "tokens": sum(_tokens(out / stage) for stage in stages),
         "parameters": param_count(tuned.config),
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
+from jaxllm.core.files import read_json
 from jaxllm.data.loader import DataConfig
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -42,28 +43,25 @@ class Recipe(Config):
 def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     """Replace `model: {preset: NAME, field: value}` by the preset's fields with the given ones on top.
 
-    A model that is not described at all starts as the model of `start_from`.
+    A model that is not described at all is the model of `start_from`. Without `vocab_size`, the vocabulary is that of
+    the first dataset, or the preset's if there is no dataset yet.
     """
     model = dict(raw.get("model") or {})
     if not model and raw.get("start_from"):
         model = load_recipe(raw["start_from"]).model.model_dump(mode="json")
+    sources = raw.get("data", {}).get("sources")
+    if "vocab_size" not in model and sources:
+        found = _vocab_size(sources[0].get("path"))
+        model |= {"vocab_size": found} if found is not None else {}
     if "preset" in model:
         model = {**presets.raw(model.pop("preset")), **model}
-    if "vocab_size" not in model and raw.get("data", {}).get("sources"):
-        model["vocab_size"] = _vocab_size(raw["data"]["sources"][0].get("path"))
     return {**raw, "model": model}
 
 
-def _vocab_size(dataset: str | None) -> int:
-    """Return the vocabulary of a dataset directory: what the embedding table must at least hold."""
-    from jaxllm.core.files import read_json
-
+def _vocab_size(dataset: str | None) -> int | None:
+    """Return the vocabulary of a dataset directory, the least that the table must hold; None if it is not there."""
     manifest = Path(dataset or "") / "manifest.json"
-    if not manifest.exists():
-        raise ConfigError(
-            f"data.sources.0.path={dataset!r} is not a dataset (no manifest.json); run python -m jaxllm.prepare"
-        )
-    return read_json(manifest)["vocab_size"]
+    return read_json(manifest)["vocab_size"] if manifest.exists() else None
 
 
 def shipped(name: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxllm.core import config as configs
@@ -64,6 +65,8 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
     steps = recipe.steps.resolve(steps_per_epoch=steps_per_epoch, tokens_per_step=tokens_per_step)
     run_dir = Path(recipe.out)
     _claim(run_dir, recipe, loader)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the first process has made the run directory")
     mesh = make_mesh(recipe.mesh)
     compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
     with jax.set_mesh(mesh), Checkpoints(run_dir, recipe.checkpoint) as checkpoints, StopRequest() as stop:

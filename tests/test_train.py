@@ -150,7 +150,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(workspace):
         ("model.vocab_size=100", "model.vocab_size=100 is smaller than the tokenizer's"),
         ("data.packing.seq_len=4096", "data.packing.seq_len=4096 is longer than model.max_seq_len=128"),
         ("step.accumulate=3", "data.batch_size=4 is not divisible by step.accumulate=3"),
-        ("mesh.fsdp=3", "does not use 8 devices exactly"),
+        ("mesh.fsdp=3", "devices exactly; set mesh.data=-1 to fill up"),
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         ("data.sources.0.path=/nowhere", "/nowhere"),
     ],
@@ -158,7 +158,8 @@ def test_resume_refuses_what_would_not_be_the_same_run(workspace):
 def test_contradictions_are_errors_before_any_compile(workspace, override, message, capsys):
     from jaxllm.train import main
 
-    assert main([str(recipe(workspace, "wrong")), override]) == 2
+    # this process has eight devices already
+    assert main([str(recipe(workspace, "wrong")), "platform.cpu_devices=none", override]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not (workspace / "wrong").exists()

@@ -27,13 +27,13 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-C = TypeVar("C", bound=Config)
-
-
 class Record(BaseModel):
     """Base of what programs write for programs, such as a manifest: as closed as Config, but nobody configures it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+C = TypeVar("C", bound=Config)
 
 
 class Duration(RootModel[int | str]):

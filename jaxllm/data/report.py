@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from jaxllm.core.config import Config
+from jaxllm.core.config import Record
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class RuleReport(Config):
+class RuleReport(Record):
     """One cleaning rule; `examples` of what it dropped."""
 
     changed: int
@@ -16,7 +16,7 @@ class RuleReport(Config):
     examples: tuple[str, ...]
 
 
-class SplitReport(Config):
+class SplitReport(Record):
     """Sizes of one split; `trained` tokens are learned."""
 
     documents: int
@@ -24,7 +24,7 @@ class SplitReport(Config):
     trained: int
 
 
-class PackingReport(Config):
+class PackingReport(Record):
     """The training split in rows of `seq_len`; `waste` is the share of padding, `dropped` what is longer than a row."""
 
     seq_len: int
@@ -33,7 +33,7 @@ class PackingReport(Config):
     dropped: int
 
 
-class PrepareReport(Config):
+class PrepareReport(Record):
     """The account of one `prepare`: everything that was read is either stored or counted here as left out."""
 
     directory: str

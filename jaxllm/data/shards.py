@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from pydantic import Field
 
 from jaxllm.core import files
-from jaxllm.core.config import Config
+from jaxllm.core.config import Record
 
 VERSION = 1
 SPLITS = ("train", "validation")
@@ -30,7 +30,7 @@ Kind = Literal["text", "chat"]
 REPAIR = "copy the file again or prepare the data again"
 
 
-class ShardInfo(Config):
+class ShardInfo(Record):
     """What the manifest records of one shard; `size_bytes` and `crc32` are by file name."""
 
     name: str
@@ -40,7 +40,7 @@ class ShardInfo(Config):
     crc32: dict[str, int]
 
 
-class SplitInfo(Config):
+class SplitInfo(Record):
     """One split: `n_trained` tokens are targets, and stand for `trained_bytes` bytes of UTF-8 text."""
 
     n_documents: int = 0
@@ -50,7 +50,7 @@ class SplitInfo(Config):
     shards: tuple[ShardInfo, ...] = ()
 
 
-class Manifest(Config):
+class Manifest(Record):
     """Everything a reader must know, and the identity of the data."""
 
     version: int

@@ -90,7 +90,7 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
     match source:
         case TextFiles():
             raise ValueError(
-                f"--text {source.path} has no conversations; use --jsonl for chat data, or prepare it with --kind text"
+                f"--text {source.path} has no conversations; use --jsonl for chat data, or leave out --chat"
             )
         case JsonLines():
             for path in _files(source.path):

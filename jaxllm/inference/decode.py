@@ -60,7 +60,7 @@ class State(NamedTuple):
       token, position: the newest token of each row, not yet in the cache, and its place in the row.
       done: the row takes no more tokens; `counts` stands still.
       counts, limits: tokens of the answer, and their maximum.
-      stop_ids: padded with -1.
+      stop_ids: padded with -1. vocab_size: ids from here on are padding of the embedding table, and never chosen.
       keys, settings: of sampling. seen: bool [B, V], or None without repetition penalty.
       tokens, logprobs: [B, M], the answers.
     """
@@ -72,6 +72,7 @@ class State(NamedTuple):
     counts: Int[Array, "B"]
     limits: Int[Array, "B"]
     stop_ids: Int[Array, "I"]
+    vocab_size: Int[Array, ""]
     keys: UInt[Array, "B 2"]
     settings: Settings
     seen: Bool[Array, "B V"] | None
@@ -92,6 +93,7 @@ class Rows(NamedTuple):
     limits: Int[Array, "B"]
     keys: UInt[Array, "B 2"]
     stop_ids: Int[Array, "I"]
+    vocab_size: Int[Array, ""]
     settings: Settings
 
 
@@ -103,6 +105,7 @@ def decode_step(model: Transformer, state: State) -> State:
 
 def _accept(state: State, logits: Float[Array, "B V"]) -> State:
     """Choose a token per row and record it; what a row that is done gets is never read."""
+    logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < state.vocab_size, logits, -jnp.inf)
     tokens, logprobs = choose(logits, state.seen, state.keys, state.step, state.settings)
     counts = state.counts + ~state.done
     stopped = jnp.any(tokens[:, None] == state.stop_ids[None, :], axis=-1)
@@ -142,7 +145,8 @@ def prefill(model: Transformer, rows: Rows, slots: int, new_slots: int) -> State
     zeros = jnp.zeros(batch, jnp.int32)
     state = State(
         step=jnp.int32(0), token=zeros, position=rows.lengths - 1, done=rows.limits == 0, counts=zeros,
-        limits=rows.limits, stop_ids=rows.stop_ids, keys=rows.keys, settings=rows.settings, seen=seen, cache=cache,
+        limits=rows.limits, stop_ids=rows.stop_ids, vocab_size=rows.vocab_size, keys=rows.keys,
+        settings=rows.settings, seen=seen, cache=cache,
         tokens=jnp.zeros((batch, new_slots), jnp.int32), logprobs=jnp.zeros((batch, new_slots), jnp.float32),
     )  # fmt: skip
     return _accept(state, model.logits(last)[:, 0])
@@ -155,10 +159,15 @@ class Decoder:
       params: stacked on L, as everywhere else; a cast copy is kept where the compute dtype is not float32.
       compute: resolved for the platform.
       max_rows: rows decoded at one time; more requests are taken in turns.
+      vocab_size: ids of the tokenizer, where the model's table is larger.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, compute: ComputeConfig, *, max_rows: int = 64):
+    def __init__(
+        self, config: ModelConfig, params: Params, compute: ComputeConfig, *, max_rows: int = 64,
+        vocab_size: int | None = None,
+    ):  # fmt: skip
         self.config = config
+        self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
         self.params = jax.jit(partial(_decode_params, dtype=jnp.dtype(compute.dtype)))(params)
         self._prefill, self._step, self._advance = _programs(config, compute)
@@ -227,7 +236,7 @@ class Decoder:
         stop_ids[: len(limits.stop_ids)] = limits.stop_ids
         rows = Rows(
             prompts, np.asarray(lengths + [1] * spare, np.int32), np.asarray(room + [0] * spare, np.int32),
-            keys, stop_ids, settings(sampler),
+            keys, stop_ids, np.int32(self.vocab_size), settings(sampler),
         )  # fmt: skip
         return self._prefill(self.params, rows, slots=slots, new_slots=bucket(max(room), longest))
 

@@ -31,7 +31,7 @@ def test_published_parameter_counts(name):
      ("gpt3-6.7b", 6.7), ("gpt3-13b", 13), ("gpt3-175b", 175)],
 )  # fmt: skip
 def test_gpt3_sizes(name, billions):
-    assert accounting.param_count(presets.get(name)) / 1e9 == pytest.approx(billions, rel=0.015)
+    assert accounting.param_count(presets.get(name)) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_counts_equal_real_arrays():
