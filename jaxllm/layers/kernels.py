@@ -44,8 +44,8 @@ def _attend_block(q: Array, k: Array, v: Array, visible: Array) -> Array:
     """Attention of one block; q is [B, K, G, T, H], k and v are [B, K, S, H], `visible` is bool [B or 1, T, S].
 
     With e = exp(q k^T / sqrt(H) - max), r = 1 / sum_s e and o = r (e v), the gradient is, for p = r e,
-    dv = p^T do and d(q k^T) = p (do v^T - sum_h(do o)) / sqrt(H): the sum of the softmax's gradient over the keys is one
-    over the H values of a head. Source: Dao et al. 2022 (FlashAttention), appendix B.2.
+    dv = p^T do and d(q k^T) = p (do v^T - sum_h(do o)) / sqrt(H): the softmax's sum over the keys becomes one over the
+    H values of a head. Source: Dao et al. 2022 (FlashAttention), appendix B.2.
     """
     return _block_forward(q, k, v, visible)[0]
 

@@ -57,8 +57,8 @@ class Projection(nnx.Module):
 def _product(x: Array, kernel: Array, n_inputs: int) -> Array:
     """y = x W, whose gradient dW = x^T dy is written with x first.
 
-    Automatic differentiation writes (dy^T x)^T. XLA on a CPU then computes all that led to dy in transposed order, which
-    costs more than the product.
+    Automatic differentiation writes (dy^T x)^T. XLA on a CPU then computes all that led to dy in transposed order, at a
+    cost above that of the product.
     """
     return jnp.tensordot(x, kernel, axes=n_inputs)
 
