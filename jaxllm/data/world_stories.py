@@ -86,7 +86,7 @@ class Story:
     @classmethod
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> "Story":
         """Return a random story; the (hero, colour, thing) decides, as in `Clause.draw`."""
-        hero, colour, thing = draw_triple(rng, pool, held_out)
+        hero, colour, thing = draw_triple(rng, pool.people, pool.things, held_out)
         return cls(rng.choice(PLOTS), hero, rng.choice(RELATIVES), colour, thing, rng.choice(PLACES))
 
     def _slots(self, language: int) -> dict[str, str]:

@@ -8,6 +8,7 @@ from jaxllm.data.world_words import (
     EN,
     KINDS,
     PLACES,
+    RELATIVES,
     SEEN,
     VERBS,
     ZH,
@@ -35,7 +36,7 @@ class Clause:
     @classmethod
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> "Clause":
         """Return a random clause whose (person, colour, thing) is held out or, for everything trained on, is not."""
-        person, colour, thing = draw_triple(rng, pool, held_out)
+        person, colour, thing = draw_triple(rng, pool.people + RELATIVES, pool.things, held_out)
         return cls(person, rng.choice(VERBS), colour, thing, rng.choice(PLACES))
 
     def say(self, language: int) -> str:
@@ -100,7 +101,7 @@ class FilmLog:
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> "FilmLog":
         """Return a random log of 2 to 4 films; the person and the first film decide whether it is held out."""
         while True:
-            person, series = rng.choice(pool.people), rng.choice(pool.series)
+            person, series = rng.choice(pool.people + RELATIVES), rng.choice(pool.series)
             start = rng.randrange(len(series.titles))
             if is_held_out(person.en, series.titles[start]) == held_out:
                 return cls(person, series, start, rng.randint(2, 4))
@@ -129,7 +130,7 @@ class Basket:
         # A pool may have one thing of a kind only, to be offered; things that every pool knows can have been bought.
         familiar = dict.fromkeys(SEEN.things + pool.things)
         while True:
-            person, wanted = rng.choice(pool.people), rng.choice(pool.things)
+            person, wanted = rng.choice(pool.people + RELATIVES), rng.choice(pool.things)
             bought = rng.sample([t for t in familiar if t.kind == wanted.kind and t != wanted], 2)
             if is_held_out(person.en, *(thing.en for thing in bought)) == held_out:
                 break

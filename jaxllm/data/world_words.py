@@ -9,6 +9,7 @@ Two rules make exact evaluation possible by construction, for any amount of data
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ PEOPLE = _words(
 NOVEL_PEOPLE = tuple(
     Word(name, name) for name in ["Zorin", "Melka", "Tavi", "Quenna", "Brudo", "Yalis", "Pexo", "Wilmar"]
 )
-# Those who come in as second person of a story: never a hero, so that nobody can meet themselves.
+# The second persons of stories, never their heroes, so that nobody meets themselves; in all else persons like others.
 RELATIVES = _words("Mum:妈妈 Dad:爸爸 Grandma:奶奶 Grandpa:爷爷 Aunt:阿姨 Uncle:叔叔")
 COLOURS = _words("red:红色 blue:蓝色 green:绿色 yellow:黄色 black:黑色 white:白色")
 VERBS = _words("sees:看见 wants:想要 likes:喜欢 buys:购买 draws:描画 finds:找到")
@@ -108,10 +109,12 @@ def is_held_out(*words: str) -> bool:
     return zlib.crc32("|".join(words).encode("utf-8")) % HELD_OUT_ONE_IN == 0
 
 
-def draw_triple(rng: random.Random, pool: Pool, held_out: bool) -> tuple[Word, Word, Thing]:
+def draw_triple(
+    rng: random.Random, people: Sequence[Word], things: Sequence[Thing], held_out: bool
+) -> tuple[Word, Word, Thing]:
     """Return a random (person, colour, thing) that is held out or, for everything trained on, is not."""
     while True:
-        person, colour, thing = rng.choice(pool.people), rng.choice(COLOURS), rng.choice(pool.things)
+        person, colour, thing = rng.choice(people), rng.choice(COLOURS), rng.choice(things)
         if is_held_out(person.en, colour.en, thing.en) == held_out:
             return person, colour, thing
 

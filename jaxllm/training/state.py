@@ -44,7 +44,9 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
 def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:
     """Return the shardings of a whole state: what mirrors a parameter lies like it, all else is replicated.
 
-    Optimizer leaves carry the path of their parameter at the end of their own ("0/mu/blocks/ffn/up/kernel").
+    Optimizer leaves carry the path of their parameter at the end of their own ("0/mu/blocks/ffn/up/kernel"). They are
+    also split over the replicas of the model, along their first dimension (the layers, for most) where it divides: each
+    replica keeps and updates its part, and the new parameters are gathered. Source: Rajbhandari et al. 2020 (ZeRO), 1.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     by_name = named_leaves(params)
@@ -53,10 +55,18 @@ def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState
         for start in range(name.count("/") + 1):
             sharding = by_name.get(name.split("/", start)[-1])
             if sharding is not None and len(sharding.spec) == leaf.ndim:
-                return sharding
+                return _over_replicas(sharding, leaf) if name.startswith("opt_state/") else sharding
         return replicated
 
     return map_named(place, abstract)
+
+
+def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """Split the first dimension over the "data" axis if it is whole and divisible."""
+    first, *rest = sharding.spec
+    if first is None and leaf.shape[0] % sharding.mesh.shape["data"] == 0:
+        return NamedSharding(sharding.mesh, PartitionSpec("data", *rest))
+    return sharding
 
 
 def init_state(
