@@ -12,12 +12,9 @@ from jaxllm.core.files import read_json
 from jaxllm.data.loader import DataConfig
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.sharding.distributed import PlatformConfig
-from jaxllm.sharding.mesh import MeshConfig, axis_sizes
-from jaxllm.training.checkpoint import CheckpointConfig
-from jaxllm.training.optim import AdamW, OptimConfig
-from jaxllm.training.run_log import MonitorConfig
-from jaxllm.training.step import StepConfig
+from jaxllm.training.config import AdamW, CheckpointConfig, MonitorConfig, OptimConfig, StepConfig
 
 FILE_NAME = "recipe.yaml"
 

@@ -243,7 +243,7 @@ def _unknown(schema: type[Config], key: str, place: tuple[str | int, ...]) -> st
     known, general = keys(schema), re.sub(r"\.\d+(?=\.)", ".0", key)
     if owners := known.get(general):
         kind = f"{section}.{KIND}"
-        return f"unknown key {key!r} for {kind}={place[-2]}; it belongs to {kind}={' or '.join(owners)}"
+        return f"unknown key {key!r} for {kind}={place[-2]}; it belongs to {kind}={' or '.join(dict.fromkeys(owners))}"
     same = [other for other in known if other.rpartition(".")[2] == word]
     near = difflib.get_close_matches(general, same or known, n=1, cutoff=0.0 if same else 0.6)
     items = iter(re.findall(r"\.(\d+)(?=\.)", key))  # the user's own list items

@@ -85,7 +85,8 @@ def _box(section: Section) -> str:
         config = (tyro.conf.FlagConversionOff,)
         tyro.cli(create_model("Keys", **fields), args=["--help"], use_underscores=True, config=config)
     out.seek(0)
-    box = re.split(r"(?m)^(?=[╭+]. )", out.read())[-1]
+    title = re.escape(f"{section.name} options".strip())
+    box = re.split(rf"(?m)^(?=[^\w\n]+{title}[^\w\n]+$)", out.read())[-1]  # without usage and -h
     box = re.sub(r"(?m)^(. )--(?!help)", r"\1  ", box)
     return re.sub(r"\b(None|True|False)\b", lambda match: match[0].lower(), box)
 
