@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.layers import cache as kv
 from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.kernels import attend, attend_cache
-from jaxllm.layers.linear import Projection, project_together
+from jaxllm.layers.linear import Projection
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rotate
@@ -51,7 +51,7 @@ class Attention(nnx.Module):
           (output, cache with the new keys and values).
         """
         with jax.named_scope("attention"):
-            q, k, v = project_together(x, self.q, self.k, self.v)
+            q, k, v = self.q(x), self.k(x), self.v(x)
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             if angles is not None:

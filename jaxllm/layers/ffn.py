@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxllm.layers.config import Gated, Plain
-from jaxllm.layers.linear import Projection, project_together
+from jaxllm.layers.linear import Projection
 from jaxllm.sharding.rules import constrain
 
 ACTIVATIONS = {
@@ -32,9 +32,5 @@ class Ffn(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation = ACTIVATIONS[self.activation]
         with jax.named_scope("ffn"):
-            if self.gate is None:
-                hidden = activation(self.up(x))
-            else:
-                gate, up = project_together(x, self.gate, self.up)
-                hidden = activation(gate) * up
+            hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
             return self.down(constrain(hidden, "batch", "length", "mlp"))

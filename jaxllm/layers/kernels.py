@@ -5,47 +5,73 @@ Kernels take grouped heads, never repeat keys, and reduce in float32.
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxllm.layers.cache import LayerCache
-from jaxllm.layers.masks import CacheMask, CausalMask, Mask
+from jaxllm.layers.masks import CacheMask, CausalMask
 
 # Finite, because a row without any visible key (padding) would turn to NaN with -inf, in the gradient as well.
 HIDDEN = -1e30
 
-# Query rows per block of the causal kernel. 128 was the best of 64 ... 512 on CPU; long rows get at most 16 blocks, so
-# that the program does not grow with the sequence.
-BLOCK_LENGTH = 128
-MAX_BLOCKS = 16
+# Causal rows are cut into about four blocks of queries of 64 to 128 rows; long rows get at most 16 blocks, so that the
+# program does not grow with the sequence. Measured on CPU.
+MIN_BLOCK, MAX_BLOCK, BLOCKS, MAX_BLOCKS = 64, 128, 4, 16
 
 
-def attend(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Mask) -> Array:
-    """Return the attention output, [B, T, N, H].
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: CausalMask
+) -> Float[Array, "B T N H"]:
+    """Return the attention output of whole rows.
 
-    Causal rows are cut into blocks of queries that only meet the keys up to their own end: half of the work of a full
-    square, and exactly the same sums for what is visible.
+    Each block of queries only meets the keys up to its own end: half of the work of a full square, and exactly the same
+    sums for what is visible.
     """
-    length = q.shape[1]
-    if not isinstance(mask, CausalMask) or length <= BLOCK_LENGTH:
-        return _attend_block(q, k, v, mask.dense(slice(0, length), slice(0, k.shape[1])))
-    block = max(BLOCK_LENGTH, -(-length // MAX_BLOCKS))
+    q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
+    k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))
+    length = q.shape[3]
+    block = max(min(max(length // BLOCKS, MIN_BLOCK), MAX_BLOCK), -(-length // MAX_BLOCKS))
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         visible = mask.dense(slice(start, stop), slice(0, stop))
-        outputs.append(_attend_block(q[:, start:stop], k[:, :stop], v[:, :stop], visible))
-    return jnp.concatenate(outputs, axis=1)
+        outputs.append(_attend_block(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], visible))
+    return rearrange(jnp.concatenate(outputs, axis=3), "B K G T H -> B T (K G) H")
 
 
+@jax.custom_vjp
 def _attend_block(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Attention of one block; `visible` is bool [B or 1, T, S]."""
-    batch, length, n_heads, head_dim = q.shape
-    n_kv_heads = k.shape[2]
-    q = q.reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    """Attention of one block; q is [B, K, G, T, H], k and v are [B, K, S, H], `visible` is bool [B or 1, T, S].
+
+    With e = exp(q k^T / sqrt(H) - max), r = 1 / sum_s e and o = r (e v), the gradient is, for p = r e,
+    dv = p^T do and d(q k^T) = p (do v^T - sum_h(do o)) / sqrt(H): the softmax's sum over the keys becomes one over the
+    H values of a head. Source: Dao et al. 2022 (FlashAttention), appendix B.2.
+    """
+    return _block_forward(q, k, v, visible)[0]
+
+
+def _block_forward(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(visible[:, None, None, :, :], scores, HIDDEN)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(batch, length, n_heads, head_dim)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    r = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = (jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32) * r).astype(v.dtype)
+    return y, (q, k, v, weights, r, y)
+
+
+def _block_backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, weights, r, y = residuals
+    dy = (dy.astype(jnp.float32) * r).astype(v.dtype)
+    inner = jnp.einsum("bkgth,bkgth->bkgt", dy, y, preferred_element_type=jnp.float32)[..., None]
+    dv = jnp.einsum("bkgts,bkgth->bksh", weights, dy)
+    dscores = jnp.einsum("bkgth,bksh->bkgts", dy, v, preferred_element_type=jnp.float32)
+    dscores = (weights * (dscores - inner) * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq = jnp.einsum("bkgts,bksh->bkgth", dscores, k)
+    return dq, jnp.einsum("bkgts,bkgth->bksh", dscores, q), dv, None
+
+
+_attend_block.defvjp(_block_forward, _block_backward)
 
 
 def attend_cache(q: Float[Array, "B T N H"], cache: LayerCache, mask: CacheMask) -> Array:

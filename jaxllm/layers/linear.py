@@ -1,6 +1,6 @@
 """Parameters and projections: each declares shape, logical axes and initializer once; all else follows."""
 
-import math
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.sharding.rules import constrain, parts
+from jaxllm.sharding.rules import constrain
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], std: float) -> nnx.Param:
@@ -47,36 +47,34 @@ class Projection(nnx.Module):
         self.bias = constant(tuple(outputs.values()), axes, 0.0) if bias else None
 
     def __call__(self, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.n_inputs)
+        y = _product(x, self.kernel[...].astype(x.dtype), self.n_inputs)
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
         return y
 
 
-def project_together(x: Float[Array, "B T D"], *projections: Projection) -> list[Array]:
-    """Apply several projections of one input as a single matrix product.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, kernel: Array, n_inputs: int) -> Array:
+    """y = x W, whose gradient dW = x^T dy is written with x first.
 
-    The weights stay separate parameters (checkpoints, sharding and LoRA see q, k and v); they are joined at trace time,
-    which costs one copy of the weights and saves the small products that a CPU runs badly. Weights that are split over
-    their outputs (tensor parallelism) cannot be joined without moving them, and a single token (decoding) would copy
-    all weights for one row: both are applied one by one.
+    Automatic differentiation writes (dy^T x)^T. XLA on a CPU then computes all that led to dy in transposed order, at a
+    cost above that of the product.
     """
-    if x.shape[1] == 1 or parts("heads") > 1 or parts("mlp") > 1:
-        return [projection(x) for projection in projections]
-    kernels = [p.kernel[...].astype(x.dtype) for p in projections]
-    sizes = [math.prod(kernel.shape[1:]) for kernel in kernels]
-    joined = jnp.concatenate(
-        [kernel.reshape(kernel.shape[0], size) for kernel, size in zip(kernels, sizes, strict=True)], 1
-    )
-    y = x @ joined
-    outputs, start = [], 0
-    for projection, kernel, size in zip(projections, kernels, sizes, strict=True):
-        part = y[..., start : start + size].reshape(*x.shape[:-1], *kernel.shape[1:])
-        if projection.bias is not None:
-            part = part + jnp.expand_dims(projection.bias[...].astype(x.dtype), (0, 1))
-        outputs.append(part)
-        start += size
-    return outputs
+    return jnp.tensordot(x, kernel, axes=n_inputs)
+
+
+def _product_forward(x: Array, kernel: Array, n_inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, n_inputs), (x, kernel)
+
+
+def _product_backward(n_inputs: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    outputs = tuple(range(kernel.ndim))[n_inputs:]
+    dx = jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), outputs))
+    return dx, jnp.tensordot(x, dy, axes=((0, 1), (0, 1)))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Embed(nnx.Module):

@@ -1,5 +1,7 @@
 """Normalisation over the model width or head width, always computed in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,8 +24,29 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.eps)
-        y = y * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        y = _scale_to_unit(y, self.config.eps) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
         return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scale_to_unit(x: Float[Array, "*B W"], eps: float) -> Float[Array, "*B W"]:
+    """y = x r with r = 1 / sqrt(mean(x^2) + eps); dx = r (dy - y mean(y dy))."""
+    return _unit_forward(x, eps)[0]
+
+
+def _unit_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    r = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    y = x * r
+    return y, (y, r)
+
+
+def _unit_backward(eps: float, residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    y, r = residuals
+    # A product of rows, not a sum of products, which XLA would compute ten times slower on a CPU.
+    inner = jnp.einsum("...w,...w->...", y, dy)[..., None] / y.shape[-1]
+    return (r * (dy - y * inner),)
+
+
+_scale_to_unit.defvjp(_unit_forward, _unit_backward)

@@ -1,5 +1,6 @@
 """Where a token stands: rotary angles, a learned table, or nothing."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -11,7 +12,10 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tu
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    # The product with the identity is exact, and a fence: without it XLA on a CPU moves the cosines into `rotate` and
+    # computes them anew for every head of every layer.
+    fence = lambda x: jnp.matmul(x, jnp.eye(head_dim // 2), precision=jax.lax.Precision.HIGHEST)
+    return fence(jnp.cos(angles)), fence(jnp.sin(angles))
 
 
 def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:

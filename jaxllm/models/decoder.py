@@ -48,8 +48,8 @@ class Transformer(nnx.Module):
         else:
             self.blocks = nnx.List([Block(rngs, config) for _ in range(config.n_layers)])
         self.final_norm = Norm(config.norm, config.d_model)
-        head_shape = (config.d_model, config.vocab_size)
-        self.head = None if config.tie_embeddings else param(rngs, head_shape, ("embed", "vocab"), config.init_std)
+        table_shape = (config.vocab_size, config.d_model)
+        self.head = None if config.tie_embeddings else param(rngs, table_shape, ("vocab", "embed"), config.init_std)
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
@@ -89,14 +89,14 @@ class Transformer(nnx.Module):
         unroll = self.config.n_layers if self.compute.layers == "unroll" else 1
         return jax.lax.scan(apply, x, self.blocks, unroll=unroll)[0]
 
-    def output_matrix(self) -> Float[Array, "D V"]:
-        """Return the matrix that maps hidden states to logits."""
-        return self.embed.table[...].T if self.head is None else self.head[...]
+    def output_table(self) -> Float[Array, "V D"]:
+        """Return the table of output vectors: logits are products of hidden states with its rows."""
+        return self.embed.table[...] if self.head is None else self.head[...]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return float32 logits of hidden states."""
-        matrix = self.output_matrix().astype(hidden.dtype)
-        return jnp.einsum("btd,dv->btv", hidden, matrix, preferred_element_type=jnp.float32)
+        table = self.output_table().astype(hidden.dtype)
+        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
 
     def states(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 class PlatformConfig(Config):
@@ -86,3 +86,4 @@ def _keep_freed_memory() -> None:
         return
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_ARENA_MAX, 1)  # the arenas of other threads are unmapped as soon as they are empty

@@ -13,62 +13,62 @@ Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    hidden: Float[Array, "B T D"], matrix: Float[Array, "D V"], targets: Int[Array, "B T"],
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"],
     weights: Float[Array, "B T"], z: float, chunk: int,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats), both summed over tokens: divide after summing over microbatches and devices, never before.
 
     nats = sum_bt w_bt (log_z_bt - logits_bt[target_bt]),  loss = nats + z sum_bt w_bt log_z_bt^2,
-    with logits = hidden @ matrix and log_z = logsumexp over V.
+    with logits = hidden table^T and log_z = logsumexp over V.
 
     Only the logits of `chunk` positions exist at a time. The gradient is taken in the forward pass, while a chunk's
     logits are there: three products of logit size in all, where recomputing them in the backward pass takes four.
     Only `loss` is differentiable; `nats` is for reporting.
 
     Args:
-      hidden, matrix: any float dtype; logits are reduced in float32, because bfloat16 cannot sum a 100k-way softmax.
+      hidden, table: any float dtype; logits are reduced in float32, because bfloat16 cannot sum a 100k-way softmax.
       weights: >= 0; zero drops the token (padding, prompt, last of its segment).
       z: weight of the squared log-partition term. Source: PaLM, Chowdhery et al. 2022, section 5 (1e-4).
       chunk: positions of a row per chunk; the largest divisor of T up to it is used.
     """
-    matrix = constrain(matrix, None, "vocab")  # gathered once here, not once per chunk
+    table = constrain(table, "vocab", None)  # gathered once here, not once per chunk
 
     def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
         hidden, targets, weights = inputs
-        logits, log_z = _logits(hidden, matrix)
+        logits, log_z = _logits(hidden, table)
         return _add(sums, logits, log_z, targets, weights, z), None
 
     return jax.lax.scan(body, _zeros(), _chunks((hidden, targets, weights), chunk))[0]
 
 
-def _forward(hidden, matrix, targets, weights, z, chunk):
+def _forward(hidden, table, targets, weights, z, chunk):
     """The sums, with the gradients of `loss` as residuals."""
-    full_matrix = constrain(matrix, None, "vocab")
+    full_table = constrain(table, "vocab", None)
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
-        sums, matrix_gradient = carry
+        sums, table_gradient = carry
         hidden, targets, weights = inputs
-        logits, log_z = _logits(hidden, full_matrix)
+        logits, log_z = _logits(hidden, full_table)
         sums = _add(sums, logits, log_z, targets, weights, z)
         probs = jnp.exp(logits - log_z[..., None])
         hit = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
         slope = weights * (1.0 + 2.0 * z * log_z)
         gradient = (probs * slope[..., None] - jnp.where(hit, weights[..., None], 0.0)).astype(hidden.dtype)
-        matrix_gradient += jnp.einsum("btd,btv->dv", hidden, gradient, preferred_element_type=jnp.float32)
-        return (sums, matrix_gradient), jnp.einsum("btv,dv->btd", gradient, full_matrix)
+        table_gradient += jnp.einsum("btv,btd->vd", gradient, hidden, preferred_element_type=jnp.float32)
+        return (sums, table_gradient), jnp.einsum("btv,vd->btd", gradient, full_table)
 
-    start = (_zeros(), jnp.zeros(matrix.shape, jnp.float32))
-    (sums, matrix_gradient), hidden_gradient = jax.lax.scan(body, start, _chunks((hidden, targets, weights), chunk))
+    start = (_zeros(), jnp.zeros(table.shape, jnp.float32))
+    (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, _chunks((hidden, targets, weights), chunk))
     hidden_gradient = jnp.swapaxes(hidden_gradient, 0, 1).reshape(hidden.shape)
-    return sums, (hidden_gradient, matrix_gradient.astype(matrix.dtype))
+    return sums, (hidden_gradient, table_gradient.astype(table.dtype))
 
 
 def _backward(z, chunk, gradients, cotangents):
-    hidden_gradient, matrix_gradient = gradients
+    hidden_gradient, table_gradient = gradients
     scale = cotangents[0]
     return (
         hidden_gradient * scale.astype(hidden_gradient.dtype),
-        matrix_gradient * scale.astype(matrix_gradient.dtype),
+        table_gradient * scale.astype(table_gradient.dtype),
         None,
         None,
     )
@@ -89,8 +89,8 @@ def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
     return tuple(constrain(cut(x), None, "batch", *(None,) * (x.ndim - 1)) for x in arrays)
 
 
-def _logits(hidden: Float[Array, "B C D"], matrix: Float[Array, "D V"]) -> tuple[Array, Array]:
-    logits = jnp.einsum("bcd,dv->bcv", hidden, matrix.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"]) -> tuple[Array, Array]:
+    logits = jnp.einsum("bcd,vd->bcv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
 

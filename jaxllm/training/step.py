@@ -27,8 +27,7 @@ def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: Compute
     module = bind(graph(model, compute)[0], params)
     hidden = module.states(batch.tokens, batch.segments, batch.positions)
     with jax.named_scope("loss"):
-        matrix = module.output_matrix()
-        return cross_entropy(hidden, matrix, batch.targets, batch.weights, z, compute.loss_chunk)
+        return cross_entropy(hidden, module.output_table(), batch.targets, batch.weights, z, compute.loss_chunk)
 
 
 def gradient_sums(

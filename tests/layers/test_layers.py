@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from jaxllm.layers.ffn import Ffn, Gated, Plain
-from jaxllm.layers.linear import Projection, param, project_together
+from jaxllm.layers.linear import Projection, param
 from jaxllm.layers.norms import LayerNorm, Norm, RMSNorm
 from jaxllm.layers.positions import rope_angles, rotate
 
@@ -49,16 +49,21 @@ def test_rope_literal_quarter_turn():
     np.testing.assert_allclose(rotate(x, angles)[0, 0, 0], [0.0, 1.0], atol=1e-6)
 
 
-def test_projections_together_equal_projections_apart():
-    rngs = nnx.Rngs(0)
-    parts = [
-        Projection(rngs, {"embed": 8}, {"heads": 4, "head_dim": 2}, bias=True),
-        Projection(rngs, {"embed": 8}, {"kv_heads": 2, "head_dim": 2}),
-    ]
-    parts[0].bias[...] = jnp.ones((4, 2))
-    for joined, part in zip(project_together(X, *parts), parts, strict=True):
-        np.testing.assert_allclose(joined, part(X), atol=1e-6)
-    assert project_together(X, *parts)[0].shape == (2, 3, 4, 2)
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [({"embed": 4}, {"heads": 2, "head_dim": 3}), ({"heads": 2, "head_dim": 2}, {"embed": 5})],
+)
+def test_gradients_of_a_projection_are_those_of_the_product(inputs, outputs):
+    projection = Projection(nnx.Rngs(0), inputs, outputs, std=1.0)
+    x = jax.random.normal(jax.random.key(1), (2, 3, *inputs.values()))
+    kernel = projection.kernel[...]
+
+    structure, _ = nnx.split(projection)
+    ours = lambda x, kernel: jnp.sum(jnp.sin(nnx.merge(structure, {"kernel": kernel})(x)))
+    plain = lambda x, kernel: jnp.sum(jnp.sin(jnp.tensordot(x, kernel, axes=len(inputs))))
+    expected = jax.grad(plain, (0, 1))(x, kernel)
+    for a, b in zip(jax.grad(ours, (0, 1))(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [Gated(), Plain(activation="relu")])

@@ -107,7 +107,7 @@ def test_every_parameter_has_axes_and_a_layer_axis_where_stacked():
     axes = logical_axes(LLAMA)
     assert axes["blocks"]["attention"]["q"]["kernel"] == ("layers", "embed", "heads", "head_dim")
     assert axes["embed"]["table"] == ("vocab", "embed")
-    assert axes["head"] == ("embed", "vocab")
+    assert axes["head"] == ("vocab", "embed")
     shapes = jax.tree.map(
         lambda a, p: len(a) == p.ndim, axes, init_params(LLAMA, 0), is_leaf=lambda x: isinstance(x, tuple)
     )

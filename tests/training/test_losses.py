@@ -7,13 +7,13 @@ from jaxllm.training.losses import cross_entropy
 
 GENERATOR = np.random.default_rng(0)
 HIDDEN = GENERATOR.normal(size=(2, 12, 8)).astype(np.float32)
-MATRIX = GENERATOR.normal(size=(8, 31)).astype(np.float32)
+TABLE = GENERATOR.normal(size=(31, 8)).astype(np.float32)
 TARGETS = GENERATOR.integers(0, 31, (2, 12))
 WEIGHTS = (GENERATOR.random((2, 12)) < 0.6).astype(np.float32) * 0.5
 
 
-def plain(hidden, matrix, z):
-    logits = hidden @ matrix
+def plain(hidden, table, z):
+    logits = hidden @ table.T
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nats = log_z - jnp.take_along_axis(logits, TARGETS[..., None], axis=-1)[..., 0]
     return jnp.sum(WEIGHTS * (nats + z * log_z**2)), jnp.sum(WEIGHTS * nats)
@@ -23,26 +23,26 @@ def plain(hidden, matrix, z):
 @pytest.mark.parametrize("z", [0.0, 0.01])
 def test_value_and_gradients_equal_the_formula(chunk, z):
     chunked = lambda h, m: cross_entropy(h, m, TARGETS, WEIGHTS, z, chunk)
-    ours = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(HIDDEN, MATRIX)
-    expected = jax.value_and_grad(lambda h, m: plain(h, m, z), (0, 1), has_aux=True)(HIDDEN, MATRIX)
+    ours = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(HIDDEN, TABLE)
+    expected = jax.value_and_grad(lambda h, m: plain(h, m, z), (0, 1), has_aux=True)(HIDDEN, TABLE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
-    np.testing.assert_allclose(jax.jit(chunked)(HIDDEN, MATRIX), plain(HIDDEN, MATRIX, z), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(HIDDEN, TABLE), plain(HIDDEN, TABLE, z), rtol=1e-5)
 
 
 def test_gradient_scales_with_the_cotangent():
-    tenth = jax.grad(lambda h: cross_entropy(h, MATRIX, TARGETS, WEIGHTS, 0.0, 4)[0] / 10)(HIDDEN)
-    whole = jax.grad(lambda h: cross_entropy(h, MATRIX, TARGETS, WEIGHTS, 0.0, 4)[0])(HIDDEN)
+    tenth = jax.grad(lambda h: cross_entropy(h, TABLE, TARGETS, WEIGHTS, 0.0, 4)[0] / 10)(HIDDEN)
+    whole = jax.grad(lambda h: cross_entropy(h, TABLE, TARGETS, WEIGHTS, 0.0, 4)[0])(HIDDEN)
     np.testing.assert_allclose(10 * tenth, whole, rtol=1e-5)
 
 
 def test_tokens_of_weight_zero_have_no_gradient():
-    gradient = jax.grad(lambda h: cross_entropy(h, MATRIX, TARGETS, WEIGHTS, 0.01, 4)[0])(HIDDEN)
+    gradient = jax.grad(lambda h: cross_entropy(h, TABLE, TARGETS, WEIGHTS, 0.01, 4)[0])(HIDDEN)
     assert np.all(np.asarray(gradient)[WEIGHTS == 0] == 0)
 
 
 def test_no_array_of_all_logits_exists():
     program = (
-        jax.jit(jax.grad(lambda h: cross_entropy(h, MATRIX, TARGETS, WEIGHTS, 0.0, 2)[0]))
+        jax.jit(jax.grad(lambda h: cross_entropy(h, TABLE, TARGETS, WEIGHTS, 0.0, 2)[0]))
         .lower(HIDDEN)
         .compile()
         .as_text()

@@ -95,7 +95,7 @@ def test_a_step_without_usable_gradient_changes_nothing_and_is_reported():
 def test_a_spike_is_skipped():
     loud = batch()._replace(weights=1e4 * batch().weights, targets=np.zeros((8, 16), np.int32))
     quiet = [batch()] * 3
-    spike = StepConfig(spike_factor=1.5)
+    spike = StepConfig(spike_factor=2.0)
     history, _ = run(batches=[*quiet, loud, *quiet], step=spike)
     assert [m["skipped"] for m in history] == [0, 0, 0, 1, 0, 0, 0]
 

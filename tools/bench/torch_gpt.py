@@ -113,7 +113,7 @@ def load_jaxllm(model: Gpt, path: str) -> None:
     def put(parameter: nn.Parameter, *names: str, layer: int | None = None) -> None:
         parts = [arrays[name] if layer is None else arrays[name][layer] for name in names]
         used.update(names)
-        if parameter.dim() == 2 and not names[0].startswith("embed"):
+        if parameter.dim() == 2 and not names[0].startswith(("embed", "head")):
             fan_in = parameter.shape[1]
             parts = [part.reshape(fan_in, -1).T for part in parts]
         value = torch.from_numpy(np.ascontiguousarray(np.concatenate(parts)))

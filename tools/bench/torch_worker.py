@@ -66,7 +66,7 @@ def decoding(settings: dict) -> dict[str, Callable[..., dict]]:
         wanted = model.state_dict()
         for name, array in state.items():
             shape = wanted[name].shape
-            if array.ndim > 1 and "embed" not in name:  # ours is [in, out], theirs [out, in]
+            if array.ndim > 1 and "embed" not in name and "lm_head" not in name:  # ours is [in, out], theirs [out, in]
                 array = array.reshape(shape[1], shape[0]).T
             state[name] = torch.from_numpy(np.ascontiguousarray(array))
         missing = model.load_state_dict(state, strict=False).missing_keys
