@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
-from jaxllm.core.config import command
+from jaxllm.core.command import command
 from jaxllm.data.world_tasks import APPLICATIONS
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxllm.core.config import command
+from jaxllm.core.command import command
 
 if TYPE_CHECKING:
     from jaxllm.data.loader import DataConfig, Loader

@@ -4,8 +4,7 @@ import argparse
 import re
 import sys
 
-from jaxllm.core import config as configs
-from jaxllm.core import schema
+from jaxllm.core.command import command
 
 EXAMPLES = """
 examples:
@@ -16,15 +15,17 @@ examples:
 """
 
 
-@configs.command
+@command
 def main(argv: list[str] | None = None) -> int | None:
     """Prepare a dataset, print the account of it."""
+    from jaxllm.core import config as configs
+    from jaxllm.core import schema
     from jaxllm.data import prepare, report
 
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.help:
         sys.stdout.write(_parser().format_help() + EXAMPLES + "\nkeys of RECIPE and of key=value:\n")
-        sys.stdout.write(schema.describe(prepare.PrepareConfig) + "\n")
+        sys.stdout.write(schema.describe(prepare.PrepareConfig))
         return 0
     recipe, overrides = _positional(rest)
     inputs = _inputs(arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
-from jaxllm.core.config import command
+from jaxllm.core.command import command
 
 if TYPE_CHECKING:
     from rich.console import Console

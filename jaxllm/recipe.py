@@ -12,12 +12,9 @@ from jaxllm.core.files import read_json
 from jaxllm.data.loader import DataConfig
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.sharding.distributed import PlatformConfig
-from jaxllm.sharding.mesh import MeshConfig, axis_sizes
-from jaxllm.training.checkpoint import CheckpointConfig
-from jaxllm.training.optim import AdamW, OptimConfig
-from jaxllm.training.run_log import MonitorConfig
-from jaxllm.training.step import StepConfig
+from jaxllm.training.config import AdamW, CheckpointConfig, MonitorConfig, OptimConfig, StepConfig
 
 FILE_NAME = "recipe.yaml"
 
@@ -46,22 +43,20 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     A model that is not described at all is the model of `start_from`. Without `vocab_size`, the vocabulary is that of
     the first dataset, or the preset's if there is no dataset yet.
     """
-    model = dict(raw.get("model") or {})
-    if not model and raw.get("start_from"):
-        model = load_recipe(raw["start_from"]).model.model_dump(mode="json")
-    sources = raw.get("data", {}).get("sources")
-    if "vocab_size" not in model and sources:
-        found = _vocab_size(sources[0].get("path"))
-        model |= {"vocab_size": found} if found is not None else {}
+    model, start_from = raw.get("model") or {}, raw.get("start_from")
+    if not isinstance(model, dict):
+        return raw  # is refused in a moment, as every value of a wrong type
+    if not model and isinstance(start_from, str) and start_from not in configs.NONE:
+        model = load_recipe(start_from).model.model_dump(mode="json")
+    match raw:
+        case {"data": {"sources": [{"path": str(path)}, *_]}} if "vocab_size" not in model:
+            manifest = Path(path) / "manifest.json"
+            vocabulary = {"vocab_size": read_json(manifest)["vocab_size"]} if manifest.exists() else {}
+            model = {**model, **vocabulary}
     if "preset" in model:
-        model = {**presets.raw(model.pop("preset")), **model}
+        preset = presets.raw(str(model["preset"]))
+        model = configs.merge(preset, {key: value for key, value in model.items() if key != "preset"})
     return {**raw, "model": model}
-
-
-def _vocab_size(dataset: str | None) -> int | None:
-    """Return the vocabulary of a dataset directory, the least that the table must hold; None if it is not there."""
-    manifest = Path(dataset or "") / "manifest.json"
-    return read_json(manifest)["vocab_size"] if manifest.exists() else None
 
 
 def shipped(name: str) -> Path:

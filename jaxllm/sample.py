@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from jaxllm.core.config import command
+from jaxllm.core.command import command
 
 if TYPE_CHECKING:
     from jaxllm.inference.sampling import Sampler

@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxllm.core.config import command
+from jaxllm.core.command import command
 
 USAGE = """usage: python -m jaxllm.tune RECIPE.yaml [key=value ...]
        python -m jaxllm.tune RUN_DIR [key=value ...]       resume a run
@@ -20,11 +20,11 @@ keys:
 def main(argv: list[str] | None = None) -> int | None:
     """Tune as a recipe says."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & {*argv}:
         from jaxllm.core.schema import describe
         from jaxllm.recipe import Recipe
 
-        sys.stdout.write(USAGE + describe(Recipe) + "\n")
+        sys.stdout.write(USAGE + describe(Recipe))
         return 0
     from jaxllm.recipe import load_recipe
     from jaxllm.wiring import train

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.core import config as configs
-from jaxllm.core import files, raw
+from jaxllm.core import files
 from jaxllm.core.batch import Batch
 from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig
+from jaxllm.layers.norms import LayerNorm
 from jaxllm.models.decoder import abstract_params
 from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
 from jaxllm.training.optim import optimizer
@@ -21,7 +22,7 @@ from jaxllm.training.step import train_step
 
 DIRECTORY = Path(__file__).parent.parent / "configs"
 FILES = sorted(DIRECTORY.rglob("*.yaml"))
-PREPARE = [file for file in FILES if "inputs" in raw.read(file).tree]
+PREPARE = [file for file in FILES if "inputs" in configs.read(file)]
 TRAINING = [file for file in FILES if file not in PREPARE]
 
 
@@ -35,9 +36,9 @@ def load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def load(file: Path) -> Recipe:
-        start_from = raw.read(file).tree.get("start_from")
+        start_from = configs.read(file).get("start_from")
         if start_from is not None:
-            [before, *_] = [other for other in TRAINING if raw.read(other).tree["out"] == start_from]
+            [before, *_] = [other for other in TRAINING if configs.read(other)["out"] == start_from]
             files.write_text(Path(start_from) / FILE_NAME, configs.dump(load(before)))
         return load_recipe(file)
 
@@ -77,7 +78,7 @@ def test_training_recipe_builds(file, load):
 def test_prepare_recipe_is_valid(file):
     config = configs.load(PrepareConfig, file)
     if isinstance(config.tokenizer, ExistingTokenizer):
-        made = [other for other in PREPARE if raw.read(other).tree["out"] == config.tokenizer.path]
+        made = [other for other in PREPARE if configs.read(other)["out"] == config.tokenizer.path]
         assert len(made) == 1, f"no recipe makes the tokenizer {config.tokenizer.path}"
 
 
@@ -89,8 +90,8 @@ def test_the_first_line_says_what_it_is_for(file):
 @pytest.mark.parametrize("file", [file for file in TRAINING if file.parent.name != "quickstart"], ids=name)
 def test_data_is_made_by_a_recipe_or_a_command_that_is_shown(file):
     shown = "".join(other.read_text(encoding="utf-8") for other in file.parent.glob("*.yaml"))
-    made = {raw.read(other).tree["out"] for other in PREPARE} | set(re.findall(r"--out (\S+)", shown))
-    for source in raw.read(file).tree["data"]["sources"]:
+    made = {configs.read(other)["out"] for other in PREPARE} | set(re.findall(r"--out (\S+)", shown))
+    for source in configs.read(file)["data"]["sources"]:
         assert source["path"] in made, f"nothing says how to make {source['path']}"
 
 
@@ -99,3 +100,14 @@ def test_the_7b_run_may_move_between_machines(load):
     same = {"mesh", "platform", "step"}
     assert tpu.model_dump(exclude=same) == gpu.model_dump(exclude=same)
     assert tpu.step.model_copy(update={"accumulate": 1}) == gpu.step.model_copy(update={"accumulate": 1})
+
+
+def test_a_preset_is_changed_key_by_key():
+    overrides = ["out=x", "data.sources.0.path=y", "model.preset=gpt2-124m", "model.norm.eps=1e-6"]
+    assert load_recipe(None, overrides).model.norm == LayerNorm(eps=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["model=tiny", "data=3", "data.sources=3", "data.sources=[a]", "start_from={a: b}"])
+def test_a_recipe_of_the_wrong_shape_is_refused(wrong):
+    with pytest.raises(configs.ConfigError, match=re.escape(wrong.partition("=")[0])):
+        load_recipe(None, ["out=x", wrong])

@@ -85,7 +85,7 @@ def test_command_is_accepted(module, arguments):
 def _check_recipe(module: str, arguments: tuple[str, ...]) -> None:
     """Every key=value is a key; with a recipe of ours, the two together are valid."""
     overrides = [word for word in arguments if OVERRIDE.fullmatch(word)]
-    known = {key.name for key in keys(SCHEMAS[module])} | {"model.preset"}
+    known = {*keys(SCHEMAS[module]), "model.preset"}
     for override in overrides:
         key = re.sub(r"\.\d+(?=\.|$)", ".0", override.partition("=")[0])
         assert key in known, f"{override}: {module} has no key {key}"

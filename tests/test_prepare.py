@@ -48,7 +48,7 @@ def test_recipe_makes_a_dataset(text, tmp_path):
         (["--world", "5", "--split", "line", "--out", "d"], "--split says how --text is cut, and there is no --text"),
         (["r.yaml", "--world", "5"], "sources are given twice: in r.yaml and as flags"),
         (["a.txt", "b.txt"], "more than one recipe: a.txt, b.txt; quote glob patterns"),
-        (["--world", "0", "--out", "d"], "inputs.0.count=0: expected a whole number >= 1"),
+        (["--world", "0", "--out", "d"], "inputs.0.count=0: should be greater than or equal to 1"),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

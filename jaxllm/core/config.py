@@ -1,30 +1,49 @@
-"""Typed configuration: frozen schemas, YAML files, dotted overrides and their error messages.
+"""Typed configuration: frozen schemas, YAML files, dotted overrides.
 
-File and command line are merged into one tree of plain values, and the schema validates that tree once. So `lr=3e-4`
-has the type that the schema says wherever it is written, and all problems are reported together.
+Every scalar in a file or on the command line is text until pydantic reads it, so `lr: 3e-4`, `out=2024` and `clip=none`
+mean what the schema says, wherever they stand. Both are merged into one tree, which is validated once: all problems are
+reported together.
 """
 
-import functools
+import difflib
 import math
-import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, RootModel, ValidationError, field_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError, field_validator, model_validator
 
-from jaxllm.core import raw as raws
-from jaxllm.core import schema as schemas
-from jaxllm.core.raw import KIND, ConfigError, Location, Written, dotted
+from jaxllm.core.schema import KIND, keys
+
+NONE = (None, "", "none", "None", "null", "~")  # how one writes none
+
+
+class ConfigError(ValueError):
+    """What the user wrote in a file or on the command line is not a valid configuration."""
 
 
 class Config(BaseModel):
     """Base of every config: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Read none where it is allowed, and give a section that is there in part the rest of its default."""
+        if not isinstance(given, Mapping):
+            return given
+        values = dict(given)
+        for name in cls.model_fields.keys() & values.keys():
+            field, value = cls.model_fields[name], values[name]
+            default = field.get_default(call_default_factory=True, validated_data={})
+            if value in NONE and type(None) in get_args(field.annotation):
+                values[name] = None
+            elif isinstance(default, Config) and (value in (None, "") or isinstance(value, Mapping)):
+                values[name] = merge({"": default.model_dump()}, {"": value or {}})[""]
+        return values
 
 
 class Record(BaseModel):
@@ -75,32 +94,63 @@ def load(
 ) -> C:
     """Read a YAML file, apply dotted overrides and validate.
 
-    An override is KEY=VALUE with VALUE in YAML: "optim.lr=3e-4", "data.sources.0.path=x", "mesh={data: 2}", "c=none".
-    "optim.kind=muon" starts that section afresh if the file chose another kind; such switches are applied first.
+    An override is KEY=VALUE: "optim.lr=3e-4", "data.sources.0.path=x", "mesh={data: 2}", "clip=none". "optim.kind=muon"
+    starts that section afresh if the file chose another kind; such switches are applied first.
 
     Args:
-      path: YAML file; None = overrides alone.
-      expand: called with the merged tree before validation; may replace a preset's name by its fields. Where the schema
-        has sections, the tree has mappings, or None for a section without keys.
+      expand: called with the merged tree of mappings, lists and texts, of any shape; may replace a preset's name by its
+        fields.
     Raises:
       ConfigError: with every problem found, one per line.
     """
-    written = raws.read(Path(path)) if path is not None else Written()
-    raws.apply(written, overrides)
-    _check_sections(cls, written)
+    tree = {} if path is None else read(path)
+    pairs = [_pair(override) for override in overrides]
+    for key, value in sorted(pairs, key=lambda pair: pair[0].count(".") if pair[0].endswith(f".{KIND}") else math.inf):
+        _assign(tree, key, value)
+    tree = expand(tree) if expand else tree
     try:
-        tree = expand(written.tree) if expand else written.tree
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return _validate(cls, Written(_complete(cls, tree), written.lines, written.second))
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        problems: dict[str, str] = {}  # the first for each key: a union reports every type that it tried
+        for problem in error.errors():
+            key = _key(problem, tree)
+            problems.setdefault(key, _explain(cls, key, problem))
+        # A list with a wrong item is also reported, as too short.
+        found = [text for key, text in problems.items() if not any(below.startswith(f"{key}.") for below in problems)]
+    raise ConfigError(found[0] if len(found) == 1 else f"{len(found)} problems:\n  " + "\n  ".join(found))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Parse a YAML file into mappings, lists and texts.
+
+    Raises:
+      ConfigError: not YAML in UTF-8, no mapping, or a key given twice.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path} has no keys and values, but {str(tree)[:60]!r}")
+    return tree or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with every scalar as text, in which a key may be given only once."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # but `<<: *other` merges
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in names[:position]:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def dump(config: Config) -> str:
     """Write a config as YAML, every key in the order of the schema; `load` reads an equal one back."""
-    import yaml
-
     values = config.model_dump(mode="json")
     lossy = re.search(r"\\(x85|u2028|u2029|ufeff)", repr(values))  # PyYAML writes these plainly, reads them as spaces
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=not lossy, width=120)
@@ -119,169 +169,83 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validate(cls: type[C], written: Written) -> C:
-    """Validate the tree; where a value is refused that can be read in a second way, try that."""
-    while True:
-        try:
-            return cls.model_validate(written.tree)
-        except ValidationError as error:
-            refused = {_location(problem["loc"], written.tree) for problem in error.errors()} & written.second.keys()
-            if not refused:
-                raise ConfigError(_message(cls, error, written)) from None
-        for location in refused:
-            raws.parent(written.tree, location)[location[-1]] = written.second.pop(location)
+def _pair(override: str) -> tuple[str, Any]:
+    """Split KEY=VALUE. Values in brackets or quotes are YAML, others plain text: `out=a: #1` is text."""
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+        raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.lr=3e-4")
+    try:
+        return key, yaml.load(text, _Loader) if text[:1] in ("[", "{", "'", '"') else text
+    except yaml.YAMLError:
+        return key, text
 
 
-def _check_sections(cls: type[Config], written: Written) -> None:
-    """Refuse values where sections or lists of them belong, so that `expand` may rely on the shape of the tree."""
-    problems = [
-        f"{_place(written, location)}{dotted(location)}={_quoted(value)}: expected {schemas.words(annotation)}"
-        for location, annotation, value in _misplaced(cls, written.tree, ())
-    ]
-    if problems:
-        raise ConfigError(_listing(problems))
-
-
-def _misplaced(annotation: Any, value: Any, location: Location) -> Iterator[tuple[Location, Any, Any]]:
-    """Yield location, expected type and value wherever a section or a list of sections is something else."""
-    choice = schemas.choose(annotation, value)
-    is_section, is_list = schemas.variants(annotation), schemas.variants(schemas.item(annotation))
-    if value is None or not (is_section or is_list):
-        return
-    if is_list and isinstance(value, list):
-        for index, below in enumerate(value):
-            yield from _misplaced(schemas.item(annotation), below, (*location, index))
-    elif not isinstance(value, Mapping):
-        yield location, annotation, value
-    elif choice is not None:
-        for name in [name for name in value if name in choice.model_fields]:
-            yield from _misplaced(choice.model_fields[name].annotation, value[name], (*location, name))
-
-
-def _complete(schema: type[BaseModel], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy in which a section given in part has the kind and values of its default for the rest."""
-    done = dict(tree)
-    for name in tree.keys() & schema.model_fields.keys():
-        field = schema.model_fields[name]
-        done[name] = _complete_value(field.annotation, tree[name], schemas.default(field))
-    return done
-
-
-def _complete_value(annotation: Any, value: Any, default: Any = None) -> Any:
-    if isinstance(value, list):
-        return [_complete_value(schemas.item(annotation), below) for below in value]
-    if isinstance(value, bool) and not schemas.admits(annotation, bool):
-        return schemas.show(value)  # pydantic reads true as the number 1; as text it is refused where a number belongs
-    empty = value is None and not schemas.nullable(annotation)  # "optim:" with nothing below it
-    if not schemas.variants(annotation) or not (empty or isinstance(value, Mapping)):
-        return value
-    value = dict(value or {})
-    if isinstance(default, BaseModel):
-        value = merge({"": default.model_dump(mode="json")}, {"": value})[""]
-    choice = schemas.choose(annotation, value)
-    return _complete(choice, value) if choice else value
-
-
-def _location(place: Location, tree: Any) -> Location:
-    """Translate pydantic's place of an error, which also names kinds and types that were tried, into the user's."""
-    location: list[str | int] = []
-    for part in place:
-        if isinstance(tree, dict):
-            if part not in tree and part == tree.get(KIND):
-                continue
-            tree = tree.get(part)
-        elif isinstance(tree, list) and isinstance(part, int):
-            tree = tree[part] if part < len(tree) else None
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key; a list may grow by one item, and another kind clears its section."""
+    above: Any = {"": tree}
+    name: str | int = ""
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        section = above[name]
+        if not isinstance(section, dict | list):
+            section = above[name] = [] if part.isdigit() else {}
+        above, name = section, part
+        if isinstance(section, dict):
+            section.setdefault(part, None)
+        elif part.isdigit() and int(part) <= len(section):
+            name = int(part)
+            section += [None] * (name == len(section))
         else:
-            break
-        location.append(part)
-    return tuple(location)
+            where = ".".join(parts[:depth])
+            raise ConfigError(f"{key}: {where} is a list of {len(section)}; the next item is {where}.{len(section)}")
+    if name == KIND and above[name] not in (None, value):
+        above.clear()
+    above[name] = value
 
 
-def _message(schema: type[Config], error: ValidationError, written: Written) -> str:
-    problems = {}  # by location: a union of types reports each type that was tried
-    for problem in error.errors():
-        problems.setdefault(_location(problem["loc"], written.tree), problem)
-    inner = [place for place in problems if not any(other[: len(place)] == place != other for other in problems)]
-    return _listing(
-        [_place(written, place) + _explain(schema, problems[place], place, written.tree) for place in inner]
-    )
+def _key(problem: Any, tree: Any) -> str:
+    """Return the dotted key of a problem: pydantic's place without the kinds and types that it tried."""
+    key = []
+    for depth, part in enumerate(problem["loc"], 1):
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            if problem["type"] != "missing" or depth < len(problem["loc"]):
+                continue
+        key.append(str(part))
+    return ".".join(key)
 
 
-def _place(written: Written, location: Location) -> str:
-    return f"{written.lines[location]}: " if location in written.lines else ""
-
-
-def _listing(problems: list[str]) -> str:
-    return problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n  " + "\n  ".join(problems)
-
-
-def _explain(schema: type[Config], problem: Any, location: Location, tree: dict[str, Any]) -> str:
-    """Say what is wrong at `location`, with the value and what the schema expects there."""
-    name, value, expected = dotted(location), problem["input"], schemas.expected(schema, tree, location)
+def _explain(schema: type[Config], key: str, problem: Any) -> str:
+    value, context = problem["input"], problem.get("ctx", {})
+    said = problem["msg"].removeprefix("Input ").replace("Tuple", "list").replace("tuple", "list")
     match problem["type"]:
         case "extra_forbidden":
-            return _unknown(schema, location, tree)
+            return _unknown(schema, key, problem["loc"])
         case "missing":
-            return f"missing key {name!r}: expected {expected}"
+            return f"missing key {key!r}"
         case "union_tag_not_found":
-            return f"missing key '{name}.{KIND}', which says what {name!r} is: expected {expected}"
+            return f"missing key '{key}.{KIND}', which says what {key!r} is"
         case "union_tag_invalid":
-            kinds = problem["ctx"]["expected_tags"].replace("'", "")
-            return f"{name}.{KIND}={_quoted(value[KIND])}: expected one of {kinds}"
-        case "value_error" if isinstance(value, dict):
-            return f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"])
+            key, value, said = f"{key}.{KIND}", value[KIND], f"should be one of {context['expected_tags']}"
+        case "value_error" if isinstance(value, Mapping):
+            return f"{key}: {context['error']}".removeprefix(": ")
         case "value_error":
-            return f"{name}={_quoted(value)}: {problem['ctx']['error']}"
-    hint = "; put it in quotes" if problem["type"] == "string_type" and value is not None else ""
-    return f"{name}={_quoted(value)}: expected {expected or problem['msg']}{hint}"
+            said = context["error"]
+        case "model_type" | "model_attributes_type":
+            said = "should be a section (keys and values)"
+    return f"{key}={str(value)[:80]}: {said}"
 
 
-def _unknown(schema: type[Config], location: Location, tree: dict[str, Any]) -> str:
-    name, kind = dotted(location), dotted((*location[:-1], KIND))
-    spot = schemas.locate(schema, tree, location[:-1])
-    owners = [schemas.tag(owner) for owner in schemas.variants(spot.annotation) if location[-1] in owner.model_fields]
-    if owners:
-        return f"unknown key {name!r} for {kind}={spot.value.get(KIND)}; it belongs to {kind}={' and '.join(owners)}"
-    meant = schemas.nearest(schema, name)
-    return f"unknown key {name!r}; " + (f"did you mean {meant!r}?" if meant else "--help lists all keys")
-
-
-def _quoted(value: Any) -> str:
-    plain = not isinstance(value, str) or re.fullmatch(r"[\w.+-]+", value)
-    text = schemas.show(value) if plain else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int | None]:
-    """Decorate the `main` of a command: errors the user can repair become one line on stderr and exit status 2.
-
-    ValueError and OSError are such errors; JAXLLM_TRACEBACK=1 shows where they were raised. Anything else is a bug of
-    ours and keeps its traceback. Ctrl-C gives 130, and a reader that has gone away (`| head`) 141, as in a shell.
-    """
-
-    @functools.wraps(main)
-    def run(argv: list[str] | None = None) -> int | None:
-        try:
-            status = main(argv)
-            sys.stdout.flush()
-            return status
-        except KeyboardInterrupt:
-            sys.stderr.write("\ninterrupted\n")
-            return 130
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains again when it flushes at exit
-            return 141
-        except (ValueError, OSError) as error:
-            if os.environ.get("JAXLLM_TRACEBACK") == "1":
-                traceback.print_exc()
-            sys.stderr.write(f"error: {_reason(error)}\n")
-            return 2
-
-    return run
-
-
-def _reason(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) or type(error).__name__
+def _unknown(schema: type[Config], key: str, place: tuple[str | int, ...]) -> str:
+    """Name the key that was probably meant: one of another kind, the same word elsewhere, or a similar spelling."""
+    section, _, word = key.rpartition(".")
+    known, general = keys(schema), re.sub(r"\.\d+(?=\.)", ".0", key)
+    if owners := known.get(general):
+        kind = f"{section}.{KIND}"
+        return f"unknown key {key!r} for {kind}={place[-2]}; it belongs to {kind}={' or '.join(dict.fromkeys(owners))}"
+    same = [other for other in known if other.rpartition(".")[2] == word]
+    near = difflib.get_close_matches(general, same or known, n=1, cutoff=0.0 if same else 0.6)
+    items = iter(re.findall(r"\.(\d+)(?=\.)", key))  # the user's own list items
+    meant = [re.sub(r"\.0(?=\.)", lambda _: f".{next(items, 0)}", other) for other in near]
+    return f"unknown key {key!r}; " + (f"did you mean {meant[0]!r}?" if meant else "--help lists all keys")

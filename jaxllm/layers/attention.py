@@ -5,10 +5,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layers import cache as kv
+from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.kernels import attend, attend_cache
 from jaxllm.layers.linear import Projection
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
-from jaxllm.layers.norms import LayerNorm, Norm, RMSNorm
+from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rotate
 from jaxllm.sharding.rules import constrain
 

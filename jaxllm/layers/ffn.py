@@ -1,13 +1,10 @@
 """Position-wise feed-forward layers."""
 
-from typing import Annotated, Literal
-
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
-from pydantic import Field
 
-from jaxllm.core.config import Config
+from jaxllm.layers.config import Gated, Plain
 from jaxllm.layers.linear import Projection
 from jaxllm.sharding.rules import constrain
 
@@ -17,24 +14,6 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-
-
-class Gated(Config):
-    """y = (act(x W_gate) * x W_up) W_down. Source: Shazeer 2020, GLU Variants; SwiGLU with silu."""
-
-    kind: Literal["gated"] = "gated"
-    activation: Activation = Field("silu", description="nonlinearity of the gate")
-
-
-class Plain(Config):
-    """y = act(x W_up) W_down. Source: Vaswani et al. 2017, section 3.3."""
-
-    kind: Literal["plain"] = "plain"
-    activation: Activation = Field("gelu_tanh", description="nonlinearity between the two products")
-
-
-FfnConfig = Annotated[Gated | Plain, Field(discriminator="kind")]
 
 
 class Ffn(nnx.Module):

@@ -1,33 +1,14 @@
 """Normalisation over the model width or head width, always computed in float32."""
 
 import functools
-from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-from pydantic import Field
 
-from jaxllm.core.config import Config
+from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.linear import constant
-
-
-class RMSNorm(Config):
-    """y = x / sqrt(mean(x^2) + eps) * scale. Source: Zhang and Sennrich 2019."""
-
-    kind: Literal["rms"] = "rms"
-    eps: float = Field(1e-6, gt=0, description="added to the mean square before the root")
-
-
-class LayerNorm(Config):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias. Source: Ba et al. 2016."""
-
-    kind: Literal["layer"] = "layer"
-    eps: float = Field(1e-5, gt=0, description="added to the variance before the root")
-
-
-NormConfig = Annotated[RMSNorm | LayerNorm, Field(discriminator="kind")]
 
 
 class Norm(nnx.Module):

@@ -1,35 +1,8 @@
 """Where a token stands: rotary angles, a learned table, or nothing."""
 
-from typing import Annotated, Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from pydantic import Field
-
-from jaxllm.core.config import Config
-
-
-class Rope(Config):
-    """Rotary position embedding on queries and keys. Source: Su et al. 2021; halves rotated as in GPT-NeoX."""
-
-    kind: Literal["rope"] = "rope"
-    theta: float = Field(10_000.0, gt=0, description="base of the geometric series of wavelengths")
-
-
-class Learned(Config):
-    """A trained vector per position, added to the token embedding (GPT-2). Source: Vaswani et al. 2017, section 3.5."""
-
-    kind: Literal["learned"] = "learned"
-
-
-class NoPositions(Config):
-    """No position signal but the causal mask. Source: Kazemnejad et al. 2023."""
-
-    kind: Literal["none"] = "none"
-
-
-PositionConfig = Annotated[Rope | Learned | NoPositions, Field(discriminator="kind")]
 
 
 def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:

@@ -5,9 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
-from jaxllm.layers.ffn import FfnConfig, Gated
-from jaxllm.layers.norms import NormConfig, RMSNorm
-from jaxllm.layers.positions import PositionConfig, Rope
+from jaxllm.layers.config import FfnConfig, Gated, NormConfig, PositionConfig, RMSNorm, Rope
 
 
 class ModelConfig(Config):

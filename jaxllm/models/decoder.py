@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core import rng
 from jaxllm.layers.cache import Cache
+from jaxllm.layers.config import Learned, Rope
 from jaxllm.layers.linear import Embed, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
 from jaxllm.layers.norms import Norm
-from jaxllm.layers.positions import Learned, Rope, rope_angles
+from jaxllm.layers.positions import rope_angles
 from jaxllm.models.block import Block
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.rules import constrain

@@ -1,43 +1,12 @@
 """The device mesh: which devices hold which part of batch and model."""
 
-import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
-from pydantic import Field
 
-from jaxllm.core.config import Config
-
-AXES = ("data", "fsdp", "tensor")
-
-
-class MeshConfig(Config):
-    """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 (all that are left)."""
-
-    data: int = Field(-1, ge=-1, description="replicas of the model, each with its own part of the batch")
-    fsdp: int = Field(1, ge=-1, description="devices that share one replica's parameters and optimizer state (ZeRO-3)")
-    tensor: int = Field(1, ge=-1, description="devices that split every matrix product (heads, ffn width, vocabulary)")
-
-
-def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
-    """Resolve the -1 of `config` for `device_count` devices.
-
-    Raises:
-      ValueError: the sizes do not multiply to the device count.
-    """
-    sizes = dict(zip(AXES, (config.data, config.fsdp, config.tensor), strict=True))
-    described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if 0 in sizes.values() or len(free) > 1:
-        raise ValueError(f"mesh {described}: sizes are >= 1, and at most one is -1; set the others to 1")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        sizes[free[0]] = device_count // fixed
-    if math.prod(sizes.values()) != device_count:
-        raise ValueError(f"mesh {described} does not use {device_count} devices exactly; set mesh.data=-1 to fill up")
-    return sizes
+from jaxllm.sharding.config import AXES, MeshConfig, axis_sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -13,24 +13,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
-from pydantic import Field
 
-from jaxllm.core.config import Config
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Params, abstract_params
+from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 # Orbax says at each load that what was opened for reading is read-only.
 logging.getLogger("absl").addFilter(lambda record: not re.search("read.only", record.getMessage()))
-
-
-class CheckpointConfig(Config):
-    """When checkpoints are written and which are kept."""
-
-    every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep_last: int = Field(2, ge=1, description="most recent checkpoints to keep")
-    keep_best: int = Field(1, ge=0, description="checkpoints of lowest validation loss to keep besides")
 
 
 class Checkpoints:

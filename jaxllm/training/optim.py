@@ -1,47 +1,14 @@
 """Optimizers: directions from gradients at learning rate one; the step multiplies by the schedule."""
 
-from typing import Annotated, Literal
-
 import jax
 import optax
 import optax.contrib
-from pydantic import Field
 
-from jaxllm.core.config import Config
 from jaxllm.core.tree import map_named, match
-from jaxllm.training.schedules import Cosine, ScheduleConfig
+from jaxllm.training.config import AdamW, Muon
 
 # Weight decay is for matrices: never for biases and norm scales. First match wins.
 DECAYED = ((r".*/(bias|scale)", False), (r".*", True))
-
-
-class AdamW(Config):
-    """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019."""
-
-    kind: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
-    schedule: ScheduleConfig = Field(Cosine(), description="learning rate over the steps")
-    b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices, times the learning rate")
-    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-
-
-class Muon(Config):
-    """Muon on the matrices of the blocks, AdamW on embeddings, head, norms and biases. Source: Jordan et al. 2024."""
-
-    kind: Literal["muon"] = "muon"
-    lr: float = Field(3e-3, gt=0, description="peak learning rate of the AdamW part")
-    matrix_lr: float = Field(5.0, gt=0, description="learning rate of the Muon part, as a multiple of lr")
-    schedule: ScheduleConfig = Field(Cosine(), description="learning rate over the steps")
-    momentum: float = Field(0.95, ge=0, lt=1, description="decay of Muon's momentum")
-    b2: float = Field(0.98, ge=0, lt=1, description="decay of the second moment of the AdamW part")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of the Muon part")
-    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-
-
-OptimConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
 
 
 def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:

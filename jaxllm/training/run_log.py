@@ -4,27 +4,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from pydantic import Field
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.config import Config
+from jaxllm.training.config import MonitorConfig
 from jaxllm.training.loop import Diverged
 from jaxllm.training.metrics import MetricsWriter, read
 from jaxllm.training.progress import ProgressLine
-
-
-class MonitorConfig(Config):
-    """What is written down and looked at while training."""
-
-    log_every: int = Field(10, ge=1, description="steps between lines in timing.jsonl, TensorBoard and on the screen")
-    evaluate_every: int = Field(
-        250, ge=1, description="steps between validation losses; the last step is always evaluated"
-    )
-    evaluate_batches: int | None = Field(None, ge=1, description="validation batches; none = the whole split")
-    sample_every: int = Field(500, ge=1, description="steps between sampled texts")
-    prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
-    sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")
-    max_skipped: int = Field(5, ge=0, description="steps in a row that the guard may skip before the run stops")
 
 
 class RunLog:

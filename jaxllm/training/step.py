@@ -8,30 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
-from pydantic import Field
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.config import Config
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.rules import constrain
+from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.losses import cross_entropy
-from jaxllm.training.optim import AdamW, Muon, optimizer
+from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
 
 Metrics = dict[str, Array]
 NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradient norms
-
-
-class StepConfig(Config):
-    """What an update does beside the optimizer."""
-
-    accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
-    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of parameters; none = off")
-    spike_factor: float | None = Field(
-        None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
-    )
 
 
 def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float = 0.0) -> tuple:

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from jaxllm.core.config import ConfigError, command
+from jaxllm.core.command import command
+from jaxllm.core.config import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_interrupt_is_130(capsys):
 
 def test_reader_that_goes_away_is_no_traceback():
     code = (
-        "import sys; from jaxllm.core.config import command\n"
+        "import sys; from jaxllm.core.command import command\n"
         "@command\ndef main(argv=None):\n  print('x' * 10**6)\n"
         "sys.exit(main())"
     )

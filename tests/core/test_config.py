@@ -1,17 +1,16 @@
-"""Laws of configuration: what is typed arrives with the schema's type, and every mistake is named with its remedy."""
+"""What is typed arrives with the schema's type, and what is written is read back."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-from jaxllm.core.config import Config, ConfigError, Duration, dump, load, merge
+from jaxllm.core.config import NONE, Config, Duration, dump, load, merge
 
 
 class Constant(Config):
@@ -60,12 +59,6 @@ class Model(Config):
     width: int = Field(64, ge=1, description="model width")
     heads: int = Field(4, ge=1, description="number of heads")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not divisible by heads={self.heads}")
-        return self
-
 
 class Run(Config):
     """A run."""
@@ -83,27 +76,10 @@ class Run(Config):
     sources: tuple[Source, ...] = Field((), description="datasets")
 
 
-class Strict(Config):
-    """A run that cannot do without."""
-
-    out: str = Field(description="directory")
-    sources: tuple[Source, ...] = Field(min_length=1, description="datasets")
-    optim: Annotated[AdamW | Muon, Field(discriminator="kind")] = Field(description="optimizer")
-
-
 def file(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     return path
-
-
-def message(cls: type[Config], *overrides: str, path: Path | None = None) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(cls, path, overrides)
-    return str(caught.value)
-
-
-# ---- values
 
 
 @pytest.mark.parametrize(
@@ -127,7 +103,7 @@ def message(cls: type[Config], *overrides: str, path: Path | None = None) -> str
         ("out==", "out", "="),
         ("out=", "out", ""),
         ("profile=[10, 20]", "profile", (10, 20)),
-        ("prompts=['1', 'b: c', none]", "prompts", ("1", "b: c", "none")),
+        ("prompts=['1', 'b: c', none, 2]", "prompts", ("1", "b: c", "none", "2")),
         ("prompts.0=x", "prompts", ("x",)),
         ("sizes={a: 1}", "sizes", {"a": 1}),
         ("sizes.a=1", "sizes", {"a": 1}),
@@ -163,10 +139,20 @@ def test_kind_starts_a_section_afresh_wherever_it_stands(tmp_path):
     assert load(Run, path, ["optim.kind=adamw"]).optim == AdamW(lr=1.0, clip=3.0)
 
 
-def test_none_in_a_file_is_null_where_text_is_refused(tmp_path):
-    config = load(Run, file(tmp_path, "profile: none\nremat: none\nparent: none\noptim: {schedule: {kind: none}}\n"))
-    assert (config.profile, config.remat, config.parent) == (None, "none", "none")
+def test_none_means_null_where_that_is_allowed(tmp_path):
+    config = load(Run, file(tmp_path, "profile: none\nremat: none\nparent: null\noptim: {schedule: {kind: none}}\n"))
+    assert (config.profile, config.remat, config.parent) == (None, "none", None)
     assert config.optim.schedule == Constant()
+
+
+def test_a_value_in_a_file_has_the_type_of_the_schema(tmp_path):
+    base = "shared: &base {weight: 3e-4}\n"
+    config = load(
+        Run,
+        file(tmp_path, base + "out: 2024\nverify: no\nsteps: 1e4\noptim:\nsources: [{path: 010, <<: *base}]\n"),
+        expand=lambda raw: {key: value for key, value in raw.items() if key != "shared"},
+    )
+    assert config == Run(out="2024", verify=False, steps=Duration(10000), sources=(Source(path="010", weight=3e-4),))
 
 
 def test_expand_sees_file_and_overrides_and_may_use_presets(tmp_path):
@@ -182,14 +168,6 @@ def test_expand_sees_file_and_overrides_and_may_use_presets(tmp_path):
     assert presets == {"wide": {"width": 512, "heads": 8}}
 
 
-def test_error_of_expand_is_a_config_error():
-    def expand(raw):
-        raise ValueError("unknown preset 'x'")
-
-    with pytest.raises(ConfigError, match="unknown preset 'x'"):
-        load(Run, expand=expand)
-
-
 def test_merge_is_deep_and_another_kind_replaces():
     base = {"norm": {"kind": "layer", "eps": 1}, "x": {"a": 1, "b": 2}}
     assert merge(base, {"norm": {"eps": 2}, "x": {"b": 3}}) == {
@@ -198,109 +176,6 @@ def test_merge_is_deep_and_another_kind_replaces():
     }
     assert merge(base, {"norm": {"kind": "rms"}})["norm"] == {"kind": "rms"}
     assert base["norm"] == {"kind": "layer", "eps": 1}
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
-        ("optm.lr=1", "unknown key 'optm'; did you mean 'optim'?"),
-        ("warmup=1", "unknown key 'warmup'; did you mean 'optim.schedule.warmup'?"),
-        ("qqqqqqq=1", "unknown key 'qqqqqqq'; --help lists all keys"),
-        ("optim.momentum=1", "unknown key 'optim.momentum' for optim.kind=adamw; it belongs to optim.kind=muon"),
-        ("optim.kind=sgd", "optim.kind=sgd: expected one of adamw, muon"),
-        ("optim.lr=fast", "optim.lr=fast: expected a number > 0"),
-        ("optim.lr=true", "optim.lr=true: expected a number > 0"),
-        ("optim.clip=x y", "optim.clip='x y': expected a number > 0 or none"),
-        ("optim.schedule.warmup=1.5", "optim.schedule.warmup=1.5: expected a whole number >= 0"),
-        ("remat=half", "remat=half: expected one of none, full"),
-        ("verify=7", "verify=7: expected true or false"),
-        ("profile=[1, 2, 3]", "profile='[1, 2, 3]': expected a list of 2 (a whole number, a whole number) or none"),
-        ("prompts=[1]", "prompts.0=1: expected text; put it in quotes"),
-        ("sizes={a: b}", "sizes.a=b: expected a whole number"),
-        ("sources=3", "sources=3: expected a list, each a section (keys and values)"),
-        ("sources=[a]", "sources.0=a: expected a section (keys and values)"),
-        ("optim={schedule: 3, kind: adamw}", "optim.schedule=3: expected a section of kind none or cosine"),
-        ("sources.0.path=[1]", None),
-        ("model=tiny", "model=tiny: expected a section (keys and values)"),
-        ("model.width=6", "model: width=6 is not divisible by heads=4"),
-        ("steps=5 parsecs", 'steps=\'5 parsecs\': expected a number of steps, "2e9 tokens" or "1 epoch", more than 0'),
-        ("steps=1.5", "steps=1.5: expected a whole number of steps"),
-        ("--out=x", "'--out=x' is not an override; write key=value, such as optim.lr=3e-4"),
-        ("recipe.yaml", "'recipe.yaml' is not an override; write key=value, such as optim.lr=3e-4"),
-        ("sources.2.path=x", "'sources.2.path': 'sources' is a list of 0 so far; the next item is sources.0"),
-    ],
-)
-def test_error_names_key_value_and_rule(override, expected):
-    if expected is None:  # text is accepted as it stands
-        assert load(Run, overrides=[override]).sources[0].path == "[1]"
-    else:
-        assert message(Run, override) == expected
-
-
-def test_file_and_command_line_have_the_same_errors_but_the_file_has_lines(tmp_path):
-    path = file(tmp_path, "out: x\noptim:\n  lr: fast\n  lrr: 1\nsources:\n- {path: a, weight: -1}\nremat: half\n")
-    assert message(Run, "verify=7", "remat=none", path=path).splitlines() == [
-        "4 problems:",
-        "  verify=7: expected true or false",
-        f"  {path}:3: optim.lr=fast: expected a number > 0",
-        f"  {path}:4: unknown key 'optim.lrr'; did you mean 'optim.lr'?",
-        f"  {path}:6: sources.0.weight=-1: expected a number > 0",
-    ]
-    lines = ["optim.lr=fast", "optim.lrr=1", "sources.0.path=a", "sources.0.weight=-1", "remat=half"]
-    assert sorted(message(Run, *lines).splitlines()[1:]) == sorted(
-        line.replace(f"{path}:{number}: ", "")
-        for line in message(Run, path=path).splitlines()[1:]
-        for number in re.findall(r"yaml:(\d+): ", line)
-    )
-
-
-def test_a_section_that_is_overridden_is_not_blamed_on_the_file(tmp_path):
-    path = file(tmp_path, "optim: {lr: fast}\n")
-    assert load(Run, path, ["optim.lr=1"]).optim.lr == 1
-    assert message(Run, "optim={lr: slow}", path=path) == "optim.lr=slow: expected a number > 0"
-
-
-def test_missing_keys(tmp_path):
-    assert message(Strict).splitlines() == [
-        "3 problems:",
-        "  missing key 'out': expected text",
-        "  missing key 'sources': expected a list of at least 1, each a section (keys and values)",
-        "  missing key 'optim': expected a section of kind adamw or muon",
-    ]
-    assert message(Strict, "out=x", "sources.0.path=x", "optim.lr=1") == (
-        "missing key 'optim.kind', which says what 'optim' is: expected a section of kind adamw or muon"
-    )
-    assert message(Strict, "out=x", "optim.kind=muon", "sources.0.weight=1") == (
-        "missing key 'sources.0.path': expected text"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a: 1\nb: [1\nc: 2\n", "{path}:3: not valid YAML: "),
-        ("a: 1\n\tb: 2\n", "{path}:2: not valid YAML: "),
-        ("a: \x00", "{path}: not valid YAML: "),
-        ("- 1\n- 2\n", "{path}: expected keys and values, found '[1, 2]'"),
-        ("just text", "{path}: expected keys and values, found 'just text'"),
-        ("out: a\nmodel: {width: 4}\nout: b\n", "{path}:3: key 'out' is already given at {path}:1"),
-        ("model: tiny\n", "{path}:1: model=tiny: expected a section (keys and values)"),
-    ],
-)
-def test_broken_file(tmp_path, text, expected):
-    path = file(tmp_path, text)
-    assert message(Run, path=path).startswith(expected.format(path=path))
-
-
-def test_unreadable_file(tmp_path):
-    assert message(Run, path=tmp_path / "none.yaml") == f"no such file: {tmp_path / 'none.yaml'}"
-    assert message(Run, path=tmp_path) == f"{tmp_path} is a directory; give a YAML file"
-    (tmp_path / "latin.yaml").write_bytes("out: caf\xe9\n".encode("latin-1"))
-    assert message(Run, path=tmp_path / "latin.yaml") == f"{tmp_path}/latin.yaml is not a text file in UTF-8 (byte 8)"
 
 
 def test_empty_file_is_all_defaults(tmp_path):
@@ -316,16 +191,15 @@ def test_configs_are_frozen_and_closed():
 
 # ---- dump
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["none", "null", "1e3", "~", "yes"]
-)
-NUMBER = st.floats(min_value=1e-12, exclude_min=True, allow_nan=False)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(["none", "1e3", "~", "yes"])
+NUMBER = st.floats(min_value=1e-12, exclude_min=True, allow_nan=False, allow_infinity=False)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.builds(
-        Run, out=TEXT, parent=st.none() | TEXT, prompts=st.lists(TEXT, max_size=3).map(tuple),
+        Run, out=TEXT, prompts=st.lists(TEXT, max_size=3).map(tuple),
+        parent=st.none() | TEXT.filter(lambda text: text not in NONE),
         sizes=st.dictionaries(TEXT, st.integers(), max_size=2),
         model=st.sampled_from([Model(), Model(width=8, heads=2)]),
         steps=st.sampled_from([Duration(5), Duration("2e9 tokens"), Duration("1.5 epochs")]),
@@ -351,6 +225,6 @@ def test_dump_keeps_the_order_of_the_schema():
 
 
 def test_import_is_light():
-    heavy = ("jax", "numpy", "yaml", "rich", "tyro")
+    heavy = ("jax", "numpy", "rich", "tyro")
     code = f"import sys, jaxllm.core.config; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,41 @@
+"""The frame of every command: what a user can repair is one line, what is our bug a traceback."""
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int | None]:
+    """Decorate the `main` of a command: errors the user can repair become one line on stderr and exit status 2.
+
+    ValueError and OSError are such errors; JAXLLM_TRACEBACK=1 shows where they were raised. Anything else is a bug of
+    ours and keeps its traceback. Ctrl-C gives 130, and a reader that has gone away (`| head`) 141, as in a shell.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int | None:
+        try:
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted\n")
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains again when it flushes at exit
+            return 141
+        except (ValueError, OSError) as error:
+            if os.environ.get("JAXLLM_TRACEBACK") == "1":
+                traceback.print_exc()
+            sys.stderr.write(f"error: {_reason(error)}\n")
+            return 2
+
+    return run
+
+
+def _reason(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,70 @@
+"""What a recipe says about training: optimizer, update, checkpoints, monitoring. Without JAX: --help is quick."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jaxllm.core.config import Config
+from jaxllm.training.schedules import Cosine, ScheduleConfig
+
+
+class AdamW(Config):
+    """Adam with decoupled weight decay. Source: Loshchilov and Hutter 2019."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    schedule: ScheduleConfig = Field(Cosine(), description="learning rate over the steps")
+    b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices, times the learning rate")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class Muon(Config):
+    """Muon on the matrices of the blocks, AdamW on embeddings, head, norms and biases. Source: Jordan et al. 2024."""
+
+    kind: Literal["muon"] = "muon"
+    lr: float = Field(3e-3, gt=0, description="peak learning rate of the AdamW part")
+    matrix_lr: float = Field(5.0, gt=0, description="learning rate of the Muon part, as a multiple of lr")
+    schedule: ScheduleConfig = Field(Cosine(), description="learning rate over the steps")
+    momentum: float = Field(0.95, ge=0, lt=1, description="decay of Muon's momentum")
+    b2: float = Field(0.98, ge=0, lt=1, description="decay of the second moment of the AdamW part")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of the Muon part")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+OptimConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+class StepConfig(Config):
+    """What an update does beside the optimizer."""
+
+    accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of parameters; none = off")
+    spike_factor: float | None = Field(
+        None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
+    )
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep_last: int = Field(2, ge=1, description="most recent checkpoints to keep")
+    keep_best: int = Field(1, ge=0, description="checkpoints of lowest validation loss to keep besides")
+
+
+class MonitorConfig(Config):
+    """What is written down and looked at while training."""
+
+    log_every: int = Field(10, ge=1, description="steps between lines in timing.jsonl, TensorBoard and on the screen")
+    evaluate_every: int = Field(
+        250, ge=1, description="steps between validation losses; the last step is always evaluated"
+    )
+    evaluate_batches: int | None = Field(None, ge=1, description="validation batches; none = the whole split")
+    sample_every: int = Field(500, ge=1, description="steps between sampled texts")
+    prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
+    sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")
+    max_skipped: int = Field(5, ge=0, description="steps in a row that the guard may skip before the run stops")
