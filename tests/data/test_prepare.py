@@ -198,6 +198,13 @@ def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     assert "segment 2, 4 tokens: document 1, chat, train 1" in out.getvalue()
 
 
+def test_describe_never_breaks_a_line(text_dataset, byte):
+    row = describe.describe_row(plan(Dataset.open(text_dataset([90])), PackingConfig(seq_len=100)), 0, byte)
+    out = io.StringIO()
+    describe.show(row, "s", Console(file=out, width=20))
+    assert "".join(chr(97 + i % 26) for i in range(90)) in out.getvalue()
+
+
 def test_describe_follows_the_loader(text_dataset, byte):
     path = text_dataset([20, 30, 40])
     loader = Loader(
