@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
     import jaxllm
     from jaxllm.evaluation.applications import evaluate_applications
+    from jaxllm.sharding import distributed
 
+    distributed.start(distributed.PlatformConfig())
     model = jaxllm.load(arguments.model)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:

@@ -112,8 +112,10 @@ class LanguageModel:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
+        limits = self._limits(max_new_tokens, stop)
+        self.decoder.check([Request(row) for row in rows], limits)  # names prompts by the caller's own numbers
         requests = [Request(row, sample) for row in rows for sample in range(num_samples)]
-        completions = self.decoder.generate(requests, sampler, self._limits(max_new_tokens, stop))
+        completions = self.decoder.generate(requests, sampler, limits)
         return [
             self._generation(completion, stop)._replace(prompt=i // num_samples, sample=i % num_samples)
             for i, completion in enumerate(completions)

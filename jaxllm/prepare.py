@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE[:FIELDS]",
         action="append",
         default=[],
-        help="JSON lines; FIELDS: the text's field, or for chat messages, alpaca or PROMPT,ANSWER",
+        help="JSON lines; FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER",
     )
     add("--pydocs", action="store_true", help="documentation of the Python standard library")
     add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")

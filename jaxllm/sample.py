@@ -5,8 +5,9 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from jaxllm.core import config as configs
 from jaxllm.core.command import command
 
 if TYPE_CHECKING:
@@ -28,10 +29,19 @@ examples:
 """
 
 
+class Prompt(NamedTuple):
+    """What is asked, and where it was written: "--prompt", "questions.txt, line 3"."""
+
+    text: str
+    place: str
+
+
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Parse, load, answer."""
     arguments = parser().parse_args(argv)
+    if arguments.chat:
+        _check_chat(arguments)
     prompts = [] if arguments.chat else read_prompts(arguments)
     if arguments.stream and (len(prompts) > 1 or arguments.num_samples > 1 or arguments.json):
         raise ValueError("--stream shows one answer as text; leave out --json and --num-samples, and give one prompt")
@@ -43,13 +53,13 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.sharding import distributed
 
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
-    sampler = Sampler(**fields)
+    sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
     distributed.start(distributed.PlatformConfig())
     lm = load(arguments.model)
     if arguments.chat:
         converse(lm, arguments, sampler)
     elif arguments.stream:
-        for piece in lm.stream(_request(lm, prompts[0], arguments), **_options(arguments, sampler)):
+        for piece in lm.stream(_requests(lm, prompts, arguments)[0], **_options(arguments, sampler)):
             _say(piece)
         _say("\n")
     else:
@@ -86,56 +96,77 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def read_prompts(arguments: argparse.Namespace) -> list[str]:
+def _check_chat(arguments: argparse.Namespace) -> None:
+    """Refuse flags that a conversation would ignore."""
+    given = {
+        "--prompt": arguments.prompt is not None, "--prompts": arguments.prompts is not None, "--raw": arguments.raw,
+        "--num-samples": arguments.num_samples != 1, "--stream": arguments.stream, "--json": arguments.json,
+    }  # fmt: skip
+    if ignored := [flag for flag, is_given in given.items() if is_given]:
+        raise ValueError(f"--chat is a conversation and would ignore {', '.join(ignored)}; leave out one or the other")
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     """Return the prompts that the command line asks for, none of them empty.
 
     Raises:
-      ValueError: two sources of prompts, none, or an empty one.
+      ValueError: two sources of prompts, none, an empty one, or one that is not UTF-8.
     """
     if arguments.prompt is not None and arguments.prompts is not None:
         raise ValueError("--prompt and --prompts are both given; choose one")
     if arguments.prompt is not None:
-        prompts, source = [arguments.prompt], "--prompt"
+        prompts, source = [Prompt(arguments.prompt, "--prompt")], "--prompt"
     elif arguments.prompts is not None:
         prompts, source = _read_file(arguments.prompts), str(arguments.prompts)
     elif sys.stdin.isatty():
         raise ValueError("no prompt; give --prompt TEXT, --prompts FILE, --chat, or pipe prompts into standard input")
     else:
-        prompts, source = _lines_of(sys.stdin.read()), "standard input"
+        source = "standard input"
+        prompts = _lines_of(sys.stdin.buffer.read(), source)
     if not prompts:
         raise ValueError(f"{source} holds no prompt; write one per line")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            place = f" (number {number})" if len(prompts) > 1 else ""
-            raise ValueError(f"the prompt of {source}{place} is empty; write something to answer or continue")
+    for text, place in prompts:
+        if not text.strip():
+            raise ValueError(f"the prompt of {place} is empty; write something to answer or continue")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"the prompt of {place} has bytes that are not UTF-8, or half a surrogate pair; repair it")
     return prompts
 
 
-def _lines_of(text: str) -> list[str]:
+def _lines_of(data: bytes, source: str) -> list[Prompt]:
     """Cut at newlines alone: a prompt may hold U+2028. Blank lines are skipped."""
-    return [line for line in text.split("\n") if line.strip()]
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source} is not UTF-8 at byte offset {error.start} (byte 0x{data[error.start]:02x}); save it as UTF-8"
+        ) from error
+    lines = enumerate(text.removeprefix("\ufeff").split("\n"), 1)
+    return [Prompt(line.removesuffix("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path) -> list[Prompt]:
     """Read one prompt per line."""
-    lines = _lines_of(path.read_text(encoding="utf-8"))
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: expected {{"prompt": "..."}}, found {line[:60]!r}') from error
-    return prompts
+    lines = _lines_of(path.read_bytes(), str(path))
+    return [Prompt(_json_prompt(line), line.place) for line in lines] if path.suffix == ".jsonl" else lines
 
 
-def answer(lm: "LanguageModel", prompts: list[str], arguments: argparse.Namespace, sampler: "Sampler") -> None:
+def _json_prompt(line: Prompt) -> str:
+    try:
+        row = json.loads(line.text)
+    except json.JSONDecodeError:
+        row = None
+    if not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
+        raise ValueError(f'{line.place}: expected {{"prompt": "..."}}, found {line.text[:60]!r}')
+    return row["prompt"]
+
+
+def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Namespace, sampler: "Sampler") -> None:
     """Answer all prompts in batches and write them out in order."""
-    requests = [_request(lm, prompt, arguments) for prompt in prompts]
+    requests = _requests(lm, prompts, arguments)
     answers = lm.generate(requests, num_samples=arguments.num_samples, **_options(arguments, sampler))
     for found in answers:
-        prompt = prompts[found.prompt]
+        prompt = prompts[found.prompt].text
         if arguments.json:
             line = {
                 "prompt": prompt, "text": found.text, "tokens": len(found.tokens), "finish_reason": found.finish_reason,
@@ -196,14 +227,21 @@ def _lines(source: TextIO) -> Iterator[str]:
         yield line.strip()
 
 
-def _request(lm: "LanguageModel", prompt: str, arguments: argparse.Namespace) -> "str | list[dict[str, str]]":
-    """Return `prompt` as messages if the model was taught to answer, else as it is."""
-    if arguments.raw or not lm.is_chat:
-        if arguments.system:
-            raise ValueError("--system needs a chat template; leave out --raw, or choose a tuned model")
-        return prompt
+def _requests(
+    lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Namespace
+) -> "list[str | list[dict[str, str]]]":
+    """Return prompts as messages if the model was taught to answer, else as they are; name one that does not fit."""
+    plain = arguments.raw or not lm.is_chat
+    if plain and arguments.system:
+        raise ValueError("--system needs a chat template; leave out --raw, or choose a tuned model")
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    return [*system, {"role": "user", "content": prompt}]
+    requests = [text if plain else [*system, {"role": "user", "content": text}] for text, _ in prompts]
+    for request, (_, place) in zip(requests, prompts, strict=True):
+        if (length := len(lm.encode(request))) >= lm.config.max_seq_len:
+            raise ValueError(
+                f"the prompt of {place} has {length} tokens; the model takes at most {lm.config.max_seq_len - 1}"
+            )
+    return requests
 
 
 def _options(arguments: argparse.Namespace, sampler: "Sampler") -> dict:

@@ -119,6 +119,11 @@ def test_impossible_requests_are_refused(lm, arguments, message):
         lm.generate("x", **arguments)
 
 
+def test_a_prompt_that_is_too_long_has_the_number_of_the_caller(lm):
+    with pytest.raises(ValueError, match="prompt 1 has 201 tokens; the model takes 1 to 159"):
+        lm.generate(["x", "y" * 200], num_samples=3)
+
+
 def test_a_conversation_needs_messages(lm):
     with pytest.raises(ValueError, match="no messages"):
         lm.chat([])

@@ -59,7 +59,7 @@ def test_raw_differs_from_the_template(run, capsys):
 def test_standard_input_is_a_prompt(run, capsys, monkeypatch):
     arguments = [run, "--max-new-tokens", 6, "--temperature", 0]
     expected = outcome(capsys, *arguments, "--prompt", "piped")[1]
-    monkeypatch.setattr("sys.stdin", io.StringIO("piped\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfpiped\r\n")))
     assert outcome(capsys, *arguments)[1] == expected
 
 
@@ -98,6 +98,10 @@ def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys):
         (["m", "--prompt", "x", "--prompts", "f"], "--prompt and --prompts are both given"),
         (["m", "--prompts", "no-such-file"], "No such file or directory: no-such-file"),
         (["m", "--prompt", "x", "--stream", "--json"], "--stream shows one answer"),
+        (["m", "--prompt", "a\udcff"], "the prompt of --prompt has bytes that are not UTF-8"),
+        (["m", "--chat", "--raw", "--num-samples", "2"], "would ignore --raw, --num-samples; leave out"),
+        (["m", "--chat", "--prompt", "x", "--json", "--stream"], "would ignore --prompt, --stream, --json"),
+        ([".", "--prompt", "x"], ". is no run directory (no recipe.yaml)"),
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, message):
@@ -108,9 +112,42 @@ def test_mistakes_are_one_line(capsys, argv, message):
     assert err.count("\n") == 1
 
 
-def test_a_damaged_prompt_file_names_the_line(capsys, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
-    assert "p.jsonl, line 2: expected {" in outcome(capsys, "m", "--prompts", tmp_path / "p.jsonl")[2]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top-p", "0"], "top_p=0.0: expected a number > 0 and <= 1"),
+        (["--top-k", "0"], "top_k=0: expected a whole number >= 1"),
+        (["--temperature", "nan"], "temperature=nan: expected a number >= 0"),
+        (["--min-p", "2"], "min_p=2.0: expected a number >= 0 and <= 1"),
+        (["--repetition-penalty", "0"], "repetition_penalty=0.0: expected a number > 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--num-samples", "0"], "num_samples=0 must be at least 1"),
+    ],
+)
+def test_impossible_numbers_are_one_line(run, capsys, flags, message):
+    status, out, err = outcome(capsys, run, "--prompt", "x", *flags)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("row", ['{"text": "b"}', '{"prompt": 5}', "[1]", "{"])
+def test_a_damaged_prompt_file_names_the_line(capsys, tmp_path, row):
+    (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a"}\n\n' + row + "\n", encoding="utf-8")
+    assert "p.jsonl, line 3: expected {" in outcome(capsys, "m", "--prompts", tmp_path / "p.jsonl")[2]
+
+
+def test_a_prompt_file_that_is_not_utf_8_is_named(capsys, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"good\n\xff\n")
+    err = outcome(capsys, "m", "--prompts", tmp_path / "p.txt")[2]
+    assert "p.txt is not UTF-8 at byte offset 5 (byte 0xff); save it as UTF-8" in err
+    assert err.count("\n") == 1
+
+
+def test_a_prompt_that_is_too_long_is_named_by_its_line(run, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("short\n\n" + "long" * 40 + "\n")
+    err = outcome(capsys, run, "--prompts", tmp_path / "p.txt", "--raw", "--num-samples", 3)[2]
+    assert "p.txt, line 3 has 161 tokens; the model takes at most 127" in err
 
 
 def test_help_is_quick_because_jax_is_not_imported():

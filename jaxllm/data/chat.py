@@ -131,13 +131,7 @@ def encode_chat(
     Raises:
       ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
-    if tokenizer.chat is None:
-        raise ValueError(
-            f"this tokenizer has no chat template: its special tokens are {', '.join(tokenizer.special) or 'none'} and "
-            f"the default template needs {', '.join(ROLE_TOKENS)}; train a tokenizer with jaxllm, or save one with a "
-            "chat template of its own"
-        )
-    pieces = tokenizer.chat.render(messages, add_generation_prompt)
+    pieces = template_of(tokenizer).render(messages, add_generation_prompt)
     texts = iter(tokenizer.encode_batch([piece.text for piece in pieces if not piece.special]))
     ids: list[int] = []
     trained: list[bool] = []
@@ -146,6 +140,21 @@ def encode_chat(
         ids += new
         trained += [piece.trained] * len(new)
     return ids, trained
+
+
+def template_of(tokenizer: "Tokenizer") -> ChatTemplate:
+    """Return the chat template of a tokenizer.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if tokenizer.chat is None:
+        raise ValueError(
+            f"this tokenizer has no chat template: its special tokens are {', '.join(tokenizer.special) or 'none'} and "
+            f"the default template needs {', '.join(ROLE_TOKENS)}; train a tokenizer with jaxllm, or save one with a "
+            "chat template of its own"
+        )
+    return tokenizer.chat
 
 
 def _unused_characters(text: str) -> list[str]:

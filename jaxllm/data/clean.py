@@ -93,9 +93,14 @@ class Cleaner:
         return Document(text, document.source, document.location)
 
     def conversation(self, conversation: Conversation) -> Conversation | None:
-        """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it."""
+        """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it.
+
+        An empty system message says nothing and is left out; many data sets have one in each row.
+        """
         messages = []
         for message in conversation.messages:
+            if message.role == "system" and not message.content.strip():
+                continue
             content = self._text(message.content, conversation)
             if content is None:
                 return None

@@ -66,18 +66,21 @@ def describe_samples(loader: Loader, samples: range, tokenizer: Tokenizer) -> It
 
 
 def show(row: RowDescription, title: str, console: "Console") -> None:
-    """Print a row: learned tokens green, context dim, a rule with the provenance before each segment."""
+    """Print a row: learned tokens green, context dim, a rule with the provenance before each segment.
+
+    The text's own line ends are the only ones (`soft_wrap`): a terminal may wrap, a file shows what is trained on.
+    """
     from rich.markup import escape
     from rich.text import Text
 
     console.rule(f"[bold]{escape(title)}: {escape(row.dataset)}, row {row.row}", align="left")
     for number, segment in enumerate(row.segments, start=1):
         place = f"document {segment.document}, {segment.source}, {segment.location}"
-        console.print(Text(f"-- segment {number}, {segment.n_tokens} tokens: {place}", style="cyan"))
+        console.print(Text(f"-- segment {number}, {segment.n_tokens} tokens: {place}", style="cyan"), soft_wrap=True)
         text = Text()
         for span in segment.spans:
             text.append(span.text, style="green" if span.trained else "dim")
-        console.print(text)
+        console.print(text, soft_wrap=True)
     if row.n_padding:
         console.print(Text(f"-- {row.n_padding} positions of padding", style="cyan"))
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 from jaxllm.data import sources, tokenizer
-from jaxllm.data.chat import encode_chat
+from jaxllm.data.chat import encode_chat, template_of
 from jaxllm.data.clean import CleanConfig, Cleaner
 from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.packing import PackingConfig, plan
@@ -99,6 +99,12 @@ class Reader:
                     self.bytes_kept += _size(cleaned)
                     yield cleaned
 
+    def reject(self, item: Conversation, why: ValueError) -> None:
+        """Report a conversation that was yielded and cannot be used; it is not kept after all."""
+        self.problems.report(f"{item.source}, {item.location}: {why}")
+        self.n_kept -= 1
+        self.bytes_kept -= _size(item)
+
 
 def prepare(config: PrepareConfig) -> PrepareReport:
     """Make the dataset directory `config.out` and return the account of it (also stored as report.json).
@@ -113,6 +119,8 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     start = time.perf_counter()
     reader = Reader(config)
     writer = DatasetWriter(config.out, make_tokenizer(config), config.dataset_kind, config.overwrite)
+    if config.chat:
+        template_of(writer.tokenizer)  # without one, every conversation would be a problem of its own
     with writer:
         for split, item in assign_splits(_encode(reader, writer.tokenizer), config.validation, config.seed):
             if config.chat:
@@ -166,13 +174,17 @@ def assign_splits(items: Iterable[Encoded], validation: float, seed: int) -> Ite
         yield "validation", item
 
 
-def _encode(items: Iterable[Document | Conversation], tok: Tokenizer) -> Iterator[Encoded]:
+def _encode(reader: Reader, tok: Tokenizer) -> Iterator[Encoded]:
     batch: list[Document] = []
     size = 0
-    for item in items:
+    for item in reader:
         if isinstance(item, Conversation):
-            ids, trained = encode_chat(tok, item.messages)
-            yield Encoded(item.source, item.location, ids, trained, _size(item))
+            try:
+                encoded = _encode_conversation(item, tok)
+            except ValueError as error:
+                reader.reject(item, error)
+            else:
+                yield encoded
             continue
         batch.append(item)
         size += len(item.text)
@@ -185,6 +197,17 @@ def _encode(items: Iterable[Document | Conversation], tok: Tokenizer) -> Iterato
 def _encode_batch(batch: list[Document], tok: Tokenizer) -> Iterator[Encoded]:
     for item, ids in zip(batch, tok.encode_batch([item.text for item in batch]), strict=True):
         yield Encoded(item.source, item.location, ids, [], _size(item))
+
+
+def _encode_conversation(item: Conversation, tok: Tokenizer) -> Encoded:
+    """Encode; a conversation of which nothing is learned is an error (nothing predicts the first token)."""
+    ids, trained = encode_chat(tok, item.messages)
+    if not any(trained[1:]):
+        raise ValueError(
+            "no token of this conversation is learned; it needs an assistant message, and the chat template needs "
+            "{% generation %} around what the assistant says"
+        )
+    return Encoded(item.source, item.location, ids, trained, _size(item))
 
 
 def _texts(item: Document | Conversation) -> list[str]:
@@ -204,8 +227,9 @@ def _why_empty(reader: Reader) -> str:
     dropped = ", ".join(
         f"{name} dropped {count.dropped}" for name, count in reader.cleaner.counts.items() if count.dropped
     )
+    first = f" (first: {reader.problems.examples[0]})" if reader.problems.count else ""
     return (
-        f"no text is left: {reader.n_read} documents were read, {reader.problems.count} inputs were unreadable, "
+        f"no text is left: {reader.n_read} documents were read, {reader.problems.count} inputs were unreadable{first}, "
         f"{dropped or 'no rule dropped any'}; check the sources"
     )
 
@@ -253,4 +277,9 @@ def _notes(config: PrepareConfig, tok: Tokenizer, datasets: dict[str, Dataset]) 
         yield f"the text has pieces for a vocabulary of {tok.vocab_size} only, not of {config.tokenizer.vocab_size}"
     if config.validation and not len(datasets["validation"]):
         count = len(datasets["train"])
-        yield f"no document is held out: there are {count}; cut finer (--split paragraph) or use --validation 1"
+        finer = "cut finer (--split paragraph)"
+        yield (
+            f"no document is held out: there are {count}; {finer} or use --validation 1"
+            if count > 1
+            else f"no document is held out: there is only 1, so training has no validation loss; {finer} to get one"
+        )

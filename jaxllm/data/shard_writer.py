@@ -70,16 +70,7 @@ class DatasetWriter:
         self._splits[split].add(tokens, trained, {"source": source, "location": location}, text_bytes)
 
     def add_chat(self, split: str, ids: list[int], trained: list[bool], source: str, location: str) -> None:
-        """Store one encoded conversation.
-
-        Raises:
-          ValueError: no token of it is trained (the first one cannot be: nothing predicts it).
-        """
-        if not any(trained[1:]):
-            raise ValueError(
-                f"{source}, {location}: no token of this conversation is learned; it needs an assistant message, and "
-                "the chat template needs {% generation %} around what the assistant says"
-            )
+        """Store one encoded conversation."""
         text_bytes = sum(
             len(self.tokenizer.token_bytes(token)) for token, learn in zip(ids, trained, strict=True) if learn
         )

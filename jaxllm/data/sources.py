@@ -6,6 +6,7 @@ same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, wh
 
 import glob
 import json
+import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 from jaxllm.data import pydocs, world
-from jaxllm.data.documents import Conversation, Document, parse_messages
+from jaxllm.data.documents import Conversation, Document, Message, parse_messages
 from jaxllm.data.problems import Problems
 
 
@@ -34,8 +35,8 @@ class JsonLines(Config):
     path: str = Field(description="file, or glob pattern")
     fields: str | None = Field(
         None,
-        description="text: name of the field with the text (default: text); chat: messages, alpaca or PROMPT,ANSWER "
-        "(names of two fields; default: as the row looks)",
+        description="text: name of the field with the text (default: text); chat: messages, alpaca, instances or "
+        "PROMPT,ANSWER (names of two fields; default: as the row looks)",
     )
 
 
@@ -95,9 +96,7 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
         case JsonLines():
             for path in _files(source.path):
                 for number, row in _rows(path, problems):
-                    conversation = _conversation(row, source.fields, path, number, problems)
-                    if conversation is not None:
-                        yield conversation
+                    yield from _conversations(row, source.fields, path, number, problems)
         case PyDocs():
             yield from pydocs.conversations()
         case World():
@@ -105,7 +104,12 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
 
 
 def _files(pattern: str) -> list[str]:
-    paths = sorted(glob.glob(pattern, recursive=True)) or sorted(glob.glob(glob.escape(pattern)))
+    """The file of this name, which may look like a pattern ("[x]1.txt"), or else the files that match the pattern."""
+    if os.path.isdir(pattern):
+        raise FileNotFoundError(f"{pattern!r} is a directory; name its files: '{os.path.join(pattern, '**', '*')}'")
+    if os.path.exists(pattern):
+        return [pattern]
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
     if not paths:
         raise FileNotFoundError(
             f"no file matches {pattern!r}; quote the pattern, so that the shell does not expand it, and check the path"
@@ -192,24 +196,46 @@ def _valid(text: str, place: str, problems: Problems) -> str | None:
     return text.encode("utf-8", errors="replace").decode("utf-8") if problems.policy == "replace" else None
 
 
-def _conversation(row: dict, fields: str | None, path: str, number: int, problems: Problems) -> Conversation | None:
+def _conversations(row: dict, fields: str | None, path: str, number: int, problems: Problems) -> Iterator[Conversation]:
+    """The conversations of a row: one, or one per entry of `instances` (Wang et al. 2023, Self-Instruct)."""
     place = f"{path}:{number}"
     form = fields or _recognise(row)
     if form is None:
         problems.report(
             f"{place}: not a conversation: the row has {', '.join(map(repr, row)) or 'no fields'}; expected "
-            "'messages', or 'instruction' and 'output', or name two fields: --jsonl FILE:PROMPT,ANSWER"
+            "'messages', or 'instruction' and 'output' or 'instances', or name two fields: --jsonl FILE:PROMPT,ANSWER"
         )
+        return
+    rows, form = (_instances(row, place, problems), "alpaca") if form == "instances" else ([row], form)
+    for each in rows:
+        messages = _messages(each, place, problems) if form == "messages" else _pair(each, form, place, problems)
+        if messages is not None:
+            yield Conversation(messages, path, f"line {number}")
+
+
+def _instances(row: dict, place: str, problems: Problems) -> list[dict]:
+    """One alpaca row per instance: the instruction is said once for all of them."""
+    instances = row.get("instances")
+    if isinstance(instances, list) and instances and all(isinstance(each, dict) for each in instances):
+        shared = {"instruction": row["instruction"]} if "instruction" in row else {}
+        return [shared | each for each in instances]
+    problems.report(
+        f"{place}: 'instances' must be a non-empty list of {{input, output}}, found {str(instances)[:60]!r}"
+    )
+    return []
+
+
+def _messages(row: dict, place: str, problems: Problems) -> tuple[Message, ...] | None:
+    try:
+        messages = parse_messages(row.get("messages"))
+    except ValueError as error:
+        problems.report(f"{place}: {error}")
         return None
-    if form == "messages":
-        try:
-            messages = parse_messages(row.get("messages"))
-        except ValueError as error:
-            problems.report(f"{place}: {error}")
-            return None
-        if any(_valid(message.content, place, problems) is None for message in messages):
-            return None
-        return Conversation(messages, path, f"line {number}")
+    turns = [(_valid(each.role, place, problems), _valid(each.content, place, problems)) for each in messages]
+    return None if any(None in turn for turn in turns) else tuple(Message(*turn) for turn in turns)
+
+
+def _pair(row: dict, form: str, place: str, problems: Problems) -> tuple[Message, ...] | None:
     names = "instruction,output" if form == "alpaca" else form
     prompt_name, _, answer_name = names.partition(",")
     prompt = _field(row, prompt_name, place, problems)
@@ -219,10 +245,12 @@ def _conversation(row: dict, fields: str | None, path: str, number: int, problem
     context = row.get("input") if form == "alpaca" else None
     if context and (context := _field(row, "input", place, problems)) is None:
         return None
-    return Conversation.pair(f"{prompt}\n\n{context}" if context else prompt, answer, path, f"line {number}")
+    return Message("user", f"{prompt}\n\n{context}" if context else prompt), Message("assistant", answer)
 
 
 def _recognise(row: dict) -> str | None:
     if "messages" in row:
         return "messages"
-    return "alpaca" if "instruction" in row and "output" in row else None
+    if "instruction" not in row:
+        return None
+    return next((form for field, form in (("output", "alpaca"), ("instances", "instances")) if field in row), None)

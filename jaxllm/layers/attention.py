@@ -18,10 +18,11 @@ class Attention(nnx.Module):
     """y = concat_heads(softmax(q k^T / sqrt(H)) v) W_o, with q, k, v linear in x and K <= N key/value heads.
 
     Args:
-      d_model, n_heads, n_kv_heads, head_dim: widths; N must be a multiple of K.
+      d_model: width of x and y.
+      heads: (N, K, H): query heads, key/value heads and the width of a head; N must be a multiple of K.
       bias: on all four projections (GPT-2).
       qk_norm: a norm over each head's query and key (Qwen3, OLMo-2), or None.
-      out_std: initial standard deviation of the output projection.
+      std, out_std: initial standard deviation of the projections of q, k and v, and of the output projection.
     Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
 

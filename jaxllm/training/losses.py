@@ -29,7 +29,7 @@ def cross_entropy(
       hidden, table: any float dtype; logits are reduced in float32, because bfloat16 cannot sum a 100k-way softmax.
       weights: >= 0; zero drops the token (padding, prompt, last of its segment).
       z: weight of the squared log-partition term. Source: PaLM, Chowdhery et al. 2022, section 5 (1e-4).
-      chunk: positions of a row per chunk; the largest divisor of T up to it is used.
+      chunk: most positions of a row per chunk; a row is cut into equal chunks.
     """
     table = constrain(table, "vocab", None)  # gathered once here, not once per chunk
 
@@ -54,13 +54,16 @@ def _forward(hidden, table, targets, weights, z, chunk):
         hit = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
         slope = weights * (1.0 + 2.0 * z * log_z)
         gradient = (probs * slope[..., None] - jnp.where(hit, weights[..., None], 0.0)).astype(hidden.dtype)
-        table_gradient += jnp.einsum("btv,btd->vd", gradient, hidden, preferred_element_type=jnp.float32)
+        # Summed as [D, V] and turned once: written as "btv,btd->vd", XLA on a CPU computes `gradient` a second time, in
+        # transposed order.
+        table_gradient += jnp.einsum("btd,btv->dv", hidden, gradient, preferred_element_type=jnp.float32)
         return (sums, table_gradient), jnp.einsum("btv,vd->btd", gradient, full_table)
 
-    start = (_zeros(), jnp.zeros(table.shape, jnp.float32))
+    start = (_zeros(), jnp.zeros(table.shape[::-1], jnp.float32))
     (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, _chunks((hidden, targets, weights), chunk))
-    hidden_gradient = jnp.swapaxes(hidden_gradient, 0, 1).reshape(hidden.shape)
-    return sums, (hidden_gradient, table_gradient.astype(table.dtype))
+    rows, length, width = hidden.shape
+    hidden_gradient = jnp.swapaxes(hidden_gradient, 0, 1).reshape(rows, -1, width)[:, :length]
+    return sums, (hidden_gradient, table_gradient.T.astype(table.dtype))
 
 
 def _backward(z, chunk, gradients, cotangents):
@@ -82,10 +85,18 @@ def _zeros() -> Sums:
 
 
 def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
-    """Cut [B, T, ...] to [T / c, B, c, ...], c the largest divisor of T up to `chunk`; B stays where it is sharded."""
+    """Cut [B, T, ...] to [n, B, c, ...], n = ceil(T / chunk) and c = ceil(T / n); B stays where it is sharded.
+
+    What is missing at the end, fewer than n positions, is filled with zeros: tokens of weight 0.
+
+    Example, chunk = 4: T = 8 -> 2 chunks of 4, T = 9 -> 3 of 3, T = 7 -> 2 of 4 with one position of padding
+    """
     length = arrays[0].shape[1]
-    size = next(c for c in range(min(chunk, length), 0, -1) if length % c == 0)
-    cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0], length // size, size, *x.shape[2:]), 0, 1)
+    count = -(-length // chunk)
+    size = -(-length // count)
+    if missing := count * size - length:
+        arrays = tuple(jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) for x in arrays)
+    cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0], count, size, *x.shape[2:]), 0, 1)
     return tuple(constrain(cut(x), None, "batch", *(None,) * (x.ndim - 1)) for x in arrays)
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxllm.data.clean import CleanConfig, Cleaner, remove_control, rules, strip_line_ends
-from jaxllm.data.documents import Conversation, Document
+from jaxllm.data.documents import Conversation, Document, Message
 
 
 def doc(text, location="x"):
@@ -53,4 +53,6 @@ def test_conversations_are_cleaned_and_compared_whole():
     assert cleaner.conversation(Conversation.pair("q", "a", "s", "2")) is None
     assert cleaner.conversation(Conversation.pair("q", "other", "s", "3"))
     assert cleaner.conversation(Conversation.pair("q", " ", "s", "4")) is None
+    with_system = Conversation((Message("system", " \n"), Message("user", "q"), Message("assistant", "b")), "s", "5")
+    assert [message.role for message in cleaner.conversation(with_system).messages] == ["user", "assistant"]
     assert (cleaner.counts["duplicate"].dropped, cleaner.counts["min_chars"].dropped) == (1, 1)

@@ -103,6 +103,27 @@ def test_conversations_without_answers_stop(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no token of this conversation is learned"):
         prepare(config)
     assert not (tmp_path / "d").exists()
+    with pytest.raises(ValueError, match=r"1 inputs were unreadable \(first: .*a\.jsonl, line 1: no token of this"):
+        prepare(config.model_copy(update={"errors": "skip"}))
+
+
+def test_bad_conversations_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    talk = lambda *turns: json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n"
+    good = talk(("system", ""), ("user", "q"), ("assistant", "a\ud800"))
+    path.write_text(good + talk(("robot", "q"), ("assistant", "a")) + talk(("user", "nothing is answered")))
+    config = PrepareConfig(
+        inputs=(JsonLines(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer(),
+        errors="replace",
+    )  # fmt: skip
+    made = prepare(config)
+    assert (made.documents_read, made.documents_kept, made.problems) == (3, 1, 3)
+    assert made.splits["train"].documents == 1
+    assert "a.jsonl, line 2: " in made.problem_examples[1] and "unknown role 'robot'" in made.problem_examples[1]
+    assert "a.jsonl, line 3: no token of this conversation is learned" in made.problem_examples[2]
+    ids = Dataset.open(tmp_path / "d").tokens(0)
+    assert tokenizers.load(tmp_path / "d").decode(ids) == "qa?"
+    assert ids[1] == 4  # the user speaks first: the empty system message is not there
 
 
 def test_unreadable_rows_are_in_the_report(tmp_path):
@@ -137,7 +158,7 @@ def test_one_line_is_a_corpus_and_says_that_nothing_is_held_out(tmp_path):
     assert made.splits["train"].documents == 1
     assert [note.split(";")[0] for note in made.notes] == [
         f"the text has pieces for a vocabulary of {made.vocab_size} only, not of 8192",
-        "no document is held out: there are 1",
+        "no document is held out: there is only 1, so training has no validation loss",
     ]
     with pytest.raises(ValueError, match="no document is left for training"):
         prepare(PrepareConfig(inputs=(TextFiles(path=str(path)),), out=str(tmp_path / "e"), validation=1))
@@ -175,6 +196,13 @@ def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     assert "\x1b[32m" in out.getvalue()  # green
     assert "\x1b[2m" in out.getvalue()  # dim
     assert "segment 2, 4 tokens: document 1, chat, train 1" in out.getvalue()
+
+
+def test_describe_never_breaks_a_line(text_dataset, byte):
+    row = describe.describe_row(plan(Dataset.open(text_dataset([90])), PackingConfig(seq_len=100)), 0, byte)
+    out = io.StringIO()
+    describe.show(row, "s", Console(file=out, width=20))
+    assert "".join(chr(97 + i % 26) for i in range(90)) in out.getvalue()
 
 
 def test_describe_follows_the_loader(text_dataset, byte):

@@ -131,11 +131,3 @@ def test_empty_data_is_refused(tmp_path, byte):
     ):
         pass
     assert not os.listdir(tmp_path)
-
-
-def test_conversation_without_answer_is_refused(tmp_path, byte):
-    with (
-        pytest.raises(ValueError, match=r"f.jsonl, line 3: no token of this conversation is learned"),
-        DatasetWriter(tmp_path / "chat", byte, "chat") as writer,
-    ):
-        writer.add_chat("train", [1, 3, 9], [True, False, False], "f.jsonl", "line 3")

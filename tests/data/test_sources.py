@@ -59,8 +59,12 @@ def test_globs_are_sorted_and_deep(tmp_path):
     ]
     with pytest.raises(FileNotFoundError, match=r"no file matches '.*\*\.csv'; quote the pattern"):
         read(TextFiles(path=f"{tmp_path}/*.csv"))
+    assert len(read(TextFiles(path=f"{tmp_path}/**"))) == 4
     (tmp_path / "odd[1].txt").write_text("literal")
+    (tmp_path / "odd1.txt").write_text("what the pattern would match")
     assert [document.text for document in read(TextFiles(path=f"{tmp_path}/odd[1].txt"))] == ["literal"]
+    with pytest.raises(FileNotFoundError, match=r"sub' is a directory; name its files: '.*sub/\*\*/\*'"):
+        read(TextFiles(path=f"{tmp_path}/sub"))
 
 
 def test_windows_files(tmp_path):
@@ -148,6 +152,14 @@ def test_conversation_formats(tmp_path):
         Conversation.pair("Hi", "Hello", path, "line 2"),
         Conversation((Message("system", "S"), Message("user", "q"), Message("assistant", "a")), path, "line 3"),
     ]
+    seeds = rows(
+        tmp_path / "c.jsonl",
+        {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}, {"input": "", "output": "?"}]},
+    )
+    assert list(conversations(JsonLines(path=seeds), Problems())) == [
+        Conversation.pair("Add.\n\n1 2", "3", seeds, "line 1"),
+        Conversation.pair("Add.", "?", seeds, "line 1"),
+    ]
     pairs = rows(tmp_path / "b.jsonl", {"question": "q", "answer": "a"})
     [pair] = conversations(JsonLines(path=pairs, fields="question,answer"), Problems())
     assert pair == Conversation.pair("q", "a", pairs, "line 1")
@@ -167,6 +179,8 @@ def test_conversation_formats(tmp_path):
         ({"instruction": "x", "input": 3, "output": "x"}, "alpaca", "no text in field 'input': it is int"),
         ({"q": "x"}, "q,a", "no text in field 'a'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "lone surrogate"),
+        ({"instruction": "x", "instances": [3]}, None, "'instances' must be a non-empty list of {input, output}"),
+        ({"instances": [{"input": "", "output": "x"}]}, "instances", "no text in field 'instruction': the row has"),
     ],
 )
 def test_what_is_no_conversation(tmp_path, row, fields, message):
@@ -175,6 +189,14 @@ def test_what_is_no_conversation(tmp_path, row, fields, message):
         list(conversations(JsonLines(path=path, fields=fields), Problems()))
     problems = Problems("skip")
     assert not list(conversations(JsonLines(path=path, fields=fields), problems))
+    assert problems.count == 1
+
+
+def test_replaced_characters_reach_the_messages(tmp_path):
+    path = rows(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "a\ud800b"}]})
+    problems = Problems("replace")
+    [found] = conversations(JsonLines(path=path), problems)
+    assert found.messages == (Message("user", "a?b"),)
     assert problems.count == 1
 
 

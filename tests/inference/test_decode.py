@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.inference.decode import CHECK_EVERY, Limits, Request, bucket
+from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _programs, bucket
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.masks import CausalMask
@@ -120,6 +120,24 @@ def test_impossible_prompts_are_refused(decoder, prompt, message):
 def test_max_new_tokens_must_be_positive(decoder):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         decoder.generate([Request([3])], GREEDY, Limits(0))
+
+
+def test_every_decoder_of_a_model_uses_the_same_programs(decoder, params):
+    other = Decoder(decoder.config, params, COMPUTE)
+    assert other._advance is decoder._advance
+    assert _programs(decoder.config, COMPUTE)[0]._cache_size() == 1
+    # in float32 the tables are the caller's own buffers
+    assert other.params["embed"]["table"].unsafe_buffer_pointer() == params["embed"]["table"].unsafe_buffer_pointer()
+
+
+def test_a_prompt_that_fills_the_model_gets_its_one_token(decoder, oracle):
+    longest = RANDOM.integers(3, 61, decoder.config.max_seq_len - 1).tolist()
+    [answer] = decoder.generate([Request(longest)], GREEDY, Limits(9))
+    assert (answer.tokens, answer.finish_reason) == (oracle(longest, 1), "length")
+
+
+def test_no_requests_no_answers(decoder):
+    assert decoder.generate([], GREEDY, Limits(4)) == []
 
 
 def test_buckets():

@@ -51,6 +51,23 @@ def test_filters_keep_ties_and_never_drop_everything():
     np.testing.assert_array_equal(kept([[-5.0, -1.0, 0.0, -0.0]], top_k=1).any(), True)
 
 
+def test_one_token_vocabulary_and_infinite_logits():
+    np.testing.assert_array_equal(kept([[3.0]], top_k=5, top_p=0.5, min_p=0.5), [[True]])
+    hidden = np.array([[1.0, -np.inf, 0.0, -np.inf]], np.float32)  # ids beyond the tokenizer's are -inf
+    np.testing.assert_array_equal(kept(hidden, top_k=4, top_p=1.0 - 1e-6, min_p=1e-6), [[True, False, True, False]])
+    tokens, logprobs = choose(jnp.asarray(hidden), None, np.zeros((1, 2), np.uint32), 0, settings(Sampler(top_k=3)))
+    assert int(tokens[0]) in (0, 2)
+    assert np.isfinite(logprobs).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    keys = np.stack([np.arange(5), np.arange(5)], -1).astype(np.uint32)
+    sampler = Sampler(temperature=temperature, top_k=50, top_p=0.9, min_p=0.1)
+    tokens, _ = choose(jnp.asarray(RANDOM), None, keys, 0, settings(sampler))
+    np.testing.assert_array_equal(tokens, RANDOM.argmax(-1))
+
+
 def test_penalty_pushes_both_signs_down_for_seen_tokens_only():
     logits = jnp.array([[2.0, -2.0, 2.0, -2.0]])
     seen = jnp.array([[True, True, False, False]])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.training.losses import cross_entropy
+from jaxllm.training.losses import _chunks, cross_entropy
 
 GENERATOR = np.random.default_rng(0)
 HIDDEN = GENERATOR.normal(size=(2, 12, 8)).astype(np.float32)
@@ -13,20 +13,32 @@ WEIGHTS = (GENERATOR.random((2, 12)) < 0.6).astype(np.float32) * 0.5
 
 
 def plain(hidden, table, z):
+    targets, weights = TARGETS[:, : hidden.shape[1]], WEIGHTS[:, : hidden.shape[1]]
     logits = hidden @ table.T
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    nats = log_z - jnp.take_along_axis(logits, TARGETS[..., None], axis=-1)[..., 0]
-    return jnp.sum(WEIGHTS * (nats + z * log_z**2)), jnp.sum(WEIGHTS * nats)
+    nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (nats + z * log_z**2)), jnp.sum(weights * nats)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 12, 512])
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(12, 1), (12, 4), (12, 5), (12, 12), (12, 512), (11, 2), (11, 4), (7, 6)]
+)
 @pytest.mark.parametrize("z", [0.0, 0.01])
-def test_value_and_gradients_equal_the_formula(chunk, z):
-    chunked = lambda h, m: cross_entropy(h, m, TARGETS, WEIGHTS, z, chunk)
-    ours = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(HIDDEN, TABLE)
-    expected = jax.value_and_grad(lambda h, m: plain(h, m, z), (0, 1), has_aux=True)(HIDDEN, TABLE)
+def test_value_and_gradients_equal_the_formula(length, chunk, z):
+    hidden = HIDDEN[:, :length]
+    chunked = lambda h, m: cross_entropy(h, m, TARGETS[:, :length], WEIGHTS[:, :length], z, chunk)
+    ours = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, TABLE)
+    expected = jax.value_and_grad(lambda h, m: plain(h, m, z), (0, 1), has_aux=True)(hidden, TABLE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
-    np.testing.assert_allclose(jax.jit(chunked)(HIDDEN, TABLE), plain(HIDDEN, TABLE, z), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(hidden, TABLE), plain(hidden, TABLE, z), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "count", "size"), [(1024, 2, 512), (1021, 2, 511), (1025, 3, 342), (100, 1, 100)])
+def test_a_prime_length_is_padded_and_not_cut_to_pieces(length, count, size):
+    shapes = jax.eval_shape(lambda x: _chunks((x,), 512), jax.ShapeDtypeStruct((3, length, 8), np.float32))
+    assert shapes[0].shape == (count, 3, size, 8)
+    program = str(jax.make_jaxpr(lambda x: _chunks((x,), 512))(jax.ShapeDtypeStruct((3, length, 8), np.float32)))
+    assert ("pad" in program) == (count * size != length)
 
 
 def test_gradient_scales_with_the_cotangent():
