@@ -1,9 +1,10 @@
+import json
 import subprocess
 import sys
 
 import pytest
 
-from jaxllm import inspect, prepare
+from jaxllm import inspect, prepare, train
 from jaxllm.data.shards import Dataset
 
 
@@ -27,6 +28,32 @@ def test_flags_make_a_dataset(text, tmp_path, capsys):
     assert prepare.main(chat) is None
     assert Dataset.open(tmp_path / "c").kind == "chat"
     assert Dataset.open(tmp_path / "c").tokenizer_fingerprint == Dataset.open(out).tokenizer_fingerprint
+
+
+RECIPE = """
+out: {run}
+steps: 2
+model: {{preset: tiny, n_layers: 1, d_model: 32, n_heads: 2, n_kv_heads: 2, d_ff: 48, vocab_size: 262}}
+data: {{sources: [{{path: {data}, validate_on: false}}], packing: {{seq_len: 64}}, batch_size: 8, threads: 0}}
+monitor: {{log_every: 1}}
+platform: {{compile_cache: null}}
+"""
+
+
+@pytest.mark.parametrize(("size", "split"), [(40, "file"), (10_000_000, "line")], ids=["one line", "a line of 10 MB"])
+def test_one_line_is_prepared_and_trained_on(tmp_path, capsys, size, split):
+    (tmp_path / "a.txt").write_bytes((b"all on one line; " * (size // 17 + 1))[:size])
+    flags = ["--text", str(tmp_path / "a.txt"), "--split", split, "--tokenizer", "bytes", "--seq-len", "64"]
+    assert prepare.main([*flags, "--out", str(tmp_path / "d")]) is None
+    assert "no document is held out: there is only 1" in capsys.readouterr().out.replace("\n", " ")
+    data = Dataset.open(tmp_path / "d")
+    assert data.lengths.tolist() == [size + 2]
+    (tmp_path / "r.yaml").write_text(RECIPE.format(run=tmp_path / "run", data=tmp_path / "d"))
+    assert train.main([str(tmp_path / "r.yaml")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 2
+    assert losses == pytest.approx([5.57, 5.57], abs=0.3)  # ln 262
 
 
 def test_recipe_makes_a_dataset(text, tmp_path):

@@ -186,13 +186,25 @@ def _answers(state: State) -> list[tuple[list[int], list[float]]]:
 
 @cache
 def _programs(config: ModelConfig, compute: ComputeConfig) -> tuple[Callable, Callable, Callable, Callable]:
-    """Return the jitted (prepare, prefill, step, loop) of a model; decoders of one process share what was compiled."""
+    """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
     graphdef, _ = graph(config, compute, stacked=False)
     dtype = jnp.dtype(compute.dtype)
 
+    stays = lambda leaf: leaf.ndim <= 1 or leaf.dtype == dtype
+
+    @jax.jit
+    def cut(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf if stays(leaf) else leaf.astype(dtype), unstack(params))
+
     def prepare(params: Params) -> Params:
-        """Unstack the blocks and cast matrices to the compute dtype, as each use would; norms are float32 and stay."""
-        return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, unstack(params))
+        """Unstack the blocks and cast matrices to the compute dtype, as each use would; norms are float32 and stay.
+
+        A table that needs no cast stays the caller's own array: jit would return a copy of it.
+        """
+        same = {
+            name: part for name, part in params.items() if name != "blocks" and all(map(stays, jax.tree.leaves(part)))
+        }
+        return cut({name: part for name, part in params.items() if name not in same}) | same
 
     def run_prefill(params: Params, rows: Rows, slots: int, new_slots: int) -> State:
         return prefill(bind(graphdef, params), rows, slots, new_slots)
@@ -207,7 +219,7 @@ def _programs(config: ModelConfig, compute: ComputeConfig) -> tuple[Callable, Ca
         return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state), state)
 
     return (
-        jax.jit(prepare),
+        prepare,
         jax.jit(run_prefill, static_argnames=("slots", "new_slots")),
         jax.jit(run_step, donate_argnums=1),
         jax.jit(run_loop, donate_argnums=1),

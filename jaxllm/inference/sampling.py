@@ -21,6 +21,7 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 
+MIN_TEMPERATURE = 1e-6  # below, the draw is greedy but for rounding errors of logits, and a division may overflow
 _LOWEST, _HIGHEST = -(2**31) + 1, 2**31 - 1
 
 
@@ -52,7 +53,7 @@ class Settings(NamedTuple):
 def settings(sampler: Sampler) -> Settings:
     """Turn `sampler` into program inputs, leaving out whatever does nothing."""
     penalty = None if sampler.repetition_penalty == 1 else np.float32(sampler.repetition_penalty)
-    if sampler.temperature == 0:
+    if sampler.temperature < MIN_TEMPERATURE:
         return Settings(repetition_penalty=penalty)
     return Settings(
         temperature=np.float32(sampler.temperature),

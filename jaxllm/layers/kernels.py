@@ -29,14 +29,17 @@ def attend(
     """
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
     k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))
-    length = q.shape[3]
-    block = max(min(max(length // BLOCKS, MIN_BLOCK), MAX_BLOCK), -(-length // MAX_BLOCKS))
     outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
+    for start, stop in query_blocks(q.shape[3]):
         visible = mask.dense(slice(start, stop), slice(0, stop))
         outputs.append(_attend_block(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], visible))
     return rearrange(jnp.concatenate(outputs, axis=3), "B K G T H -> B T (K G) H")
+
+
+def query_blocks(length: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of each block of queries: 300 -> (0, 75), (75, 150), (150, 225), (225, 300)."""
+    block = max(min(max(length // BLOCKS, MIN_BLOCK), MAX_BLOCK), -(-length // MAX_BLOCKS))
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
 @jax.custom_vjp

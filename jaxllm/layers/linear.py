@@ -6,9 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxllm.sharding.rules import constrain
+
+PRODUCT = "projection"  # by this name rematerialisation knows what is dear to recompute
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], std: float) -> nnx.Param:
@@ -47,7 +50,7 @@ class Projection(nnx.Module):
         self.bias = constant(tuple(outputs.values()), axes, 0.0) if bias else None
 
     def __call__(self, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
-        y = _product(x, self.kernel[...].astype(x.dtype), self.n_inputs)
+        y = checkpoint_name(_product(x, self.kernel[...].astype(x.dtype), self.n_inputs), PRODUCT)
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
         return y

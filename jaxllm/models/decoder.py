@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.core import rng
 from jaxllm.layers.cache import Cache
 from jaxllm.layers.config import Learned, Rope
-from jaxllm.layers.linear import Embed, param
+from jaxllm.layers.linear import PRODUCT, Embed, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rope_angles
@@ -24,7 +24,8 @@ from jaxllm.sharding.rules import constrain
 
 Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
 REMAT = {
-    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    # By name: a policy for products does not see those inside of functions with gradients of their own.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

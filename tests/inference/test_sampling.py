@@ -60,7 +60,7 @@ def test_one_token_vocabulary_and_infinite_logits():
     assert np.isfinite(logprobs).all()
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
 def test_a_temperature_near_zero_is_greedy(temperature):
     keys = np.stack([np.arange(5), np.arange(5)], -1).astype(np.uint32)
     sampler = Sampler(temperature=temperature, top_k=50, top_p=0.9, min_p=0.1)

@@ -1,9 +1,17 @@
+import functools
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxllm.core.batch import Batch
 from jaxllm.models import accounting, presets
-from jaxllm.models.config import ComputeConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import init_params
+from jaxllm.training.optim import AdamW, optimizer
+from jaxllm.training.state import TrainState
+from jaxllm.training.step import StepConfig, train_step
 
 # Llama and GPT-2: counts of the published checkpoints. GPT-3: the shapes of Brown et al. 2020, table 2.1, which names
 # them 125M ... 175B.
@@ -50,10 +58,52 @@ def test_flops_of_7b_at_4k():
 def test_remat_orders_the_activation_estimate():
     config = presets.get("llama2-7b")
     sizes = [
-        accounting.training_bytes(config, ComputeConfig(dtype="bfloat16", remat=remat), 4096)["activations"]
+        accounting.training_bytes(config, ComputeConfig(dtype="bfloat16", remat=remat), 1, 4096)["activations"]
         for remat in ("none", "dots", "full")
     ]
     assert sizes == sorted(sizes, reverse=True)
+
+
+SMALL = ModelConfig(vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=160, max_seq_len=256)
+
+
+def train_step_bytes(config, compute, rows, seq_len):
+    """(arguments, temporary arrays) of a compiled training step, by XLA's account; nothing is allocated."""
+    optim = AdamW(lr=1e-3)
+
+    def start():
+        params, zero = init_params(config, 0), jnp.zeros(())
+        return TrainState(zero.astype(jnp.int32), params, optimizer(optim).init(params), None, zero)
+
+    ids, weights = (jax.ShapeDtypeStruct((rows, seq_len), dtype) for dtype in (np.int32, np.float32))
+    step = functools.partial(train_step, model=config, compute=compute, optim=optim, step=StepConfig())
+    lowered = jax.jit(step, donate_argnums=0).lower(
+        jax.eval_shape(start), Batch(ids, ids, weights, ids, ids), np.float32(1)
+    )
+    found = lowered.compile().memory_analysis()
+    return found.argument_size_in_bytes, found.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_memory_estimate_is_near_the_compilers(remat):
+    compute = ComputeConfig(dtype="float32", layers="scan", remat=remat, loss_chunk=128)
+    arguments, temporary = train_step_bytes(SMALL, compute, 8, 256)
+    sizes = accounting.training_bytes(SMALL, compute, 8, 256)
+    assert sizes["parameters"] + sizes["optimizer"] == pytest.approx(arguments, rel=0.1)
+    ratio = (sizes["gradients"] + sizes["activations"] + sizes["logits"]) / temporary
+    assert 1 / 1.5 < ratio < 1.5
+
+
+def test_the_memory_line_names_each_category():
+    sizes = {"parameters": 1_000_000_000, "optimizer": 2_000_000_000, "logits": 40_000_000}
+    assert accounting.memory_line(sizes) == "3.0 GB: parameters 1.0, optimizer 2.0, logits 0.0"
+    assert accounting.memory_line({"logits": 1500}) == "1.5 kB: logits 1.5"
+
+
+def test_logits_grow_with_rows_up_to_a_chunk_of_each():
+    compute = ComputeConfig(dtype="float32", loss_chunk=128)
+    logits = [accounting.training_bytes(SMALL, compute, *shape)["logits"] for shape in ((1, 64), (8, 64), (8, 256))]
+    assert logits == [64 * 512 * 8, 8 * 64 * 512 * 8, 8 * 128 * 512 * 8]
 
 
 def test_unknown_preset_suggests():

@@ -10,12 +10,13 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import bind, graph, init_params, logical_axes, unstack
 
 LLAMA = ModelConfig(
-    vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=64, qk_norm=True
+    vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160, qk_norm=True
 )
-GPT = presets.get("gpt2-124m", vocab_size=97, d_model=32, n_layers=3, n_heads=4, d_ff=64, max_seq_len=64)
+GPT = presets.get("gpt2-124m", vocab_size=97, d_model=32, n_layers=3, n_heads=4, d_ff=64, max_seq_len=160)
 CPU = ComputeConfig(dtype="float32", layers="unroll")
 MODELS = pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
+LONG = np.random.default_rng(1).integers(0, 97, (1, 160))  # three blocks of queries: 64, 64 and 32
 
 
 def noisy_params(config, seed=0):
@@ -33,38 +34,42 @@ def forward(config, params, tokens, *rest, compute=CPU):
 
 
 @MODELS
-def test_no_gradient_flows_from_the_future(config):
+@pytest.mark.parametrize(("length", "probe"), [(12, 5), (160, 70), (160, 127), (160, 128)])
+def test_no_gradient_flows_from_the_future(config, length, probe):
     params = noisy_params(config)
     module = bind(graph(config, CPU)[0], params)
 
-    def position_5(x):
-        # The embedding of every token may change a little: does the logit at position 5 notice tokens after it?
-        mask, positions = CausalMask(), jnp.arange(12)[None]
+    def probed(x):
+        # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
+        mask, positions = CausalMask(), jnp.arange(length)[None]
         hidden = module._blocks(x, mask, None if config is GPT else angles(positions))
-        return jnp.sum(module.logits(module.final_norm(hidden))[0, 5])
+        return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
 
     def angles(positions):
         from jaxllm.layers.positions import rope_angles
 
         return rope_angles(positions, config.head_width, 10_000.0)
 
-    x = jax.random.normal(jax.random.key(0), (1, 12, 32))
-    gradient = jax.jit(jax.grad(position_5))(x)[0]
-    assert np.all(gradient[6:] == 0.0)
-    assert np.all(np.abs(gradient[:6]).max(-1) > 0.0)
+    x = jax.random.normal(jax.random.key(0), (1, length, 32))
+    gradient = jax.jit(jax.grad(probed))(x)[0]
+    assert np.all(gradient[probe + 1 :] == 0.0)
+    assert np.all(np.abs(gradient[: probe + 1]).max(-1) > 0.0)
 
 
 @MODELS
-def test_packed_equals_unpacked_and_ignores_its_neighbour_bitwise(config):
+@pytest.mark.parametrize(("first", "second"), [(5, 7), (70, 90)])
+def test_packed_equals_unpacked_and_ignores_its_neighbour_bitwise(config, first, second):
     params = noisy_params(config)
-    segments = np.array([[1] * 5 + [2] * 7])
-    positions = np.array([[*range(5), *range(7)]])
-    packed = forward(config, params, TOKENS[:1], segments, positions)
-    alone = forward(config, params, TOKENS[:1, 5:])
-    np.testing.assert_allclose(packed[:, 5:], alone, atol=1e-5)
-    neighbour = TOKENS[:1].copy()
-    neighbour[:, :5] = 7
-    np.testing.assert_array_equal(forward(config, params, neighbour, segments, positions)[:, 5:], packed[:, 5:])
+    tokens = LONG[:, : first + second]
+    segments = np.array([[1] * first + [2] * second])
+    positions = np.array([[*range(first), *range(second)]])
+    packed = forward(config, params, tokens, segments, positions)
+    np.testing.assert_allclose(packed[:, first:], forward(config, params, tokens[:, first:]), atol=2e-5)
+    np.testing.assert_allclose(packed[:, :first], forward(config, params, tokens[:, :first]), atol=2e-5)
+    other = np.where(segments == 1, 7, tokens)
+    np.testing.assert_array_equal(forward(config, params, other, segments, positions)[:, first:], packed[:, first:])
+    other = np.where(segments == 2, 7, tokens)
+    np.testing.assert_array_equal(forward(config, params, other, segments, positions)[:, :first], packed[:, :first])
 
 
 @MODELS
@@ -78,6 +83,19 @@ def test_scan_and_remat_change_nothing(config, remat, layers):
         params
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, other)
+
+
+def test_remat_recomputes_the_projections_only_where_it_says_so():
+    params = init_params(LLAMA, 0)
+
+    def products(remat):
+        compute = ComputeConfig(dtype="float32", remat=remat, layers="scan")
+        loss = lambda p: jnp.mean(bind(graph(LLAMA, compute)[0], p)(TOKENS) ** 2)
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("= dot_general")
+
+    none, dots, full = (products(remat) for remat in ("none", "dots", "full"))
+    assert dots - none == 2  # the attention's two
+    assert full - dots == 6  # q, k, v, o, gate and up; nothing backward reads what down gives
 
 
 @MODELS
