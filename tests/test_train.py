@@ -133,13 +133,11 @@ def test_resume_refuses_what_would_not_be_the_same_run(workspace):
     )
     assert status == 0, output
     run_dir = workspace / "other-data"
-    status, output = run(
-        "jaxllm.train", run_dir, f"out={run_dir}", f"data.sources.0.path={workspace / 'data2'}", "steps=30"
-    )
+    status, output = run("jaxllm.train", run_dir, f"data.sources.0.path={workspace / 'data2'}", "steps=30")
     assert status == 2
-    assert "was trained on another data" in output
+    assert "was trained with another data" in output
     run_dir = workspace / "other-model"
-    status, output = run("jaxllm.train", run_dir, f"out={run_dir}", "model.d_ff=64")
+    status, output = run("jaxllm.train", run_dir, "model.d_ff=64")
     assert status == 2
     assert "already holds a run with another model" in output
 
