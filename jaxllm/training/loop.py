@@ -3,6 +3,7 @@
 It knows steps, batches and actions; nothing of text, files formats or the command line.
 """
 
+import collections
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -65,13 +66,12 @@ def run_loop(
     Raises:
       Diverged, or what the feed raises: after `observer.failed` has got the last state.
     """
-    pending: tuple[int, dict, Batch, jax.Array | None] | None = None
+    pending: collections.deque[tuple[int, dict, Batch, jax.Array | None]] = collections.deque()
     clock = _Clock(feed)
 
-    def settle() -> None:
-        nonlocal pending
-        if pending is not None:
-            (*what, votes), pending = pending, None
+    def settle(leave: int = 0) -> None:
+        while len(pending) > leave:
+            *what, votes = pending.popleft()
             stop.count(votes)
             _report(*what, clock, observer)
 
@@ -89,8 +89,8 @@ def run_loop(
                 raise
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_function(state, batch, step)
-            settle()
-            pending = (step, metrics, batch, stop.vote())
+            pending.append((step, metrics, batch, stop.vote()))
+            settle(leave=1)
             due = [action for action in actions if action.due(step, steps)]
             if due or stop.agreed:
                 settle()

@@ -76,9 +76,9 @@ class StopRequest:
     def _watch(self) -> None:
         first_s = 0.0
         while number := os.read(self._read, 1):
-            name = signal.Signals(number[0])
-            if name not in SIGNALS:
+            if number[0] not in SIGNALS:  # somebody else's
                 continue
+            name = signal.Signals(number[0])
             if not self.reason:
                 self.reason, first_s = name.name, time.monotonic()
                 sys.stderr.write(f"\n{name.name}: saving after this step; again: leave at once without saving\n")
