@@ -1,11 +1,11 @@
 """python -m jaxllm.inspect: what exactly is trained on: learned tokens green, context dim, provenance per segment."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxllm.core import files
 from jaxllm.core.command import command
 
 if TYPE_CHECKING:
@@ -48,20 +48,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_dir(path: Path) -> Path | None:
+    """Return the run directory that `path` is or names, if it does."""
+    if (path / "run.json").is_file():
+        path = path / files.read_json(path / "run.json")["model"]
+    return path if (path / "recipe.yaml").is_file() else None
+
+
 def _data_config(arguments: argparse.Namespace) -> "DataConfig":
     """The data section of the run's recipe, or the dataset alone."""
     from jaxllm.data.loader import DataConfig, Source
     from jaxllm.data.packing import PackingConfig
 
     path = Path(arguments.path)
-    if (path / "run.json").is_file():
-        path = path / json.loads((path / "run.json").read_text(encoding="utf-8"))["model"]
-    if (path / "recipe.yaml").is_file():
+    if run_dir := _run_dir(path):
         if arguments.seq_len:
-            raise ValueError(f"--seq-len is for datasets; the run {path} has its own row length")
+            raise ValueError(f"--seq-len is for datasets; the run {run_dir} has its own row length")
         from jaxllm.recipe import load_recipe
 
-        return load_recipe(path).data
+        return load_recipe(run_dir).data
     if arguments.step is not None:
         raise ValueError(f"--step needs a run directory, and {path} has no recipe.yaml; use --rows for a dataset")
     packing = PackingConfig(seq_len=arguments.seq_len or 256, long="drop")
@@ -69,12 +74,29 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
 
 
 def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:
-    size = loader.config.batch_size
-    first = 0 if arguments.step is None else (arguments.step - 1) * size
-    if first < 0:
+    if arguments.step is None:
+        first, size = 0, 4
+    elif arguments.step < 1:
         raise ValueError(f"--step={arguments.step}: steps are counted from 1")
-    count = arguments.rows or (size if arguments.step is not None else 4)
+    else:
+        first, size = _batch(_run_dir(Path(arguments.path)), arguments.step, loader.config.batch_size)
+    count = arguments.rows or size
     return range(first, min(first + count, loader.n_samples) if loader.n_samples is not None else first + count)
+
+
+def _batch(run_dir: Path, step: int, batch_size: int) -> tuple[int, int]:
+    """Return (first sample, rows) of update `step`: as recorded, else as it will be.
+
+    Args:
+      batch_size: that of the recipe; earlier steps may have had another.
+    """
+    from jaxllm.training.metrics import read
+
+    starts = {record["step"]: record["sample"] for record in read(run_dir / "metrics.jsonl") if "sample" in record}
+    if step in starts:
+        return starts[step], starts[step + 1] - starts[step] if step + 1 in starts else batch_size
+    last = max(starts, default=None)
+    return (step - 1) * batch_size if last is None else starts[last] + (step - last) * batch_size, batch_size
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
+from jaxllm.locate import locate
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
 
@@ -212,17 +213,3 @@ def load(model: str | Path, *, compute: ComputeConfig | None = None) -> Language
     tokenizer = tokenizers.load(run_dir / "tokenizer")
     chat = bool(meta.get("chat"))
     return LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute)
-
-
-def locate(model: str | Path) -> tuple[Path, int | None]:
-    """Return (run directory, checkpoint step or None = newest) of what a user calls MODEL."""
-    path = Path(model)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; MODEL is a run directory written by train or tune")
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        return path.parent.parent, int(path.name)
-    if not (path / "recipe.yaml").is_file() and (path / "run.json").is_file():
-        path = path / files.read_json(path / "run.json")["model"]
-    if not (path / "recipe.yaml").is_file():
-        raise ValueError(f"{path} is no run directory (no recipe.yaml); give one that train or tune has written")
-    return path, None

@@ -1,5 +1,6 @@
 """The recipe: everything that decides a run, in one typed tree. The only place that names every config."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import read_json
 from jaxllm.data.loader import DataConfig
+from jaxllm.locate import locate
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.config import MeshConfig, axis_sizes
@@ -47,7 +49,7 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict):
         return raw  # is refused in a moment, as every value of a wrong type
     if not model and isinstance(start_from, str) and start_from not in configs.NONE:
-        model = load_recipe(start_from).model.model_dump(mode="json")
+        model = load_recipe(locate(start_from)[0]).model.model_dump(mode="json")
     match raw:
         case {"data": {"sources": [{"path": str(path)}, *_]}} if "vocab_size" not in model:
             manifest = Path(path) / "manifest.json"
@@ -66,13 +68,18 @@ def shipped(name: str) -> Path:
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, or the resolved recipe of a run directory, with dotted overrides ("optim.lr=3e-4") on top."""
+    """Read a recipe file, or the resolved recipe of a run directory, with dotted overrides ("optim.lr=3e-4") on top.
+
+    A run directory is `out` of its own recipe, wherever it was copied or moved to.
+    """
     if path is not None and Path(path).is_dir():
+        if not any(override.partition("=")[0].strip() == "out" for override in overrides):
+            overrides = [f"out={json.dumps(str(path))}", *overrides]
         path = Path(path) / FILE_NAME
     return configs.load(Recipe, path, overrides, expand=_expand)
 
 
-def check(recipe: Recipe, *, vocab_size: int, n_devices: int) -> None:
+def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
     """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
 
     Args:
@@ -103,6 +110,11 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int) -> None:
                 f"data.batch_size / step.accumulate = {rows} rows is not divisible by data x fsdp = {parts} devices; "
                 f"use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh"
             )
+    if n_processes > 1 and (n_devices // n_processes) % axis_sizes(recipe.mesh, n_devices)["tensor"]:
+        problems.append(
+            f"mesh.tensor={recipe.mesh.tensor} spans processes of {n_devices // n_processes} devices each, and the rows"
+            " of a batch cannot be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher"
+        )
     if recipe.monitor.prompts and recipe.monitor.sample_tokens >= model.max_seq_len:
         problems.append(
             f"monitor.sample_tokens={recipe.monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
     prompts = [] if arguments.chat else read_prompts(arguments)
     if arguments.stream and (len(prompts) > 1 or arguments.num_samples > 1 or arguments.json):
         raise ValueError("--stream shows one answer as text; leave out --json and --num-samples, and give one prompt")
-    from jaxllm.language_model import locate
+    from jaxllm.locate import locate
 
     locate(arguments.model)  # a wrong path is an error now, not after JAX has started
     from jaxllm.inference.sampling import Sampler

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +80,10 @@ def assert_same_run(one: Path, other: Path):
     )
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def lines(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -133,13 +139,11 @@ def test_resume_refuses_what_would_not_be_the_same_run(workspace):
     )
     assert status == 0, output
     run_dir = workspace / "other-data"
-    status, output = run(
-        "jaxllm.train", run_dir, f"out={run_dir}", f"data.sources.0.path={workspace / 'data2'}", "steps=30"
-    )
+    status, output = run("jaxllm.train", run_dir, f"data.sources.0.path={workspace / 'data2'}", "steps=30")
     assert status == 2
-    assert "was trained on another data" in output
+    assert "was trained with another data" in output
     run_dir = workspace / "other-model"
-    status, output = run("jaxllm.train", run_dir, f"out={run_dir}", "model.d_ff=64")
+    status, output = run("jaxllm.train", run_dir, "model.d_ff=64")
     assert status == 2
     assert "already holds a run with another model" in output
 
@@ -166,9 +170,68 @@ def test_contradictions_are_errors_before_any_compile(workspace, override, messa
 
 
 def test_records_hold_what_a_reader_needs(workspace):
-    records = [json.loads(line) for line in (workspace / "undisturbed" / "metrics.jsonl").read_text().splitlines()]
+    records = read_jsonl(workspace / "undisturbed" / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
     assert [record["step"] for record in records if "val_loss" in record] == [8, 16, 24]
-    timing = [json.loads(line) for line in (workspace / "undisturbed" / "timing.jsonl").read_text().splitlines()]
+    timing = read_jsonl(workspace / "undisturbed" / "timing.jsonl")
     assert all(record["tokens_per_s"] > 0 for record in timing if "tokens_per_s" in record)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def two_processes(file, *overrides):
+    """Start a run of two processes with two devices each."""
+    port = free_port()
+    processes = [
+        ("platform.distributed=true", f"platform.coordinator=127.0.0.1:{port}", "platform.n_processes=2",
+         f"platform.process_index={index}") for index in range(2)
+    ]  # fmt: skip
+    return [python("jaxllm.train", file, *overrides, *each) for each in processes]
+
+
+def finish(processes, seconds=240):
+    """Wait for both; a peer of one that hangs must not outlive the test."""
+    try:
+        return [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_and_stop_together(workspace):
+    run_dir, file = workspace / "two", recipe(workspace, "two")
+    processes = two_processes(file)
+    while all(process.poll() is None for process in processes) and lines(run_dir) < 3:
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [130, 130], outputs
+    stopped = int(re.search(r"stopped by a signal to another process at step (\d+)", outputs[0])[1])
+    assert str(stopped) in os.listdir(run_dir / "checkpoints")
+    processes = two_processes(run_dir)
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert f"resuming at step {stopped}" in outputs[0]
+    one, two = (read_jsonl(each / "metrics.jsonl") for each in (workspace / "undisturbed", run_dir))
+    assert [(each["step"], each.get("sample")) for each in two] == [(each["step"], each.get("sample")) for each in one]
+    for key in ("loss", "val_loss"):
+        expected = [each[key] for each in one if key in each]
+        np.testing.assert_allclose([each[key] for each in two if key in each], expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_directory_are_refused(workspace):
+    first = python("jaxllm.train", recipe(workspace, "busy", steps=10_000))
+    while first.poll() is None and lines(workspace / "busy") < 1:
+        time.sleep(0.02)
+    status, output = run("jaxllm.train", recipe(workspace, "busy"))
+    first.kill()
+    first.communicate()
+    assert status == 2
+    assert f"in use by another process (pid {first.pid} on" in output

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 
@@ -22,14 +22,29 @@ class PlatformConfig(Config):
     compile_cache: str | None = Field(
         "~/.cache/jaxllm/xla", description="directory of compiled programs, reused by later runs; none = off"
     )
-    distributed: bool = Field(False, description="join a multi-process run (TPU pod, Slurm, GKE) with jax.distributed")
+    distributed: bool = Field(
+        False, description="join a multi-process run with jax.distributed; found out by itself on TPU pods, Slurm, GKE"
+    )
+    coordinator: str | None = Field(None, description="elsewhere: HOST:PORT of process 0, the same in every process")
+    n_processes: int | None = Field(None, ge=1, description="elsewhere: how many processes there are")
+    process_index: int | None = Field(None, ge=0, description="elsewhere: which of them this is, from 0")
+
+    @model_validator(mode="after")
+    def _check_processes(self) -> "PlatformConfig":
+        given = [self.coordinator, self.n_processes, self.process_index]
+        if any(value is not None for value in given) and (None in given or not self.distributed):
+            raise ValueError(
+                f"coordinator={self.coordinator}, n_processes={self.n_processes}, process_index={self.process_index}, "
+                f"distributed={str(self.distributed).lower()}: give the three together, with distributed=true"
+            )
+        return self
 
 
 def start(config: PlatformConfig, rows: int = 1) -> None:
     """Configure JAX and join the other processes, if any.
 
     Args:
-      rows: rows per microbatch; on a CPU the default number of devices must divide it.
+      rows: rows per microbatch of all processes; on a CPU the default number of devices must divide it.
     """
     import jax
 
@@ -37,10 +52,10 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if config.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(config.coordinator, config.n_processes, config.process_index)
     if _cpu_only():
         _keep_freed_memory()
-        _set_cpu_devices(config.cpu_devices, rows)
+        _set_cpu_devices(config.cpu_devices, rows // (config.n_processes or 1))
 
 
 def _set_cpu_devices(count: int | None, rows: int) -> None:
@@ -62,8 +77,9 @@ def default_cpu_devices(rows: int, cores: int | None = None) -> int:
     One device per core and data parallelism beats one device with all cores by 10-20 % on small models: XLA runs most
     of its kernels on one thread.
     """
-    cores = len(os.sched_getaffinity(0)) if cores is None else cores
-    return max(n for n in range(1, min(cores, rows, 8) + 1) if rows % n == 0)
+    if cores is None:  # macOS and Windows do not tell which cores are ours
+        cores = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1
+    return max((n for n in range(1, min(cores, rows, 8) + 1) if rows % n == 0), default=1)  # no row: an error follows
 
 
 def _cpu_only() -> bool:

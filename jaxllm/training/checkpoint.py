@@ -7,11 +7,16 @@ moment leaves either the whole checkpoint or none.
 
 import logging
 import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from jaxllm.models.config import ModelConfig
@@ -20,8 +25,11 @@ from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
 
 log = logging.getLogger(__name__)
-# Orbax says at each load that what was opened for reading is read-only.
-logging.getLogger("absl").addFilter(lambda record: not re.search("read.only", record.getMessage()))
+# Orbax says at each load that what was opened for reading is read-only, and prints the traceback of a failed write that
+# `wait` raises anyway.
+logging.getLogger("absl").addFilter(lambda record: not re.search("read.only|_SignalingThread", record.getMessage()))
+# What Orbax raises for files that are damaged, missing or cannot be written.
+_FILE_ERRORS = (ValueError, OSError, KeyError)
 
 
 class Checkpoints:
@@ -42,6 +50,7 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._writing: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -59,6 +68,8 @@ class Checkpoints:
         Args:
           meta: JSON values that resume needs; must hold "step".
           val_loss: what `keep_best` ranks by.
+        Raises:
+          OSError: this checkpoint, or the one before in the background, could not be written.
         """
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(_rest(state))}
         if state.ema is not None:
@@ -70,48 +81,121 @@ class Checkpoints:
         self._save(meta, {"params": ocp.args.StandardSave(params)}, None)
 
     def _save(self, meta: dict[str, Any], items: dict[str, Any], val_loss: float | None) -> None:
-        step = meta["step"]
-        if step in self._manager.all_steps():  # left by a run that had to fall back to an older checkpoint
-            self._manager.delete(step)
         metrics = None if val_loss is None else {"val_loss": val_loss}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
-        self._manager.save(step, args=args, metrics=metrics, force=True)
+        self.wait()  # so that an error is said of the checkpoint that it belongs to
+        self._writing = meta["step"]
+        with self._write_errors():
+            self._manager.save(self._writing, args=args, metrics=metrics, force=True)
 
     def wait(self) -> None:
-        """Block until pending writes are on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Block until pending writes are on disk.
+
+        Raises:
+          OSError: a checkpoint could not be written; the message has the reason and the newest complete one.
+        """
+        with self._write_errors():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except _FILE_ERRORS as error:
+            complete = self.steps()
+            raise OSError(
+                f"checkpoint {self.directory / str(self._writing)} could not be written ({_reason(error)}); "
+                + (f"the newest complete one is of step {complete[-1]}" if complete else "there is no earlier one")
+                + "; make room on the disk, or lower checkpoint.keep_last and keep_best, and resume the run"
+            ) from error
 
     def meta(self, step: int) -> dict[str, Any]:
         """Return the JSON of checkpoint `step`."""
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(
+        self, abstract: TrainState, shardings: TrainState, same: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Return (state, meta) of the newest checkpoint that can be read, laid out as `shardings`.
 
-        A damaged newest checkpoint is reported and removed, and the one before it is used.
+        Damaged newer ones are reported and moved to damaged/, or they would be in the way of what is saved next.
 
+        Args:
+          same: what must be equal in the checkpoint's meta["fingerprints"], by key.
         Raises:
-          ValueError: no checkpoint can be read; the message has the reason for each.
+          ValueError: no checkpoint can be read, with the reason for each; or it differs in what must be the same.
         """
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        )
-        items = {"params": ocp.args.StandardRestore(target.params), "rest": ocp.args.StandardRestore(_rest(target))}
-        if abstract.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(target.ema)
-        failures = []
+        failures: dict[int, str] = {}
         for step in reversed(self.steps()):
-            try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items))
-            except (ValueError, OSError, KeyError, FileNotFoundError) as error:
-                failures.append(f"step {step}: {type(error).__name__}: {str(error)[:300]}")
-                log.warning("checkpoint %s cannot be read and is skipped: %s", self.directory / str(step), failures[-1])
+            state, meta, reason = self._read(step, _target(abstract, shardings), same or {})
+            if _any_process(bool(reason)):
+                failures[step] = reason or "another process cannot read it"
+                log.warning("checkpoint %s cannot be read and is skipped: %s", self.directory / str(step), reason)
                 continue
-            rest = restored["rest"]
-            ema = restored["ema"] if abstract.ema is not None else None
-            state = TrainState(rest["step"], restored["params"], rest["opt_state"], ema, rest["norm_mean"])
-            return state, restored["meta"]
-        raise ValueError(f"no readable checkpoint in {self.directory}: {'; '.join(failures) or 'it is empty'}")
+            for damaged in failures:
+                self._set_aside(damaged)
+            return state, meta
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
+        raise ValueError(f"no readable checkpoint in {self.directory}: {reasons or 'it is empty'}")
+
+    def _read(self, step: int, target: TrainState, same: Mapping[str, Any]) -> tuple[TrainState | None, dict, str]:
+        """Return (state, meta, "") of one checkpoint, or the reason why it cannot be read."""
+        try:
+            meta = self.meta(step)
+        except _FILE_ERRORS as error:
+            return None, {}, _reason(error)
+        # The user's error, and never a reason to take an older checkpoint.
+        _check_same(self.directory / str(step), meta.get("fingerprints", {}), same)
+        items = {"params": ocp.args.StandardRestore(target.params), "rest": ocp.args.StandardRestore(_rest(target))}
+        if target.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(target.ema)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except _FILE_ERRORS as error:
+            return None, {}, _reason(error)
+        rest = restored["rest"]
+        ema = restored["ema"] if target.ema is not None else None
+        return TrainState(rest["step"], restored["params"], rest["opt_state"], ema, rest["norm_mean"]), meta, ""
+
+    def _set_aside(self, step: int) -> None:
+        """Move a damaged checkpoint out of the way, without deleting it: the disk may be at fault."""
+        place = self.directory.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        self._manager.reload()
+        log.warning("the damaged checkpoint of step %s is now in %s", step, place)
+
+
+def _check_same(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming every key that differs, with both values."""
+    changed = [f"another {key} ({before[key]}, now {now[key]})" for key in now if before.get(key, now[key]) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was trained with {' and '.join(changed)}; restore the old one, or start a new run with "
+            "`out` and `start_from`"
+        )
+
+
+def _target(abstract: Any, shardings: Any) -> Any:
+    """Return the tree of shapes with their places, as Orbax wants it."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
+def _any_process(value: bool) -> bool:
+    """Whether `value` is true in any process; all of them must ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -128,7 +212,7 @@ def load_params(
     Returns:
       (params, meta of the checkpoint).
     Raises:
-      ValueError: no such checkpoint; the message lists the steps there are.
+      ValueError: no such checkpoint, with the steps there are; or it is damaged, with the one before.
     """
     directory = (Path(run_dir) / "checkpoints").resolve()
     if not directory.is_dir():
@@ -142,10 +226,15 @@ def load_params(
         target = abstract_params(model)
         if shardings is None:
             shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), target)
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), target, shardings
-        )
+        target = _target(target, shardings)
         item = "ema" if (directory / str(step) / "ema").exists() else "params"
         args = {item: ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
-        restored = manager.restore(step, args=ocp.args.Composite(**args))
+        try:
+            restored = manager.restore(step, args=ocp.args.Composite(**args))
+        except _FILE_ERRORS as error:
+            before = [each for each in steps if each < step]
+            raise ValueError(
+                f"{directory / str(step)} cannot be read ({_reason(error)}); "
+                + (f"use the one before: {directory / str(before[-1])}" if before else "there is no earlier one")
+            ) from error
         return restored[item], restored["meta"]

@@ -53,7 +53,9 @@ class CheckpointConfig(Config):
 
     every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
     keep_last: int = Field(2, ge=1, description="most recent checkpoints to keep")
-    keep_best: int = Field(1, ge=0, description="checkpoints of lowest validation loss to keep besides")
+    keep_best: int = Field(
+        1, ge=0, description="checkpoints of lowest validation loss (the last one before the save) to keep besides"
+    )
 
 
 class MonitorConfig(Config):
@@ -63,7 +65,10 @@ class MonitorConfig(Config):
     evaluate_every: int = Field(
         250, ge=1, description="steps between validation losses; the last step is always evaluated"
     )
-    evaluate_batches: int | None = Field(None, ge=1, description="validation batches; none = the whole split")
+    evaluate_batches: int | None = Field(
+        None, ge=1,
+        description="validation batches; none = the whole split (bits per byte then counts bytes as its average does)",
+    )  # fmt: skip
     sample_every: int = Field(500, ge=1, description="steps between sampled texts")
     prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
     sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")

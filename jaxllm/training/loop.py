@@ -3,12 +3,11 @@
 It knows steps, batches and actions; nothing of text, files formats or the command line.
 """
 
-import os
-import signal
-import sys
+import collections
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 from jaxllm.core.batch import Batch
 from jaxllm.training.feed import Feed
 from jaxllm.training.state import TrainState
+from jaxllm.training.stop import StopRequest
 
 StepFunction = Callable[
     [TrainState, Batch, int], tuple[TrainState, dict]
@@ -45,70 +45,65 @@ class Observer(NamedTuple):
     Attributes:
       step: called with (step, metrics as floats, seconds, seconds waited for data) once per step, in order.
       skipped: called with (step, batch as NumPy, metrics) when an update was refused.
+      failed: called with (step, state, error) before an error of the data or `Diverged` ends the loop.
     """
 
     step: Callable[[int, dict[str, float], float, float], None]
     skipped: Callable[[int, Batch, dict[str, float]], None]
-
-
-@dataclass
-class StopRequest:
-    """Set by SIGTERM and Ctrl-C; the loop ends after the current step. A second Ctrl-C leaves at once."""
-
-    reason: str = ""
-    _previous: dict = field(default_factory=dict)
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.reason and number == signal.SIGINT:
-            os._exit(130)
-        self.reason = signal.Signals(number).name
-        sys.stderr.write(
-            f"\n{self.reason}: saving after this step; press Ctrl-C again to leave at once without saving\n"
-        )
+    failed: Callable[[int, TrainState, Exception], None]
 
 
 def run_loop(
     state: TrainState, step_function: StepFunction, feed: Feed, steps: int, actions: Sequence[Action],
     observer: Observer, stop: StopRequest,
 ) -> TrainState:  # fmt: skip
-    """Update `state` until it has completed `steps` updates, or `stop` is requested; return the last state.
+    """Update `state` until it has completed `steps` updates, or all processes agree to stop; return the last state.
 
     The step t+1 is dispatched before the metrics of step t are read, so that the device never waits for the host; only
-    an action that is due (which reads the parameters anyway) waits for its own step.
+    an action that is due (which reads the parameters anyway) waits for its own step. A stop comes before what is due:
+    the time until the process is killed belongs to the caller's checkpoint, and `missed` actions are for the next one.
+
+    Raises:
+      Diverged, or what the feed raises: after `observer.failed` has got the last state.
     """
-    pending: tuple[int, dict, Batch] | None = None
+    pending: collections.deque[tuple[int, dict, Batch, jax.Array | None]] = collections.deque()
     clock = _Clock(feed)
 
-    def settle() -> None:
-        nonlocal pending
-        if pending is not None:
-            _report(*pending, clock, observer)
-            pending = None
+    def settle(leave: int = 0) -> None:
+        while len(pending) > leave:
+            *what, votes = pending.popleft()
+            stop.count(votes)
+            _report(*what, clock, observer)
 
-    for step in range(int(state.step) + 1, steps + 1):
-        batch = feed.next()
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = step_function(state, batch, step)
-        settle()
-        pending = (step, metrics, batch)
-        due = [action for action in actions if action.due(step, steps)]
-        if due or stop.reason:
+    def rescue(error: Exception) -> None:
+        with suppress(Diverged):
             settle()
+        observer.failed(int(state.step), state, error)
+
+    try:
+        for step in range(int(state.step) + 1, steps + 1):
+            try:
+                batch = feed.next()
+            except (ValueError, OSError, EOFError) as error:
+                rescue(error)
+                raise
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = step_function(state, batch, step)
+            pending.append((step, metrics, batch, stop.vote()))
+            settle(leave=1)
+            due = [action for action in actions if action.due(step, steps)]
+            if due or stop.agreed:
+                settle()
+            if stop.agreed:
+                break
             for action in due:
                 action.run(step, state)
-            clock.restart()
-        if stop.reason:
-            break
-    settle()
+            if due:
+                clock.restart()
+        settle()
+    except Diverged as error:
+        rescue(error)
+        raise
     return state
 
 
@@ -133,5 +128,10 @@ def _report(step: int, metrics: dict, batch: Batch, clock: _Clock, observer: Obs
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}  # waits for this step to end
     observer.step(step, values, *clock.lap())
     if values["skipped"]:
-        local = jax.tree.map(lambda x: np.concatenate([shard.data for shard in x.addressable_shards]), batch)
-        observer.skipped(step, local, values)
+        observer.skipped(step, jax.tree.map(_local_rows, batch), values)
+
+
+def _local_rows(x: jax.Array) -> np.ndarray:
+    """Return the rows of a global array that this process holds, each once: a mesh axis may replicate them."""
+    rows = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([rows[start] for start in sorted(rows)])

@@ -22,7 +22,8 @@ class MetricsWriter:
             path = Path(run_dir) / f"{name}.jsonl"
             _truncate(path, resume_from)
             self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the writer
-        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_from or None)
+        # TensorBoard hides what earlier processes wrote from this step on: the lines that were dropped above.
+        self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_from + 1)
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -30,7 +31,7 @@ class MetricsWriter:
             file.close()
         self._board.close()
 
-    def metrics(self, step: int, values: dict[str, float], *, board: bool = True) -> None:
+    def metrics(self, step: int, values: dict[str, float | int], *, board: bool = True) -> None:
         """Record deterministic values; NaN and Inf are written as strings, because JSON has no such numbers."""
         self._write("metrics", {"step": step, **{key: _json_number(value) for key, value in values.items()}})
         if board:

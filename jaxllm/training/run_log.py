@@ -1,6 +1,7 @@
 """The voice of a run: files, TensorBoard, progress line, and the record of refused steps."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,26 +13,38 @@ from jaxllm.training.metrics import MetricsWriter, read
 from jaxllm.training.progress import ProgressLine
 
 
+class Position(NamedTuple):
+    """Where a process begins: `step` updates used `sample` samples, and each further one uses `batch_size`."""
+
+    step: int
+    sample: int
+    batch_size: int
+
+    def at(self, step: int) -> int:
+        """Return how many samples are used after update `step`."""
+        return self.sample + (step - self.step) * self.batch_size
+
+
 class RunLog:
     """Writes what happens in one run; on processes other than the first it only guards.
 
     Args:
-      done: updates completed before this process started; lines of later steps are dropped from the files.
+      begin: where this process begins; lines of later steps are dropped from the files.
       flops: (model FLOPs of one step, peak FLOP/s of all devices or None).
     """
 
     def __init__(
-        self, run_dir: Path, name: str, config: MonitorConfig, done: int, steps: int, *, tokens_per_step: int,
+        self, run_dir: Path, name: str, config: MonitorConfig, steps: int, *, begin: Position, tokens_per_step: int,
         flops: tuple[float, float | None],
     ):  # fmt: skip
         self._run_dir, self._config, self._steps = run_dir, config, steps
         self._tokens_per_step, self._flops = tokens_per_step, flops
-        self._skipped_in_a_row = 0
-        self._elapsed = _elapsed_before(run_dir, done)
+        self._begin, self._skipped_in_a_row = begin, 0
+        self._elapsed = _elapsed_before(run_dir, begin.step)
         self._window: list[tuple[float, float]] = []
         first = jax.process_index() == 0
-        self._writer = MetricsWriter(run_dir, resume_from=done) if first else None
-        self._progress = ProgressLine(name, done, steps, shown=first)
+        self._writer = MetricsWriter(run_dir, resume_from=begin.step) if first else None
+        self._progress = ProgressLine(name, begin.step, steps, shown=first)
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()
@@ -52,14 +65,14 @@ class RunLog:
             self._writer.flush()
 
     def step(self, step: int, metrics: dict[str, float], seconds: float, waited: float) -> None:
-        """Record one update."""
+        """Record one update, with the first sample of its batch."""
         if not metrics["skipped"]:
             self._skipped_in_a_row = 0
         self._elapsed += seconds
         self._window.append((seconds, waited))
         due = step % self._config.log_every == 0 or step == self._steps
         if self._writer is not None:
-            self._writer.metrics(step, metrics, board=due)
+            self._writer.metrics(step, {"sample": self._begin.at(step - 1), **metrics}, board=due)
         if due:
             self._timing(step, metrics)
 

@@ -58,8 +58,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Return the state after one update on `batch`, and the step's metrics.
 
-    A step whose loss or gradient is not finite, or whose gradient norm is a spike, leaves parameters and optimizer
-    untouched and reports skipped = 1.
+    A step whose loss, gradient or new parameters are not finite, or whose gradient norm is a spike, leaves parameters
+    and optimizer untouched and reports skipped = 1.
 
     Args:
       lr: learning rate of this update; `schedules.learning_rate` of the step.
@@ -75,7 +75,8 @@ def train_step(
         norm = optax.tree.norm(gradient)
         direction, opt_state = optimizer(optim).update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + lr * u, state.params, direction)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # A finite gradient may still make parameters that overflow: the norm of the new ones says so.
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         if step.spike_factor is not None:
             good &= (state.norm_mean == 0) | (norm <= step.spike_factor * state.norm_mean)
         params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))

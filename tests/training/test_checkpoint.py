@@ -1,3 +1,5 @@
+import resource
+
 import jax
 import numpy as np
 import pytest
@@ -59,9 +61,49 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
         assert meta["step"] == 1
         assert "cannot be read and is skipped" in caplog.text
         assert_equal(restored.params, state.params)
-        checkpoints.save(restored, {"step": 2, "sample": 16})  # the damaged one is replaced
+        assert checkpoints.steps() == [1]
+        assert (tmp_path / "damaged" / "2" / "params").is_dir()
+        checkpoints.save(restored, {"step": 2, "sample": 16})
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
+
+
+def test_what_must_stay_the_same_is_no_damage(tmp_path):
+    state, shardings = make(devices=1)
+    save(tmp_path, state, 1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"step": 2, "sample": 0, "fingerprints": {"tokenizer": "a", "optim.kind": "adamw"}})
+        checkpoints.wait()
+        abstract = jax.eval_shape(lambda: state)
+        with pytest.raises(ValueError, match=r"2 was trained with another tokenizer \(a, now b\) and another opt"):
+            checkpoints.restore(abstract, shardings, {"tokenizer": "b", "optim.kind": "muon"})
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.restore(abstract, shardings, {"optim.kind": "adamw"})[1]["step"] == 2
+
+
+def test_inference_names_a_damaged_checkpoint_and_the_one_before(tmp_path):
+    state, _ = make(devices=1)
+    save(tmp_path, state, 1, 2)
+    file = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    file.write_text(file.read_text()[:9])
+    with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read \(.*use the one before: .*checkpoints/1$"):
+        load_params(tmp_path, MODEL)
+    assert load_params(tmp_path, MODEL, step=1)[1]["step"] == 1
+
+
+def test_a_disk_that_is_full_is_said_in_one_line(tmp_path):
+    state, _ = make(devices=1)
+    save(tmp_path, state, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"2 could not be written \(.*newest complete one is of step 1; "):
+                checkpoints.save(state, {"step": 2, "sample": 0})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpoints.steps() == [1]
 
 
 def test_inference_reads_the_moving_average_where_there_is_one(tmp_path):

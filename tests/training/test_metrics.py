@@ -1,4 +1,7 @@
 import math
+import struct
+
+from tensorboardX.proto.event_pb2 import Event
 
 from jaxllm.training.metrics import MetricsWriter, read
 
@@ -30,3 +33,30 @@ def test_samples_with_line_separators_stay_one_line(tmp_path):
     writer.sample(1, "a\u2028b", "c\nd\x85")
     writer.close()
     assert read(tmp_path / "samples.jsonl")[0]["text"] == "c\nd\x85"
+
+
+def scalars(run_dir):
+    """The steps that TensorBoard shows: a session start hides what was written before from its step on."""
+    shown = []
+    for file in sorted((run_dir / "tensorboard").iterdir()):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event, content = Event.FromString(content[12 : 12 + length]), content[16 + length :]
+            if event.HasField("session_log"):
+                shown = [(step, value) for step, value in shown if step < event.step]
+            shown += [(event.step, each.simple_value) for each in event.summary.value if each.tag == "loss"]
+    return shown
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.metrics(step, {"loss": 1.0})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.rename(file.with_name("events.out.tfevents.0"))  # its name is the second in which it was made
+    writer = MetricsWriter(tmp_path, resume_from=2)
+    writer.metrics(3, {"loss": 2.0})
+    writer.close()
+    assert scalars(tmp_path) == [(1, 1.0), (2, 1.0), (3, 2.0)]

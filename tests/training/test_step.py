@@ -92,6 +92,12 @@ def test_a_step_without_usable_gradient_changes_nothing_and_is_reported():
     assert after_bad.step == 2
 
 
+def test_an_update_that_would_overflow_is_skipped():
+    history, state = run(optim=AdamW(lr=1e30), batches=[batch()])
+    assert history[0]["skipped"] == 1
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() < 10 for leaf in jax.tree.leaves(state.params))
+
+
 def test_a_spike_is_skipped():
     loud = batch()._replace(weights=1e4 * batch().weights, targets=np.zeros((8, 16), np.int32))
     quiet = [batch()] * 3

@@ -1,0 +1,216 @@
+"""The parts of one run, and what is done with them between steps: validation, samples, checkpoints.
+
+Here text (data, tokenizer, samples) and training meet.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxllm.core.batch import Batch
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.chat import encode_chat
+from jaxllm.data.loader import DataExhausted, Loader
+from jaxllm.data.shards import read_manifest
+from jaxllm.evaluation.likelihood import evaluate_loss
+from jaxllm.locate import locate
+from jaxllm.models.accounting import flops_per_token, param_count, peak_flops
+from jaxllm.recipe import Recipe, load_recipe
+from jaxllm.training.checkpoint import Checkpoints, load_params
+from jaxllm.training.feed import place
+from jaxllm.training.loop import Action, Diverged
+from jaxllm.training.metrics import read
+from jaxllm.training.optim import optimizer
+from jaxllm.training.run_log import Position, RunLog
+from jaxllm.training.state import TrainState, init_state, param_shardings
+from jaxllm.training.step import eval_step
+
+
+class Run:
+    """One run in this process.
+
+    Attributes:
+      begin: where this process begins; known after `start`.
+    Raises:
+      ValueError: a prompt or the validation data cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, loader: Loader, mesh: Mesh):
+        self.recipe, self.loader, self.mesh = recipe, loader, mesh
+        self.run_dir = Path(recipe.out)
+        self.compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
+        self.tokens_per_step = recipe.data.batch_size * recipe.data.packing.seq_len
+        self.begin = Position(0, 0, recipe.data.batch_size)
+        self.val_loss: float | None = None  # the last one measured
+        if recipe.monitor.prompts:
+            self._check_prompts()
+        self._validation = self._open_validation()
+        self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute))
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the run learns to answer (its first source holds conversations)."""
+        return self.loader.datasets[0].kind == "chat"
+
+    def _check_prompts(self) -> None:
+        """Refuse prompts that leave no room for an answer: now, and not when the first samples are due."""
+        tokenizer, longest = tokenizers.load(self.loader.tokenizer_dir), self.recipe.model.max_seq_len
+        for number, prompt in enumerate(self.recipe.monitor.prompts):
+            asked = [{"role": "user", "content": prompt}]
+            if self.is_chat:
+                length = len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
+            else:
+                length = 1 + len(tokenizer.encode(prompt))  # after bos
+            if length >= longest:
+                raise ValueError(
+                    f"monitor.prompts.{number} has {length} tokens, and model.max_seq_len={longest} must leave room for"
+                    f" an answer; shorten it: {prompt[:60]!r}"
+                )
+
+    def _open_validation(self) -> Loader | None:
+        """Return the loader of the held-out documents, or None if the data has none."""
+        manifests = [read_manifest(source.path) for source in self.recipe.data.sources if source.validate_on]
+        splits = [manifest.splits.get("validation") for manifest in manifests]
+        if not any(split is not None and split.n_documents for split in splits):
+            return None
+        return Loader(self.recipe.data, "validation", jax.process_index(), jax.process_count())
+
+    def start(self, checkpoints: Checkpoints) -> TrainState:
+        """Return the state to go on from: restored if there is a checkpoint, else new."""
+        recipe, self.checkpoints = self.recipe, checkpoints
+        resumes, params = bool(checkpoints.steps()), None
+        if recipe.start_from is not None and not resumes:
+            params = self._starting_params()
+        state, self.shardings = init_state(
+            recipe.model, optimizer(recipe.optim), self.mesh, seed=recipe.seed,
+            ema=recipe.step.ema_decay is not None, params=params,
+        )  # fmt: skip
+        if resumes:
+            abstract = jax.eval_shape(lambda: state)
+            del state  # or two states would be in memory
+            state, meta = checkpoints.restore(abstract, self.shardings, self._fingerprints())
+            self.begin = self.begin._replace(step=int(state.step), sample=meta["sample"])
+            self.val_loss = meta.get("val_loss")
+        return state
+
+    def _starting_params(self) -> Any:
+        """Read the parameters of `start_from` straight into their places on the mesh."""
+        source, wanted = self.recipe.start_from, self.recipe.model
+        run_dir, step = locate(source)
+        found = load_recipe(run_dir).model
+        if wanted.model_copy(update={"max_seq_len": found.max_seq_len}) != found:
+            raise ValueError(f"`model` differs from the model of start_from={source}; leave `model` out of the recipe")
+        if tokenizers.load(run_dir / "tokenizer").fingerprint != self.loader.tokenizer_fingerprint:
+            raise ValueError(
+                f"start_from={source} has another tokenizer than {self.recipe.data.sources[0].path}; prepare the data "
+                f"with --tokenizer {run_dir}"
+            )
+        return load_params(run_dir, wanted, step=step, shardings=param_shardings(wanted, self.mesh))[0]
+
+    def _fingerprints(self) -> dict[str, str]:
+        """What a resumed run may not change because its state, or its place in the data, would mean something else."""
+        ema = self.recipe.step.ema_decay is not None
+        return {
+            "tokenizer": self.loader.tokenizer_fingerprint, "data": self.loader.fingerprint,
+            "optim.kind": self.recipe.optim.kind, "step.ema_decay": "a moving average" if ema else "none",
+        }  # fmt: skip
+
+    def actions(self, log: RunLog) -> list[Action]:
+        """Return what is due between steps, in order: the checkpoint last, so that it covers the others' lines."""
+        self.log, monitor = log, self.recipe.monitor
+        actions = []
+        if self._validation is not None:
+            actions.append(Action(monitor.evaluate_every, self.evaluate))
+        else:
+            log.say("no validation split: the data has no held-out documents, so no validation loss is measured")
+        if monitor.prompts:
+            actions.append(Action(monitor.sample_every, self.write_samples))
+        return [*actions, Action(self.recipe.checkpoint.every, self.save)]
+
+    def catch_up(self, actions: list[Action], state: TrainState, steps: int) -> None:
+        """Evaluate and sample at the step of the checkpoint, where a stop had no time for it."""
+        step = self.begin.step
+        evaluated = any("val_loss" in record and record["step"] == step for record in self._records("metrics"))
+        sampled = any(record["step"] == step for record in self._records("samples"))
+        done = [*[self.evaluate] * evaluated, *[self.write_samples] * sampled, self.save]
+        for action in actions:
+            if step and action.due(step, steps) and action.run not in done:
+                action.run(step, state)
+
+    def _records(self, name: str) -> list[dict[str, Any]]:
+        return read(self.run_dir / f"{name}.jsonl")
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Measure the validation loss over the whole split (or `monitor.evaluate_batches` batches of it)."""
+
+        def sums(batch: Batch) -> dict[str, Any]:
+            return self._eval(_best_params(state), jax.tree.map(lambda x: place(x, self.mesh), batch))
+
+        validation = self._validation
+        validation.set_state({"sample": 0})
+        found = evaluate_loss(validation, sums, validation.bytes_per_token, self.recipe.monitor.evaluate_batches)
+        self.val_loss = found.nats_per_token
+        self.log.evaluation(step, {"val_loss": found.nats_per_token, "val_bits_per_byte": found.bits_per_byte})
+
+    def write_samples(self, step: int, state: TrainState) -> None:
+        """Write down what the model answers to `monitor.prompts` now."""
+        from jaxllm.inference.sampling import Sampler
+        from jaxllm.language_model import LanguageModel
+
+        model = LanguageModel(
+            self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer"), chat=self.is_chat
+        )
+        monitor = self.recipe.monitor
+        for prompt in monitor.prompts:
+            answer = model.respond(prompt, max_new_tokens=monitor.sample_tokens, sampler=Sampler(temperature=0.0))
+            self.log.sample(step, prompt, answer.text)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Start writing a checkpoint; what was logged so far is handed to the operating system first."""
+        self.log.flush()
+        meta = {
+            "step": step, "sample": self.begin.at(step), "fingerprints": self._fingerprints(), "chat": self.is_chat,
+            "val_loss": self.val_loss,
+        }  # fmt: skip
+        self.checkpoints.save(state, meta, self.val_loss)
+
+    def save_once(self, step: int, state: TrainState) -> None:
+        """Have a whole checkpoint of `step` on disk."""
+        self.checkpoints.wait()
+        if step not in self.checkpoints.steps():
+            self.save(step, state)
+            self.checkpoints.wait()
+
+    def rescue(self, step: int, state: TrainState, error: Exception) -> None:
+        """Save what was computed before the error that ends the run."""
+        everywhere = isinstance(error, Diverged | DataExhausted)  # a file that one process cannot read, the others can
+        if step > self.begin.step and (everywhere or jax.process_count() == 1):
+            self.save_once(step, state)
+            self.log.say(f"saved step {step}")
+
+    def flops_per_step(self) -> tuple[float, float | None]:
+        """Return (model FLOPs of a step, peak FLOP/s of all devices or None)."""
+        peak = peak_flops(jax.devices()[0].device_kind)
+        per_token = flops_per_token(self.recipe.model, self.recipe.data.packing.seq_len)
+        return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
+
+    def describe(self, steps: int) -> str:
+        """Say in a line what is about to happen."""
+        data, done = self.recipe.data, self.begin.step
+        kind = jax.devices()[0].device_kind
+        mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
+        samples = self.begin.at(steps)
+        return (
+            f"{param_count(self.recipe.model) / 1e6:,.1f}M parameters, {self.tokens_per_step:,} tokens/step, "
+            f"{steps:,} steps = {samples * data.packing.seq_len / 1e6:,.1f}M tokens = "
+            f"{samples / self.loader.samples_per_epoch:.1f} epochs; {kind} ({mesh}), {self.compute.dtype}"
+            + (f"; resuming at step {done}" if done else "")
+        )
+
+
+def _best_params(state: TrainState) -> Any:
+    """Return the parameters that evaluation and users get: the moving average where one is kept."""
+    return state.params if state.ema is None else state.ema

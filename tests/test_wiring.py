@@ -1,0 +1,135 @@
+"""Runs inside this process: what is refused before anything is written, and how a run goes on."""
+
+import shutil
+
+import pytest
+
+from jaxllm.data.loader import Loader
+from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.sources import World
+from jaxllm.inspect import main as inspect
+from jaxllm.recipe import load_recipe
+from jaxllm.training.metrics import read
+from jaxllm.wiring import total_steps, train
+
+RECIPE = """
+out: runs/one
+steps: 4
+model: {preset: tiny, n_layers: 1, d_model: 16, n_heads: 2, d_ff: 32, vocab_size: 300, max_seq_len: 32}
+data: {sources: [{path: data}], packing: {seq_len: 32}, batch_size: 8, verify: false, threads: 0}
+optim: {lr: 1e-2, schedule: {kind: cosine, warmup: 0}}
+checkpoint: {every: 2}
+monitor: {log_every: 1, evaluate_every: 2, evaluate_batches: 1}
+platform: {compile_cache: none}
+compute: {layers: scan, dtype: float32}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A dataset with and one without held-out documents, and a finished run of four steps."""
+    path = tmp_path_factory.mktemp("wiring")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        for name, validation in (("data", 10), ("whole", 0)):
+            prepare(
+                PrepareConfig(
+                    inputs=(World(count=120),), out=name, tokenizer=BytesTokenizer(), validation=validation, seq_len=32
+                )
+            )
+        (path / "recipe.yaml").write_text(RECIPE)
+        train(load_recipe("recipe.yaml"))
+    return path
+
+
+@pytest.fixture
+def workspace(trained, tmp_path, monkeypatch):
+    """The same, for one test."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def steps_and_samples(run_dir):
+    return [(each["step"], each["sample"]) for each in read(run_dir / "metrics.jsonl") if "sample" in each]
+
+
+def test_a_copied_run_goes_on_in_its_own_place_and_another_batch_size_in_the_same_order(workspace, capsys):
+    original = (workspace / "runs" / "one" / "metrics.jsonl").read_bytes()
+    shutil.copytree(workspace / "runs" / "one", workspace / "copy")
+    assert train(load_recipe("copy", ["data.batch_size=16", "steps=6"])).run_dir.name == "copy"
+    assert steps_and_samples(workspace / "copy")[3:] == [(4, 24), (5, 32), (6, 48)]
+    assert (workspace / "runs" / "one" / "metrics.jsonl").read_bytes() == original
+    for step, rows in ((4, "24 25 31"), (5, "32 33 47"), (6, "48 63"), (7, "64 79")):
+        assert inspect(["copy", "--step", str(step)]) is None
+        shown = capsys.readouterr().out
+        assert all(f"sample {row}" in shown for row in rows.split())
+        assert f"sample {int(rows.split()[-1]) + 1}" not in shown
+
+
+def test_a_stop_before_the_evaluation_is_caught_up(workspace):
+    path = workspace / "runs" / "one" / "metrics.jsonl"
+    before = path.read_text()
+    lines = before.splitlines(keepends=True)
+    assert "val_loss" in lines[-1]
+    path.write_text("".join(lines[:-1]))
+    train(load_recipe("runs/one"))
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["step.ema_decay=0.9", "steps=9"], r"with another step.ema_decay \(none, now a moving average\)"),
+        (["optim.kind=muon", "steps=9"], r"with another optim.kind \(adamw, now muon\)"),
+        (["data.seed=1"], r"with another data \("),
+        (["data.epochs=1", "steps=1000000"], r"steps=1000000 needs \d+ samples, and data.epochs=1 are \d+; set steps="),
+        (["monitor.prompts=[" + "x" * 50 + "]", "monitor.sample_tokens=4"], "monitor.prompts.0 has 51 tokens"),
+        (["model.d_ff=48"], "already holds a run with another model"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(workspace, overrides, message):
+    files = {path: path.stat().st_mtime_ns for path in (workspace / "runs" / "one").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe("runs/one", overrides))
+    files.pop(workspace / "runs" / "one" / ".lock")
+    assert all(path.stat().st_mtime_ns == time for path, time in files.items())
+
+
+def test_another_tokenizer_is_called_so(workspace):
+    manifest = workspace / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokenizer_fingerprint": "', '"tokenizer_fingerprint": "0'))
+    with pytest.raises(ValueError, match=r"was trained with another tokenizer \(\w+, now 0\w+\)"):
+        train(load_recipe("runs/one", ["steps=9"]))
+
+
+def test_data_without_held_out_documents_trains_and_says_so_once(workspace, capsys):
+    train(load_recipe("recipe.yaml", ["out=runs/two", "data.sources.0.path=whole", "steps=2"]))
+    assert capsys.readouterr().out.count("no validation split") == 1
+    assert [record["step"] for record in read(workspace / "runs" / "two" / "metrics.jsonl")] == [1, 2]
+
+
+def test_start_from_a_checkpoint_needs_no_model_section(workspace):
+    (workspace / "named").mkdir()
+    (workspace / "named" / "run.json").write_text('{"model": "../runs/one"}')
+    text = "\n".join(line for line in RECIPE.splitlines() if not line.startswith("model"))
+    (workspace / "tune.yaml").write_text(text)
+    for source in ("runs/one/checkpoints/2", "named"):
+        assert load_recipe("tune.yaml", [f"start_from={source}"]).model == load_recipe("runs/one").model
+
+
+def test_length_in_samples_survives_another_batch_size(workspace):
+    def steps(*overrides, done=0, sample=0):
+        recipe = load_recipe("recipe.yaml", overrides)
+        return total_steps(recipe, loader(recipe), done, sample)
+
+    def loader(recipe):
+        return Loader(recipe.data)
+
+    size = loader(load_recipe("recipe.yaml")).samples_per_epoch
+    assert steps("steps=1 epoch") == -(-size // 8)
+    assert steps("steps=2 epochs", "data.epochs=2") == -(-2 * size // 8)
+    assert steps("steps=2 epochs", "data.batch_size=16", done=5, sample=40) == 5 + -(-(2 * size - 40) // 16)
+    assert steps("steps=3200 tokens", "data.batch_size=4", done=3, sample=24) == 3 + 19
+    assert steps("steps=320 tokens", done=10, sample=80) == 10  # over already
+    assert steps("steps=20", "data.batch_size=16", done=5, sample=40) == 20
