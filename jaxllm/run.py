@@ -17,7 +17,7 @@ from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
 from jaxllm.locate import locate
-from jaxllm.models.accounting import flops_per_token, param_count, peak_flops
+from jaxllm.models.accounting import flops_per_token, memory_line, param_count, peak_flops, training_bytes
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.feed import place
@@ -196,6 +196,16 @@ class Run:
         peak = peak_flops(jax.devices()[0].device_kind)
         per_token = flops_per_token(self.recipe.model, self.recipe.data.packing.seq_len)
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
+
+    def memory(self, state: TrainState) -> str:
+        """Estimate what a device needs: parameters lie over fsdp x tensor, optimizer state over all devices."""
+        model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
+        rows = data.batch_size // self.recipe.step.accumulate // (shape["data"] * shape["fsdp"])
+        copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / param_count(model)
+        split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["tensor"])
+        split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
+        sizes = training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
+        return f"memory per device, estimated: {memory_line({k: size / split[k] for k, size in sizes.items()})}"
 
     def describe(self, steps: int) -> str:
         """Say in a line what is about to happen."""

@@ -73,6 +73,7 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
             begin=run.begin, tokens_per_step=run.tokens_per_step, flops=run.flops_per_step(),
         ) as log:  # fmt: skip
             log.say(run.describe(steps))
+            log.say(run.memory(state))
             state = _train(run, state, steps, log, stop)
             step = int(state.step)
             if step < steps:

@@ -1,9 +1,10 @@
 """What a model costs, from its config alone: parameters, floating-point operations, bytes. Nothing is allocated."""
 
 import math
+from collections.abc import Mapping
 
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.ffn import Gated
+from jaxllm.layers.config import Gated
 from jaxllm.layers.kernels import query_blocks
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import abstract_params
@@ -45,7 +46,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def training_bytes(
-    config: ModelConfig, compute: ComputeConfig, rows: int, seq_len: int, copies: int = 2
+    config: ModelConfig, compute: ComputeConfig, rows: int, seq_len: int, copies: float = 2
 ) -> dict[str, int]:
     """Estimate the bytes that training holds at its peak on one device, before any sharding, by category.
 
@@ -90,7 +91,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
     return rows * (seq_len * per_token + width * (keys * seen + weights))
 
 
-def memory_line(sizes: dict[str, int]) -> str:
+def memory_line(sizes: Mapping[str, float]) -> str:
     """Return `training_bytes` as text: "4.1 GB: parameters 1.0, optimizer 2.0, gradients 1.0, activations 0.1 ..."."""
     total = sum(sizes.values())
     unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if total >= unit)
