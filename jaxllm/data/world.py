@@ -76,16 +76,13 @@ def _other(language: int) -> int:
     return EN if language == ZH else ZH
 
 
+_TITLE = ("{hero}, {relative} and a {colour} {thing} in the {place}", "{hero}、{relative}和{place}里{colour}的{thing}")
+
+
 # One line of a document is news, the others follow from it: what cannot be predicted teaches a small model only noise.
 def _tale(rng: random.Random) -> list[str]:
     story, first = Story.draw(rng, EVERY, False), _language(rng)
-    title = story.fill(
-        ("{hero}, {relative} and a {colour} {thing} in the {place}", "{hero}、{relative}和{place}里{colour}的{thing}")[
-            first
-        ],
-        first,
-    )
-    return [title, story.say(first), story.say(_other(first))]
+    return [story.fill(_TITLE[first], first), story.say(first), story.say(_other(first))]
 
 
 def _comprehension(rng: random.Random) -> list[str]:
@@ -94,8 +91,8 @@ def _comprehension(rng: random.Random) -> list[str]:
         name = _invented_name(rng)  # names are there to be copied, also those never met before
         story = replace(story, hero=Word(name, name))
     questions = story.questions(language)
-    asked = [questions[index] for index in sorted(rng.sample(range(len(questions)), 4))]
-    return [story.say(language), *(line for pair in asked for line in pair)]
+    asked = [questions[index] for index in sorted(rng.sample(range(len(questions)), 3))]
+    return [story.fill(_TITLE[language], language), story.say(language), *(line for pair in asked for line in pair)]
 
 
 def _parallel(rng: random.Random) -> list[str]:
@@ -148,11 +145,11 @@ def _exercise(rng: random.Random) -> list[str]:
 
 
 _DOCUMENTS: tuple[tuple[Callable[[random.Random], list[str]], float], ...] = (
-    (_tale, 0.10),
-    (_comprehension, 0.28),
-    (_parallel, 0.20),
-    (_fact, 0.04),
-    (_critique, 0.08),
-    (_diary, 0.12),
+    (_tale, 0.17),
+    (_comprehension, 0.22),
+    (_parallel, 0.16),
+    (_fact, 0.07),
+    (_critique, 0.09),
+    (_diary, 0.13),
     (_exercise, 0.18),
 )
