@@ -24,6 +24,7 @@ from jaxllm.inference.text import TextStream
 from jaxllm.locate import locate
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
+from jaxllm.sharding.mesh import on_mesh_of
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages
@@ -95,7 +96,7 @@ class LanguageModel:
             positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
             return bind(graphdef, params)(tokens, segments, positions)
 
-        return jax.jit(logits)
+        return on_mesh_of(self.params, jax.jit(logits))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008
@@ -198,18 +199,24 @@ class LanguageModel:
         return Generation("".join(pieces) + text.flush(), *completion)
 
 
-def load(model: str | Path, *, compute: ComputeConfig | None = None) -> LanguageModel:
+def load(
+    model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
+) -> LanguageModel:
     """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), or a directory whose run.json names the run.
 
+    Args:
+      mesh: devices to spread the parameters over, as in training; None: one device holds them all.
     Raises:
       ValueError: it is none of these; the message says what was looked for.
     """
     from jaxllm.recipe import FILE_NAME, load_recipe
     from jaxllm.training.checkpoint import load_params
+    from jaxllm.training.state import param_shardings
 
     run_dir, step = locate(model)
     recipe = load_recipe(run_dir / FILE_NAME)
-    params, meta = load_params(run_dir, recipe.model, step=step)
+    shardings = None if mesh is None else param_shardings(recipe.model, mesh)
+    params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
     tokenizer = tokenizers.load(run_dir / "tokenizer")
     chat = bool(meta.get("chat"))
     return LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute)

@@ -46,16 +46,18 @@ def main(argv: list[str] | None = None) -> int | None:
     if arguments.stream and (len(prompts) > 1 or arguments.num_samples > 1 or arguments.json):
         raise ValueError("--stream shows one answer as text; leave out --json and --num-samples, and give one prompt")
     from jaxllm.locate import locate
+    from jaxllm.recipe import load_recipe
 
-    locate(arguments.model)  # a wrong path is an error now, not after JAX has started
+    config = load_recipe(locate(arguments.model)[0]).model  # a wrong path is an error now, not after JAX has started
+    from jaxllm.inference import spread
     from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import load
     from jaxllm.sharding import distributed
 
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
-    distributed.start(distributed.PlatformConfig())
-    lm = load(arguments.model)
+    distributed.start(distributed.PlatformConfig(cpu_devices=spread.cpu_devices(config)))
+    lm = load(arguments.model, mesh=spread.tensor_mesh())
     if arguments.chat:
         converse(lm, arguments, sampler)
     elif arguments.stream:

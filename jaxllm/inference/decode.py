@@ -18,6 +18,7 @@ from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph, unstack
+from jaxllm.sharding.mesh import on_mesh_of
 
 MIN_LENGTH = 32  # tokens; smaller buckets save nothing
 CHECK_EVERY = 16  # tokens between two calls of `Limits.finished`, which runs on the host
@@ -70,7 +71,8 @@ class Decoder:
         self.config = config
         self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
-        prepare, self._prefill, self._step, self._advance = _programs(config, compute)
+        programs = (on_mesh_of(params, program) for program in _programs(config, compute))
+        prepare, self._prefill, self._step, self._advance = programs
         self.params = prepare(params)
 
     def generate(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> list[Completion]:

@@ -1,10 +1,12 @@
 """The device mesh: which devices hold which part of batch and model."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxllm.sharding.config import AXES, MeshConfig, axis_sizes
 
@@ -20,3 +22,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=types)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def on_mesh_of(params: Any, function: Callable) -> Callable:
+    """Return `function`, called on the mesh over which `params` are spread; unchanged if they are on one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return function
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        with jax.set_mesh(sharding.mesh):
+            return function(*arguments, **keywords)
+
+    return call
