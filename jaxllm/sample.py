@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
-    distributed.start(distributed.PlatformConfig(cpu_devices=spread.cpu_devices(config)))
-    lm = load(arguments.model, mesh=spread.tensor_mesh())
+    distributed.start(distributed.PlatformConfig(), spread.parts(config))
+    lm = load(arguments.model, mesh=spread.tensor_mesh(config))
     if arguments.chat:
         converse(lm, arguments, sampler)
     elif arguments.stream:

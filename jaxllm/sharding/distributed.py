@@ -44,7 +44,8 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
     """Configure JAX and join the other processes, if any.
 
     Args:
-      rows: rows per microbatch of all processes; on a CPU the default number of devices must divide it.
+      rows: what the virtual devices of a CPU share, and their default number divides: rows per microbatch of all
+        processes, or heads in decoding.
     """
     import jax
 

@@ -71,8 +71,8 @@ def training(settings: dict) -> dict[str, Callable[..., dict]]:
 def decoding(settings: dict) -> dict[str, Callable[..., dict]]:
     """Handlers that decode greedily with the decoder behind `jaxllm.LanguageModel`: token ids, no stop tokens."""
     model = ModelConfig(**settings["shape"])
-    distributed.start(distributed.PlatformConfig(cpu_devices=spread.cpu_devices(model)))
-    mesh = spread.tensor_mesh()
+    distributed.start(distributed.PlatformConfig(), spread.parts(model))
+    mesh = spread.tensor_mesh(model)
     shardings = None if mesh is None else param_shardings(model, mesh)
     params = jax.jit(functools.partial(init_params, model, 0), out_shardings=shardings)()
     decoder = Decoder(model, params, ComputeConfig().resolve(jax.default_backend(), model.n_layers))
