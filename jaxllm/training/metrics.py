@@ -21,7 +21,8 @@ class MetricsWriter:
         for name in ("metrics", "timing", "samples"):
             path = Path(run_dir) / f"{name}.jsonl"
             _truncate(path, resume_from)
-            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the writer
+            # Line by line, so that others may follow it; open as long as the writer.
+            self._files[name] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         # TensorBoard hides what earlier processes wrote from this step on: the lines that were dropped above.
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_from + 1)
 
