@@ -4,7 +4,6 @@ Every parameter and every constrained activation names its axes in words ("embed
 into a PartitionSpec for whatever mesh is in use. It knows nothing of layers.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -75,9 +74,3 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh.shape))
-
-
-def parts(name: str) -> int:
-    """Return over how many devices the current mesh may split the logical axis `name`; 1 where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
