@@ -169,8 +169,7 @@ class Run:
             self.log.sample(step, prompt, answer.text)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Start writing a checkpoint; what was logged so far is handed to the operating system first."""
-        self.log.flush()
+        """Start writing a checkpoint."""
         meta = {
             "step": step, "sample": self.begin.at(step), "fingerprints": self._fingerprints(), "chat": self.is_chat,
             "val_loss": self.val_loss,

@@ -21,7 +21,7 @@ class MetricsWriter:
         for name in ("metrics", "timing", "samples"):
             path = Path(run_dir) / f"{name}.jsonl"
             _truncate(path, resume_from)
-            # Line by line, so that others may follow it; open as long as the writer.
+            # Line by line, so that a kill loses none and others may follow; open as long as the writer.
             self._files[name] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         # TensorBoard hides what earlier processes wrote from this step on: the lines that were dropped above.
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_from + 1)
@@ -47,11 +47,6 @@ class MetricsWriter:
         """Record a text the model wrote."""
         self._write("samples", {"step": step, "prompt": prompt, "text": text})
         self._board.add_text("samples", f"**{prompt}** {text}", step)
-
-    def flush(self) -> None:
-        """Hand all lines to the operating system, so that a kill of the process cannot lose them."""
-        for file in self._files.values():
-            file.flush()
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -59,11 +59,6 @@ class RunLog:
         """Print a line."""
         self._progress.say(text)
 
-    def flush(self) -> None:
-        """Make sure that a kill of the process loses no line."""
-        if self._writer is not None:
-            self._writer.flush()
-
     def step(self, step: int, metrics: dict[str, float], seconds: float, waited: float) -> None:
         """Record one update, with the first sample of its batch."""
         if not metrics["skipped"]:
@@ -106,7 +101,6 @@ class RunLog:
         facts = f"loss={metrics['loss']:.4g}, grad_norm={metrics['grad_norm']:.4g}"
         self.say(f"step {step} skipped: {facts}; its batch is in {path}")
         if self._skipped_in_a_row > self._config.max_skipped:
-            self.flush()
             raise Diverged(
                 f"{self._skipped_in_a_row} steps in a row had no usable gradient (step {step}: {facts}); the parameters"
                 f" are those before them. Lower optim.lr, look at the batches in {path.parent} (python -m"
