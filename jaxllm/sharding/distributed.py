@@ -102,5 +102,5 @@ def _keep_freed_memory() -> None:
     except OSError:  # another C library (musl): nothing to tune
         return
     libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
     libc.mallopt(_M_ARENA_MAX, 1)  # the arenas of other threads are unmapped as soon as they are empty
