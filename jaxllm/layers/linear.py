@@ -58,10 +58,10 @@ class Projection(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, kernel: Array, n_inputs: int) -> Array:
-    """y = x W, whose gradient dW = x^T dy is written with x first.
+    """y = x W, whose gradient is written as x^T dy, or as (dy^T x)^T if dy is the narrower one.
 
-    Automatic differentiation writes (dy^T x)^T. XLA on a CPU then computes all that led to dy in transposed order, at a
-    cost above that of the product.
+    XLA on a CPU turns the first operand of such a product, and computes all that led to it in transposed order. For a
+    wide dy, which automatic differentiation puts first, that costs more than the product.
     """
     return jnp.tensordot(x, kernel, axes=n_inputs)
 
@@ -74,6 +74,8 @@ def _product_backward(n_inputs: int, residuals: tuple[Array, Array], dy: Array) 
     x, kernel = residuals
     outputs = tuple(range(kernel.ndim))[n_inputs:]
     dx = jnp.tensordot(dy, kernel, axes=(tuple(range(2, dy.ndim)), outputs))
+    if kernel.ndim == 2 and kernel.shape[0] > kernel.shape[1]:
+        return dx, jnp.tensordot(dy, x, axes=((0, 1), (0, 1))).T
     return dx, jnp.tensordot(x, dy, axes=((0, 1), (0, 1)))
 
 
