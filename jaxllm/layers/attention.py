@@ -1,12 +1,14 @@
 """Multi-head attention with grouped key/value heads: the one attention of every family."""
 
+from typing import Literal
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layers import cache as kv
 from jaxllm.layers.config import LayerNorm, RMSNorm
-from jaxllm.layers.kernels import attend, attend_cache
+from jaxllm.layers.kernels import Scores, attend, attend_cache
 from jaxllm.layers.linear import Projection
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
 from jaxllm.layers.norms import Norm
@@ -20,25 +22,29 @@ class Attention(nnx.Module):
     Args:
       d_model: width of x and y.
       heads: (N, K, H): query heads, key/value heads and the width of a head; N must be a multiple of K.
-      bias: on all four projections (GPT-2).
-      qk_norm: a norm over each head's query and key (Qwen3, OLMo-2), or None.
-      std, out_std: initial standard deviation of the projections of q, k and v, and of the output projection.
+      bias: on all four projections (GPT-2; True or "attention"), or on those of q, k and v ("qkv", Qwen2).
+      qk_norm: the norm of queries and keys, over each head (Qwen3) or over all heads at once (OLMo-2); None: no norm.
+      scores: how scores are made of products; None: divided by sqrt(H).
+      std: initial standard deviation of the projections of q, k and v, and of the output projection.
     Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, *, d_model: int, heads: tuple[int, int, int], bias: bool = False,
-        qk_norm: RMSNorm | LayerNorm | None = None, std: float = 0.02, out_std: float = 0.02,
+        self, rngs: nnx.Rngs, *, d_model: int, heads: tuple[int, int, int], bias: bool | Literal["attention", "qkv"] = False,
+        qk_norm: tuple[Literal["head", "width"], RMSNorm | LayerNorm] | None = None, scores: Scores | None = None,
+        std: tuple[float, float] = (0.02, 0.02),
     ):  # fmt: skip
         n_heads, n_kv_heads, head_dim = heads
         queries = {"heads": n_heads, "head_dim": head_dim}
         keys = {"kv_heads": n_kv_heads, "head_dim": head_dim}
-        self.q = Projection(rngs, {"embed": d_model}, queries, bias=bias, std=std)
-        self.k = Projection(rngs, {"embed": d_model}, keys, bias=bias, std=std)
-        self.v = Projection(rngs, {"embed": d_model}, keys, bias=bias, std=std)
-        self.o = Projection(rngs, queries, {"embed": d_model}, bias=bias, std=out_std)
-        self.q_norm = Norm(qk_norm, head_dim) if qk_norm else None
-        self.k_norm = Norm(qk_norm, head_dim) if qk_norm else None
+        self.scores = scores
+        self.q = Projection(rngs, {"embed": d_model}, queries, bias=bool(bias), std=std[0])
+        self.k = Projection(rngs, {"embed": d_model}, keys, bias=bool(bias), std=std[0])
+        self.v = Projection(rngs, {"embed": d_model}, keys, bias=bool(bias), std=std[0])
+        self.o = Projection(rngs, queries, {"embed": d_model}, bias=bias in (True, "attention"), std=std[1])
+        over, norm = qk_norm or (None, None)
+        self.q_norm = Norm(norm, head_dim if over == "head" else n_heads * head_dim) if norm else None
+        self.k_norm = Norm(norm, head_dim if over == "head" else n_kv_heads * head_dim) if norm else None
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Mask, angles: tuple[Array, Array] | None = None,
@@ -54,7 +60,7 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             q, k, v = self.q(x), self.k(x), self.v(x)
             if self.q_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
+                q, k = _normalise(self.q_norm, q), _normalise(self.k_norm, k)
             if angles is not None:
                 q, k = rotate(q, angles), rotate(k, angles)
             q = constrain(q, "batch", "length", "heads", None)
@@ -62,7 +68,14 @@ class Attention(nnx.Module):
             if cache is not None:
                 cache = kv.update(cache, k, v, positions)
                 if isinstance(mask, CacheMask):  # a causal mask with a cache is a prefill: x is all there is to see
-                    return self.o(attend_cache(q, cache, mask)), cache
+                    return self.o(attend_cache(q, cache, mask, self.scores)), cache
             elif not isinstance(mask, CausalMask):
                 raise TypeError(f"{type(mask).__name__} needs a cache; pass one, or a CausalMask")
-            return self.o(attend(q, k, v, mask)), cache
+            return self.o(attend(q, k, v, mask, self.scores)), cache
+
+
+def _normalise(norm: Norm, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """Apply a norm over each head or over all heads at once, whichever its width is."""
+    if norm.scale.shape[-1] == x.shape[-1]:
+        return norm(x)
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The choices inside a block, as types: norm, positions, feed-forward. Without JAX, so that --help is quick."""
+"""The choices inside a block, as types: norm, positions, attention, feed-forward. Without JAX, so that --help is quick."""
 
 from typing import Annotated, Literal
 
@@ -7,13 +7,15 @@ from pydantic import Field
 from jaxllm.core.config import Config
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Pattern = tuple[bool, ...]  # which layers, repeated over the stack: (True, False) = every other one, from the first
 
 
 class RMSNorm(Config):
-    """y = x / sqrt(mean(x^2) + eps) * scale. Source: Zhang and Sennrich 2019."""
+    """y = x / sqrt(mean(x^2) + eps) * (offset + scale). Source: Zhang and Sennrich 2019."""
 
     kind: Literal["rms"] = "rms"
     eps: float = Field(1e-6, gt=0, description="added to the mean square before the root")
+    offset: float = Field(0.0, description="added to the stored scale (Gemma: 1)")
 
 
 class LayerNorm(Config):
@@ -26,11 +28,61 @@ class LayerNorm(Config):
 NormConfig = Annotated[RMSNorm | LayerNorm, Field(discriminator="kind")]
 
 
+class LinearScaling(Config):
+    """All wavelengths times `factor`. Source: Chen et al. 2023 (position interpolation)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(gt=0, description="how many times longer a sequence may be")
+
+
+class Llama3Scaling(Config):
+    """Long wavelengths times `factor`, short ones as they are, between them a blend. Source: Llama 3.1."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float = Field(gt=0, description="how many times longer a sequence may be")
+    low: float = Field(1.0, gt=0, description="wavelengths above original_len / low are scaled whole")
+    high: float = Field(4.0, gt=0, description="wavelengths below original_len / high are not scaled")
+    original_len: int = Field(ge=1, description="longest sequence before scaling, tokens")
+
+
+class YarnScaling(Config):
+    """As `Llama3Scaling`, blended by turns within the original length, and scores scaled. Source: Peng et al. 2023."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=0, description="how many times longer a sequence may be")
+    original_len: int = Field(ge=1, description="longest sequence before scaling, tokens")
+    beta_fast: float = Field(32.0, gt=0, description="pairs of more turns than this are not scaled")
+    beta_slow: float = Field(1.0, gt=0, description="pairs of fewer turns than this are scaled whole")
+    magnitude: float = Field(1.0, gt=0, description="factor on cosines and sines (Hugging Face: attention_factor)")
+    truncate: bool = Field(True, description="round the ends of the blend to whole pairs")
+
+
+class LongRopeScaling(Config):
+    """A factor of its own for each pair, one set up to the original length, one beyond. Source: Ding et al. 2024."""
+
+    kind: Literal["longrope"] = "longrope"
+    short_factors: tuple[float, ...] = Field(description="one per pair, for sequences up to original_len")
+    long_factors: tuple[float, ...] = Field(description="one per pair, for longer sequences")
+    original_len: int = Field(ge=1, description="longest sequence before scaling, tokens")
+    magnitude: float = Field(1.0, gt=0, description="factor on cosines and sines (Hugging Face: attention_factor)")
+
+
+RopeScaling = Annotated[
+    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling, Field(discriminator="kind")
+]
+
+
 class Rope(Config):
     """Rotary position embedding on queries and keys. Source: Su et al. 2021; halves rotated as in GPT-NeoX."""
 
     kind: Literal["rope"] = "rope"
     theta: float = Field(10_000.0, gt=0, description="base of the geometric series of wavelengths")
+    scaling: RopeScaling | None = Field(None, description="how wavelengths were stretched for longer sequences")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of each head that is rotated (Pythia: 0.25)")
+    local_theta: float | None = Field(
+        None, gt=0, description="theta of the layers with a window, unscaled (Gemma 3); none = theta of all layers"
+    )
+    skipped: Pattern = Field((False,), min_length=1, description="layers without any rotation (SmolLM3), repeated")
 
 
 class Learned(Config):
@@ -46,6 +98,13 @@ class NoPositions(Config):
 
 
 PositionConfig = Annotated[Rope | Learned | NoPositions, Field(discriminator="kind")]
+
+
+class SlidingWindow(Config):
+    """A token sees itself and the `size` - 1 tokens before it. Source: Beltagy et al. 2020; Mistral 7B."""
+
+    size: int = Field(ge=1, description="tokens that are seen, the token itself included")
+    layers: Pattern = Field((True,), min_length=1, description="layers that have the window, repeated")
 
 
 class Gated(Config):

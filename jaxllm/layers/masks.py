@@ -9,12 +9,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+Window = int | Int[Array, ""] | None  # tokens that are seen, the token itself included; None: all
+
 
 class CausalMask(NamedTuple):
     """Self-attention over one row: a token sees itself and earlier tokens of its own segment.
 
     Attributes:
       segments: int32 [B, T]; tokens of different segments never see each other. None: the row is one segment.
+      window: how far back a token sees; an array where it differs by layer.
 
     Example, segments 1 1 2 2:
 
@@ -25,15 +28,20 @@ class CausalMask(NamedTuple):
     """
 
     segments: Int[Array, "B T"] | None = None
+    window: Window = None
 
     def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
         """Write out the rows `queries` and the columns `keys` (slices of Python ints, stop included in each)."""
-        rows = jnp.arange(queries.start, queries.stop)
-        columns = jnp.arange(keys.start, keys.stop)
-        visible = (rows[:, None] >= columns[None, :])[None]
+        rows = jnp.arange(queries.start, queries.stop)[:, None]
+        columns = jnp.arange(keys.start, keys.stop)[None, :]
+        visible = _within(rows, columns, self.window)[None]
         if self.segments is not None:
             visible = visible & (self.segments[:, queries, None] == self.segments[:, None, keys])
         return visible
+
+    def first_key(self, query: int) -> int:
+        """Return a key before which `query` and later ones see nothing."""
+        return max(0, query + 1 - self.window) if isinstance(self.window, int) else 0
 
 
 class CacheMask(NamedTuple):
@@ -41,14 +49,21 @@ class CacheMask(NamedTuple):
 
     Attributes:
       positions: int32 [B, T] of the queries; a query sees the slots 0 ... position.
+      window: how far back it sees.
     """
 
     positions: Int[Array, "B T"]
+    window: Window = None
 
     def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
         """Write out the rows `queries` and the slots `keys`."""
-        slots = jnp.arange(keys.start, keys.stop)
-        return self.positions[:, queries, None] >= slots[None, None, :]
+        slots = jnp.arange(keys.start, keys.stop)[None, None, :]
+        return _within(self.positions[:, queries, None], slots, self.window)
 
 
 Mask = CausalMask | CacheMask
+
+
+def _within(query: Array, key: Array, window: Window) -> Array:
+    visible = query >= key
+    return visible if window is None else visible & (query - key < window)

@@ -16,7 +16,8 @@ class Norm(nnx.Module):
 
     def __init__(self, config: RMSNorm | LayerNorm, width: int):
         self.config = config
-        self.scale = constant((width,), ("norm",), 1.0)
+        self.offset = config.offset if isinstance(config, RMSNorm) else 0.0
+        self.scale = constant((width,), ("norm",), 1.0 - self.offset)
         self.bias = constant((width,), ("norm",), 0.0) if isinstance(config, LayerNorm) else None
 
     def __call__(self, x: Float[Array, "*B W"]) -> Float[Array, "*B W"]:
@@ -24,7 +25,8 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = _scale_to_unit(y, self.config.eps) * jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        scale = self.scale[...] + self.offset if self.offset else self.scale[...]
+        y = _scale_to_unit(y, self.config.eps) * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
         return y.astype(x.dtype)

@@ -1,28 +1,74 @@
 """Where a token stands: rotary angles, a learned table, or nothing."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxllm.layers.config import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
 
-def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Return (cos, sin), float32 [B, T, 1, H/2], of positions * theta^(-2i/H).
+
+def rope_angles(positions: Int[Array, "B T"], head_dim: int, rope: Rope, *, local: bool = False) -> tuple[Array, Array]:
+    """Return (cos, sin), float32 [B, T, 1, R/2], of positions * theta^(-2i/R); R = rotated part of a head of H.
 
     float32 whatever the compute dtype: at position 4096 a bfloat16 angle is off by whole turns.
+
+    Args:
+      local: those of the layers with a window, where `rope.local_theta` is set.
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    width = rotated_width(head_dim, rope)
+    theta, scaling = (rope.local_theta, None) if local else (rope.theta, rope.scaling)
+    frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    frequencies, magnitude = _scaled(frequencies, theta, scaling, positions)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.astype(jnp.float32)[None, None, None, :]
     # The product with the identity is exact, and a fence: without it XLA on a CPU moves the cosines into `rotate` and
     # computes them anew for every head of every layer.
-    fence = lambda x: jnp.matmul(x, jnp.eye(head_dim // 2), precision=jax.lax.Precision.HIGHEST)
-    return fence(jnp.cos(angles)), fence(jnp.sin(angles))
+    fence = lambda x: jnp.matmul(x, jnp.eye(width // 2), precision=jax.lax.Precision.HIGHEST)
+    return fence(jnp.cos(angles) * magnitude), fence(jnp.sin(angles) * magnitude)
+
+
+def rotated_width(head_dim: int, rope: Rope) -> int:
+    """Return how many of the dimensions of a head are rotated, R."""
+    return int(head_dim * rope.fraction)
 
 
 def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x[i], x[i + H/2]) by their angles, in float32.
+    """Rotate the pairs (x[i], x[i + R/2]) of the first R dimensions by their angles, in float32.
 
     Scores of rotated queries and keys depend on the difference of positions alone.
     """
     cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    width = 2 * cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (width // 2, width), axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1).astype(x.dtype)
+
+
+def _scaled(
+    frequencies: np.ndarray, theta: float, scaling: RopeScaling | None, positions: Array
+) -> tuple[np.ndarray | Array, float]:
+    """Return (stretched frequencies, factor on cosine and sine)."""
+    match scaling:
+        case None:
+            return frequencies, 1.0
+        case LinearScaling():
+            return frequencies / scaling.factor, 1.0
+        case Llama3Scaling():
+            turns = scaling.original_len * frequencies / (2 * math.pi)
+            kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+            return frequencies * (kept + (1 - kept) / scaling.factor), 1.0
+        case YarnScaling():
+            # The pair that makes n turns in the original length; between beta_fast and beta_slow a linear blend.
+            log_theta = math.log(theta)
+            pair = lambda n: len(frequencies) * math.log(scaling.original_len / (n * 2 * math.pi)) / log_theta
+            low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+            if scaling.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
+            kept = 1 - np.clip((np.arange(len(frequencies)) - low) / max(high - low, 1e-3), 0, 1)
+            return frequencies * (kept + (1 - kept) / scaling.factor), scaling.magnitude
+        case LongRopeScaling():
+            short, long = (frequencies / np.asarray(x) for x in (scaling.short_factors, scaling.long_factors))
+            return jnp.where(jnp.max(positions) < scaling.original_len, short, long), scaling.magnitude

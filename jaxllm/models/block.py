@@ -1,4 +1,4 @@
-"""One layer of the decoder: attention and feed-forward, each normalised before and added after (pre-norm residual)."""
+"""One layer of the decoder: attention and feed-forward with their norms and residuals."""
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -6,13 +6,14 @@ from jaxtyping import Array, Float, Int
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.cache import LayerCache
 from jaxllm.layers.ffn import Ffn
+from jaxllm.layers.kernels import Scores
 from jaxllm.layers.masks import Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.models.config import ModelConfig
 
 
 class Block(nnx.Module):
-    """x += attention(norm(x)); x += ffn(norm(x)).
+    """x += attention(norm(x)); x += ffn(norm(x)), with the norms where `config.norm_placement` has them.
 
     The two projections that write into the residual stream start smaller by 1 / sqrt(2 L), so that its variance does
     not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
@@ -21,20 +22,29 @@ class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         d_model, std = config.d_model, config.init_std
         out_std = std * (2 * config.n_layers) ** -0.5
-        heads = (config.n_heads, config.kv_heads, config.head_width)
-        qk_norm = config.norm if config.qk_norm else None
-        self.attention_norm = Norm(config.norm, d_model)
+        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("out", "sandwich")
+        self.parallel = config.parallel
+        self.attention_norm = Norm(config.norm, d_model) if before else None
         self.attention = Attention(
-            rngs, d_model=d_model, heads=heads, bias=config.bias, qk_norm=qk_norm, std=std, out_std=out_std
+            rngs, d_model=d_model, heads=(config.n_heads, config.kv_heads, config.head_width), bias=config.bias,
+            qk_norm=None if config.qk_norm == "none" else (config.qk_norm, config.norm),
+            scores=Scores(config.scale, config.score_softcap), std=(std, out_std),
+        )  # fmt: skip
+        self.attention_out_norm = Norm(config.norm, d_model) if after else None
+        self.ffn_norm = Norm(config.norm, d_model) if before else None
+        self.ffn = Ffn(
+            rngs, config.ffn, d_model=d_model, d_ff=config.d_ff, bias=config.bias is True, std=std, out_std=out_std
         )
-        self.ffn_norm = Norm(config.norm, d_model)
-        self.ffn = Ffn(rngs, config.ffn, d_model=d_model, d_ff=config.d_ff, bias=config.bias, std=std, out_std=out_std)
+        self.ffn_out_norm = Norm(config.norm, d_model) if after else None
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Mask, angles: tuple[Array, Array] | None = None,
         cache: LayerCache | None = None, positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:  # fmt: skip
         """Return (x after the layer, the layer's cache with the new keys and values)."""
-        attended, cache = self.attention(self.attention_norm(x), mask, angles, cache, positions)
-        x = x + attended
-        return x + self.ffn(self.ffn_norm(x)), cache
+        apply = lambda norm, x: x if norm is None else norm(x)
+        attended, cache = self.attention(apply(self.attention_norm, x), mask, angles, cache, positions)
+        attended = apply(self.attention_out_norm, attended)
+        read = x if self.parallel else x + attended
+        y = apply(self.ffn_out_norm, self.ffn(apply(self.ffn_norm, read)))
+        return (x + attended + y if self.parallel else read + y), cache

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
-from jaxllm.layers.config import FfnConfig, Gated, NormConfig, PositionConfig, RMSNorm, Rope
+from jaxllm.layers.config import FfnConfig, Gated, NormConfig, PositionConfig, RMSNorm, Rope, SlidingWindow
 
 
 class ModelConfig(Config):
@@ -19,11 +19,23 @@ class ModelConfig(Config):
     head_dim: int | None = Field(None, ge=1, description="width of a head; none = d_model / n_heads")
     d_ff: int = Field(ge=1, description="width of the feed-forward layer")
     max_seq_len: int = Field(ge=1, description="longest sequence the model is made for, tokens")
-    norm: NormConfig = Field(RMSNorm(), description="normalisation before attention, feed-forward and head")
+    norm: NormConfig = Field(RMSNorm(), description="normalisation around attention and feed-forward, before the head")
+    norm_placement: Literal["pre", "out", "sandwich"] = Field(
+        "pre", description="norms before attention and feed-forward, on what they put out (OLMo-2), or both (Gemma 2)"
+    )
+    parallel: bool = Field(False, description="attention and feed-forward read the same x (GPT-NeoX)")
     positions: PositionConfig = Field(Rope(), description="position encoding")
     ffn: FfnConfig = Field(Gated(), description="feed-forward variant")
-    qk_norm: bool = Field(False, description="normalise queries and keys per head")
-    bias: bool = Field(False, description="biases on all projections (GPT-2)")
+    window: SlidingWindow | None = Field(None, description="sliding window of some or all layers; none = see everything")
+    qk_norm: Literal["none", "head", "width"] = Field(
+        "none", description="normalise queries and keys over each head (Qwen3) or over all heads at once (OLMo-2)"
+    )
+    score_scale: float | None = Field(None, gt=0, description="factor on attention scores; none = 1 / sqrt(head_dim)")
+    score_softcap: float | None = Field(None, gt=0, description="bends attention scores to below this (Gemma 2)")
+    logit_softcap: float | None = Field(None, gt=0, description="bends logits to below this (Gemma 2)")
+    bias: bool | Literal["attention", "qkv"] = Field(
+        False, description="biases on all projections (GPT-2), those of attention, or its q, k and v alone (Qwen2)"
+    )
     tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
     embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
@@ -36,14 +48,23 @@ class ModelConfig(Config):
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}")
-        if isinstance(self.positions, Rope) and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        if isinstance(self.positions, Rope):
+            rotated = int(self.head_width * self.positions.fraction)
+            if rotated % 2 or not rotated:
+                raise ValueError(f"rotary positions need an even number of dimensions of a head, not {rotated}")
+            if self.positions.local_theta is not None and self.window is None:
+                raise ValueError("positions.local_theta is for layers with a window; set window, or leave it out")
         return self
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads, K."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """Factor on attention scores."""
+        return self.head_width**-0.5 if self.score_scale is None else self.score_scale
 
     @property
     def head_width(self) -> int:

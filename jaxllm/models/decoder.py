@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core import rng
 from jaxllm.layers.cache import Cache
-from jaxllm.layers.config import Learned, Rope
+from jaxllm.layers.config import Learned
+from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
 from jaxllm.layers.norms import Norm
-from jaxllm.layers.positions import rope_angles
 from jaxllm.models.block import Block
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.views import Traits, Views, layer_traits
 from jaxllm.sharding.rules import constrain
 
 Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
@@ -63,32 +64,36 @@ class Transformer(nnx.Module):
         if self.position_embed is not None:
             x = x + self.position_embed(positions, dtype)
         x = constrain(x, "batch", "length", None)  # right after the gather, which otherwise loses the batch's sharding
-        rope = self.config.positions
-        angles = rope_angles(positions, self.config.head_width, rope.theta) if isinstance(rope, Rope) else None
+        views = Views(self.config, mask, positions)
         if cache is None:
-            x = self._blocks(x, mask, angles)
+            x = self._blocks(x, views)
         else:
             updated = []
-            for block, layer in zip(self.blocks, cache, strict=True):
-                x, layer = block(x, mask, angles, layer, positions)
+            for block, traits, layer in zip(self.blocks, layer_traits(self.config), cache, strict=True):
+                x, layer = block(x, *views.of(traits), layer, positions)
                 updated.append(layer)
             cache = tuple(updated)
         return self.final_norm(x), cache
 
-    def _blocks(self, x: Array, mask: Mask, angles: tuple[Array, Array] | None) -> Array:
+    def _blocks(self, x: Array, views: Views) -> Array:
         """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters."""
 
-        def apply(x: Array, block: Block) -> tuple[Array, None]:
-            return constrain(block(x, mask, angles)[0], "batch", "length", None), None
+        def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, None]:
+            block, traits = layer
+            return constrain(block(x, *views.of(traits))[0], "batch", "length", None), None
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
+        traits = layer_traits(self.config)
         if isinstance(self.blocks, nnx.List):
-            for block in self.blocks:
-                x, _ = apply(x, block)
+            for layer in zip(self.blocks, traits, strict=True):
+                x, _ = apply(x, layer)
             return x
         unroll = self.config.n_layers if self.compute.layers == "unroll" else 1
-        return jax.lax.scan(apply, x, self.blocks, unroll=unroll)[0]
+        if len(set(traits)) == 1:  # no layer differs: facts of the program, not data of the loop
+            return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, self.blocks, unroll=unroll)[0]
+        stacked = Traits(*(jnp.asarray(values) for values in zip(*traits, strict=True)))
+        return jax.lax.scan(apply, x, (self.blocks, stacked), unroll=unroll)[0]
 
     def output_table(self) -> Float[Array, "V D"]:
         """Return the table of output vectors: logits are products of hidden states with its rows."""
@@ -97,7 +102,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return float32 logits of hidden states."""
         table = self.output_table().astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.logit_softcap)
 
     def states(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,

@@ -32,7 +32,7 @@ def _gpt(d_model: int, n_layers: int, n_heads: int, max_seq_len: int, head_dim: 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _llama(64, 2, 4, 176, max_seq_len=128, vocab_size=512, tie_embeddings=True),
     "quickstart": _llama(
-        128, 4, 4, 256, max_seq_len=256, vocab_size=1280, tie_embeddings=True, qk_norm=True, embed_scale=128**0.5
+        128, 4, 4, 256, max_seq_len=256, vocab_size=1280, tie_embeddings=True, qk_norm="head", embed_scale=128**0.5
     ),
     "llama-3m": _llama(256, 4, 4, 688, max_seq_len=512, vocab_size=4096, tie_embeddings=True),
     "llama-15m": _llama(384, 8, 6, 1024, max_seq_len=1024, vocab_size=8192, tie_embeddings=True),

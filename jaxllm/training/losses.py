@@ -6,20 +6,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.models.decoder import soft_cap
 from jaxllm.sharding.rules import constrain
 
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"], z: float, chunk: int,
+    weights: Float[Array, "B T"], z: float, chunk: int, cap: float | None = None,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats), both summed over tokens: divide after summing over microbatches and devices, never before.
 
     nats = sum_bt w_bt (log_z_bt - logits_bt[target_bt]),  loss = nats + z sum_bt w_bt log_z_bt^2,
-    with logits = hidden table^T and log_z = logsumexp over V.
+    with logits = hidden table^T, bent by `soft_cap` if there is a cap, and log_z = logsumexp over V.
 
     Only the logits of `chunk` positions exist at a time. The gradient is taken in the forward pass, while a chunk's
     logits are there: three products of logit size in all, where recomputing them in the backward pass takes four.
@@ -35,25 +36,28 @@ def cross_entropy(
 
     def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
         hidden, targets, weights = inputs
-        logits, log_z = _logits(hidden, table)
+        logits, log_z = _logits(hidden, table, cap)
         return _add(sums, logits, log_z, targets, weights, z), None
 
     return jax.lax.scan(body, _zeros(), _chunks((hidden, targets, weights), chunk))[0]
 
 
-def _forward(hidden, table, targets, weights, z, chunk):
+def _forward(hidden, table, targets, weights, z, chunk, cap):
     """The sums, with the gradients of `loss` as residuals."""
     full_table = constrain(table, "vocab", None)
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
         sums, table_gradient = carry
         hidden, targets, weights = inputs
-        logits, log_z = _logits(hidden, full_table)
+        logits, log_z = _logits(hidden, full_table, cap)
         sums = _add(sums, logits, log_z, targets, weights, z)
         probs = jnp.exp(logits - log_z[..., None])
         hit = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
         slope = weights * (1.0 + 2.0 * z * log_z)
-        gradient = (probs * slope[..., None] - jnp.where(hit, weights[..., None], 0.0)).astype(hidden.dtype)
+        gradient = probs * slope[..., None] - jnp.where(hit, weights[..., None], 0.0)
+        if cap is not None:
+            gradient *= 1.0 - (logits / cap) ** 2
+        gradient = gradient.astype(hidden.dtype)
         # Summed as [D, V] and turned once: written as "btv,btd->vd", XLA on a CPU computes `gradient` a second time, in
         # transposed order.
         table_gradient += jnp.einsum("btd,btv->dv", hidden, gradient, preferred_element_type=jnp.float32)
@@ -66,7 +70,7 @@ def _forward(hidden, table, targets, weights, z, chunk):
     return sums, (hidden_gradient, table_gradient.T.astype(table.dtype))
 
 
-def _backward(z, chunk, gradients, cotangents):
+def _backward(z, chunk, cap, gradients, cotangents):
     hidden_gradient, table_gradient = gradients
     scale = cotangents[0]
     return (
@@ -100,8 +104,9 @@ def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
     return tuple(constrain(cut(x), None, "batch", *(None,) * (x.ndim - 1)) for x in arrays)
 
 
-def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"]) -> tuple[Array, Array]:
+def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"], cap: float | None) -> tuple[Array, Array]:
     logits = jnp.einsum("bcd,vd->bcv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = soft_cap(logits, cap)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
 

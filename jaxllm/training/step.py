@@ -27,7 +27,8 @@ def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: Compute
     module = bind(graph(model, compute)[0], params)
     hidden = module.states(batch.tokens, batch.segments, batch.positions)
     with jax.named_scope("loss"):
-        return cross_entropy(hidden, module.output_table(), batch.targets, batch.weights, z, compute.loss_chunk)
+        table, cap = module.output_table(), model.logit_softcap
+        return cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap)
 
 
 def gradient_sums(

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: read into our parameters and written back, bit for bit."""

@@ -1,0 +1,108 @@
+"""The table between two layouts of the same weights: one row per parameter, read in both directions.
+
+Each row says in einops notation how a tensor of the checkpoint becomes a parameter of ours. The inverse is the same row
+read backwards, so that import and export cannot disagree.
+"""
+
+import string
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+
+Sizes = Mapping[str, int]  # of the axes that rows name
+
+
+class Part(NamedTuple):
+    """A piece of a tensor that joins several parameters (GPT-2's c_attn: q, k and v).
+
+    Attributes:
+      axis: along which they are joined; index: which piece; lengths: of all pieces.
+    """
+
+    axis: int
+    index: int
+    lengths: tuple[int, ...]
+
+    @property
+    def slice(self) -> tuple[slice, ...]:
+        """The piece of the whole."""
+        start = sum(self.lengths[: self.index])
+        return (slice(None),) * self.axis + (slice(start, start + self.lengths[self.index]),)
+
+
+class Row(NamedTuple):
+    """A parameter and where it is in the checkpoint.
+
+    Attributes:
+      ours: path of the parameter, without the layer: "blocks/attention/q/kernel" is stacked on L.
+      theirs: name of the tensor; "{layer}" in it stands for the number of the layer, "{expert}" for that of the expert.
+      order: "theirs -> ours" in einops notation, of one layer, without the experts' axis.
+      whole: order of the whole tensor before `part` is taken, for layouts that interleave the parts (GPT-NeoX).
+    """
+
+    ours: str
+    theirs: str
+    order: str
+    part: Part | None = None
+    whole: str = ""
+
+
+def names(row: Row, sizes: Sizes) -> list[str]:
+    """Return the tensors of a parameter, layer by layer and expert by expert."""
+    fields = {field for _, field, _, _ in string.Formatter().parse(row.theirs) if field}
+    found = [{}]
+    for field, count in (("layer", sizes["layers"]), ("expert", sizes.get("experts", 0))):
+        if field in fields:
+            found = [{**each, field: i} for each in found for i in range(count)]
+    return [row.theirs.format(**each) for each in found]
+
+
+def take(row: Row, tensor: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """Return what `row` makes of a tensor of the checkpoint."""
+    if row.whole:
+        tensor = _rearrange(tensor, row.whole, sizes)
+    if row.part:
+        tensor = tensor[row.part.slice]
+    return _rearrange(tensor, row.order, sizes)
+
+
+def put(row: Row, parameter: np.ndarray, into: np.ndarray, sizes: Sizes) -> None:
+    """Write a parameter into its place of a tensor of the checkpoint: the inverse of `take`.
+
+    Args:
+      into: the tensor after `whole`, of which the place is a view; `finish` turns it back.
+    """
+    into[row.part.slice if row.part else ...] = _rearrange(parameter, _backwards(row.order), sizes)
+
+
+def finish(row: Row, tensor: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """Return a tensor filled by `put` in the checkpoint's own order."""
+    return _rearrange(tensor, _backwards(row.whole), sizes) if row.whole else tensor
+
+
+def stored_shape(row: Row, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
+    """Return the shape of the tensor, after `whole`, that holds a parameter of `shape` (of one layer and expert)."""
+    inner = list(_rearrange(np.broadcast_to(np.int8(0), shape), _backwards(row.order), sizes).shape)
+    if row.part:
+        inner[row.part.axis] = sum(row.part.lengths)
+    return tuple(inner)
+
+
+def by_tensor(rows: list[Row]) -> Iterator[list[Row]]:
+    """Group the rows that share a tensor."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.theirs, []).append(row)
+    yield from groups.values()
+
+
+def _backwards(order: str) -> str:
+    theirs, ours = order.split("->")
+    return f"{ours} -> {theirs}"
+
+
+def _rearrange(x: np.ndarray, order: str, sizes: Sizes) -> np.ndarray:
+    used = {name: size for name, size in sizes.items() if f" {name} " in f" {order.replace('(', ' ').replace(')', ' ')} "}
+    return rearrange(x, order, **used)

@@ -1,0 +1,130 @@
+"""Weights from a checkpoint into sharded arrays, and back: one tensor on the host at a time."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxllm.core.tree import map_named, named_leaves
+from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stored_shape, take
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import Params, abstract_params
+
+IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    """Return the lengths of the axes that rows name."""
+    return {
+        "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.kv_heads,
+        "head_dim": config.head_width, "embed": config.d_model, "mlp": config.d_ff, "three": 3,
+    }  # fmt: skip
+
+
+def match(checkpoint: Checkpoint, rows: list[Row], config: ModelConfig) -> dict[str, str]:
+    """Compare a checkpoint with the table and return {name in the table: name in the files}.
+
+    Names may lack the first word of the table's ("transformer.", "model."), as they do in files saved from the model
+    without its head.
+
+    Raises:
+      ValueError: tensors are missing, too many, or of another shape; the message lists all of them.
+    """
+    sizes = sizes_of(config)
+    wanted = {name: row for row in rows for name in names(row, sizes)}
+    there = {name for name in checkpoint if not name.endswith(IGNORED)}
+    found = {name: name for name in wanted if name in there}
+    for name in wanted:
+        bare = name.partition(".")[2]
+        if name not in found and bare in there:
+            found[name] = bare
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()  # a copy of the table
+    problems = [f"{name}: missing" for name in wanted if name not in found]
+    problems += [f"{name}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
+    problems += _misshaped(checkpoint, found, rows, config)
+    if problems:
+        shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
+        raise ValueError(
+            f"{checkpoint.directory}: the tensors do not fit config.json:\n  " + "\n  ".join(shown) + "\nUse the files "
+            "that belong together; a model changed by hand needs a config.json that says so"
+        )
+    return found
+
+
+def _misshaped(checkpoint: Checkpoint, found: dict[str, str], rows: list[Row], config: ModelConfig) -> Iterator[str]:
+    sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
+    for row in rows:
+        shape = shapes[row.ours][1:] if "{layer}" in row.theirs else shapes[row.ours]
+        expected = stored_shape(row, shape, sizes)
+        if row.whole:
+            expected = finish(row, np.broadcast_to(np.int8(0), expected), sizes).shape
+        for name in names(row, sizes):
+            if name in found and (stored := checkpoint.stored(found[name]).shape) != expected:
+                yield f"{name}: shape {list(stored)}, expected {list(expected)}"
+
+
+def read_params(
+    checkpoint: Checkpoint, rows: list[Row], config: ModelConfig, shardings: Any = None, dtype: str | None = None
+) -> Params:
+    """Read all parameters, each straight into its place on the mesh.
+
+    A stacked parameter is filled layer by layer on the devices: the host holds one tensor of the checkpoint at a time.
+
+    Args:
+      shardings: tree of the parameters; None: one device.
+      dtype: of the parameters; None: as stored.
+    """
+    found, by_name = match(checkpoint, rows, config), {row.ours: row for row in rows}
+    places = named_leaves(shardings) if shardings is not None else {}
+
+    def read(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        row, sharding = by_name[name], places.get(name)
+        tensors = [found[theirs] for theirs in names(row, sizes_of(config))]
+        get = lambda theirs: take(row, checkpoint[theirs], sizes_of(config))
+        wanted = dtype or checkpoint.stored(tensors[0]).dtype
+        if "{layer}" not in row.theirs:
+            return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
+        stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
+        for layer, theirs in enumerate(tensors):
+            stack = _set(stack, np.ascontiguousarray(get(theirs).astype(wanted)), np.int32(layer))
+        return stack
+
+    return map_named(read, abstract_params(config))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set(stack: Array, part: Array, index: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, part, index, 0)
+
+
+def write_params(params: Params, rows: list[Row], config: ModelConfig, writer: Writer, vocab_size: int) -> None:
+    """Write all parameters in the checkpoint's layout, one tensor at a time.
+
+    Args:
+      vocab_size: rows of the tables to write; what is beyond is padding.
+    """
+    leaves, sizes = named_leaves(params), sizes_of(config)
+    for group in by_tensor(rows):
+        for index, theirs in enumerate(names(group[0], sizes)):
+            parts = [_part(leaves[row.ours], row, index) for row in group]
+            tensor = np.empty(stored_shape(group[0], parts[0].shape, sizes), parts[0].dtype)
+            for row, part in zip(group, parts, strict=True):
+                put(row, part, tensor, sizes)
+            tensor = finish(group[0], tensor, sizes)
+            writer.add(theirs, tensor[:vocab_size] if group[0].ours in ("embed/table", "head") else tensor)
+
+
+def _part(leaf: Array, row: Row, index: int) -> np.ndarray:
+    return np.asarray(leaf[index] if "{layer}" in row.theirs else leaf)
+
+
+def total_bytes(checkpoint: Checkpoint) -> int:
+    """Return the size of all tensors."""
+    stored = [checkpoint.stored(name) for name in checkpoint]
+    return sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in stored)
