@@ -105,6 +105,8 @@ def test_inspect_shows_a_dataset(text, tmp_path, capsys):
     capsys.readouterr()
     assert inspect.main([str(out), "--rows", "2", "--seq-len", "40"]) is None
     shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "⟦ ⟧: trained, the rest is only read"
+    assert "<bos>⟦line number" in shown
     assert shown.count("sample") == 2
     assert "line number" in shown
     assert "a.txt" in shown
