@@ -110,6 +110,10 @@ def test_inspect_shows_a_dataset(text, tmp_path, capsys):
     assert shown.count("sample") == 2
     assert "line number" in shown
     assert "a.txt" in shown
+    code = f"import sys; from jaxllm import inspect; sys.exit(inspect.main([{str(out)!r}, '--rows', '99']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head -1` does
+        assert process.stderr.read() == b""
     assert inspect.main([str(out), "--step", "1"]) == 2
     assert "--step needs a run directory" in capsys.readouterr().err
     assert inspect.main([str(tmp_path)]) == 2
