@@ -1,4 +1,4 @@
-"""python -m jaxllm.inspect: what exactly is trained on: learned tokens green, context dim, provenance per segment."""
+"""python -m jaxllm.inspect: what exactly is trained on: learned tokens marked, context dim, provenance per segment."""
 
 import argparse
 import sys
@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int | None:
     samples = _samples(arguments, loader)
     tok = tokenizer.load(loader.tokenizer_dir)
     console = Console(highlight=False)
+    describe.show_legend(console)
     for sample, row in zip(samples, describe.describe_samples(loader, samples, tok), strict=True):
         describe.show(row, f"sample {sample}", console)
     return None

@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         help="documents to hold out: a share if below 1, else a number (default: 0.01)",
     )
     add("--errors", choices=("error", "skip", "replace"), help="what to do with unreadable input (default: error)")
-    add("--seq-len", metavar="T", type=int, help="row length for the report's padding")
+    add(
+        "--seq-len", metavar="T", type=int, help="row length for which the report gives rows and padding (default: 512)"
+    )
     add("--seed", metavar="N", type=int, help="decides which documents are held out, and what --world says")
     add("--overwrite", action="store_true", help="replace the directory if it exists")
     return parser

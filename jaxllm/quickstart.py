@@ -33,13 +33,13 @@ def main(argv: list[str] | None = None) -> int | None:
     _prepare(out, arguments.smoke)
     if not arguments.skip_pretraining:
         _heading(console, 2, "Pretraining on raw text")
-        if _train(out, "pretrain", arguments):
-            return 130
+        if status := _train(out, "pretrain", arguments):
+            return status
     base = _load(out / "pretrain") if not arguments.skip_pretraining else None
     before = _evaluate(base, arguments.smoke, (TASKS,)) if base else None
     _heading(console, 3, "Teaching it to follow instructions")
-    if _train(out, "tune", arguments):
-        return 130
+    if status := _train(out, "tune", arguments):
+        return status
     _heading(console, 4, "Asking what it has never been asked")
     files.write_json(out / "run.json", {"model": "tune"})
     tuned = _load(out / "tune")
@@ -87,8 +87,8 @@ def _prepare(out: Path, smoke: bool) -> None:
         prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=128))
 
 
-def _train(out: Path, stage: str, arguments: argparse.Namespace) -> bool:
-    """Run the recipe of `stage` with its paths inside `out`; return whether the user stopped it."""
+def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
+    """Run the recipe of `stage` with its paths inside `out`; return the exit status, 0 if it was not stopped."""
     from jaxllm.recipe import load_recipe, shipped
     from jaxllm.wiring import train
 
@@ -103,7 +103,7 @@ def _train(out: Path, stage: str, arguments: argparse.Namespace) -> bool:
         )
     if arguments.smoke:
         overrides.append(str(SMOKE["steps"]))
-    return bool(train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).stopped)
+    return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).status
 
 
 def _load(run_dir: Path) -> "LanguageModel":

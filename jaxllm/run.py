@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxllm.core.batch import Batch
+from jaxllm.core.wording import count, short
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.loader import DataExhausted, Loader
@@ -211,12 +212,23 @@ class Run:
         data, done = self.recipe.data, self.begin.step
         kind = jax.devices()[0].device_kind
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
-        samples = self.begin.at(steps)
+        samples = min(self.begin.at(steps), self.loader.n_samples or self.begin.at(steps))  # the last may be filled up
         return (
-            f"{param_count(self.recipe.model) / 1e6:,.1f}M parameters, {self.tokens_per_step:,} tokens/step, "
-            f"{steps:,} steps = {samples * data.packing.seq_len / 1e6:,.1f}M tokens = "
+            f"{short(param_count(self.recipe.model))} parameters, {self.tokens_per_step:,} tokens/step, "
+            f"{count(steps, 'step')} = {short(samples * data.packing.seq_len)} tokens = "
             f"{samples / self.loader.samples_per_epoch:.1f} epochs; {kind} ({mesh}), {self.compute.dtype}"
             + (f"; resuming at step {done}" if done else "")
+        )
+
+    def note(self) -> str:
+        """Say it if a batch is larger than an epoch; else nothing."""
+        rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size
+        if rows >= batch:
+            return ""
+        return (
+            f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more than "
+            "an epoch, and a length in epochs or tokens is rounded up to whole steps; lower data.batch_size to "
+            f"{rows} or less to train just as long as you asked"
         )
 
 

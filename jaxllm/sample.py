@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from jaxllm.language_model import LanguageModel
 
 CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+ANSWERING = "answering (the first answer is compiled) ..."
 NOTES = """
 Without --prompt, --prompts or --chat, the prompts are read from standard input, one per line.
 
@@ -38,13 +40,27 @@ class Prompt(NamedTuple):
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
-    """Parse, load, answer."""
+    """Parse, load, answer; what the user waits for is said on standard error, if that is a terminal."""
     arguments = parser().parse_args(argv)
     if arguments.chat:
         _check_chat(arguments)
     prompts = [] if arguments.chat else read_prompts(arguments)
     if arguments.stream and (len(prompts) > 1 or arguments.num_samples > 1 or arguments.json):
         raise ValueError("--stream shows one answer as text; leave out --json and --num-samples, and give one prompt")
+    with _status(f"loading {arguments.model} ..."):
+        lm, sampler = _load(arguments)
+    if arguments.chat:
+        converse(lm, arguments, sampler)
+    elif arguments.stream:
+        for piece in _pieces(lm.stream(_requests(lm, prompts, arguments)[0], **_options(arguments, sampler))):
+            _say(piece)
+        _say("\n")
+    else:
+        answer(lm, prompts, arguments, sampler)
+    return None
+
+
+def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
     from jaxllm.locate import locate
     from jaxllm.recipe import load_recipe
 
@@ -57,16 +73,30 @@ def main(argv: list[str] | None = None) -> int | None:
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
     distributed.start(distributed.PlatformConfig(), spread.parts(config))
-    lm = load(arguments.model, mesh=spread.tensor_mesh(config))
-    if arguments.chat:
-        converse(lm, arguments, sampler)
-    elif arguments.stream:
-        for piece in lm.stream(_requests(lm, prompts, arguments)[0], **_options(arguments, sampler)):
-            _say(piece)
-        _say("\n")
-    else:
-        answer(lm, prompts, arguments, sampler)
-    return None
+    return load(arguments.model, mesh=spread.tensor_mesh(config)), sampler
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    """Say on standard error, if it is a terminal, what takes so long; wiped out when it is over."""
+    shown = sys.stderr.isatty()
+    if shown:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    try:
+        yield
+    finally:
+        if shown:
+            sys.stderr.write(f"\r{' ' * len(text)}\r")
+            sys.stderr.flush()
+
+
+def _pieces(stream: Iterator[str]) -> Iterator[str]:
+    """Yield an answer's pieces; until the first one, which waits for the compiler, the status says so."""
+    with _status(ANSWERING):
+        first = next(stream, "")
+    yield first
+    yield from stream
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m jaxllm.sample", description=__doc__.partition(": ")[2], epilog=NOTES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    result.add_argument("model", metavar="MODEL", help="run directory, or RUN/checkpoints/STEP")
+    result.add_argument(
+        "model", metavar="MODEL", help="run directory, such as runs/quickstart, or RUN/checkpoints/STEP"
+    )
     add = result.add_argument_group("prompts").add_argument
     add("--prompt", metavar="TEXT", help="the prompt")
     add("--prompts", metavar="FILE", type=Path, help='one per line; *.jsonl: {"prompt": ...} per line')
@@ -166,7 +198,8 @@ def _json_prompt(line: Prompt) -> str:
 def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Namespace, sampler: "Sampler") -> None:
     """Answer all prompts in batches and write them out in order."""
     requests = _requests(lm, prompts, arguments)
-    answers = lm.generate(requests, num_samples=arguments.num_samples, **_options(arguments, sampler))
+    with _status(ANSWERING):
+        answers = lm.generate(requests, num_samples=arguments.num_samples, **_options(arguments, sampler))
     for found in answers:
         prompt = prompts[found.prompt].text
         if arguments.json:
@@ -202,7 +235,7 @@ def converse(
         messages.append({"role": "user", "content": line})
         pieces: list[str] = []
         try:
-            for piece in lm.stream(messages, **_options(arguments, sampler)):
+            for piece in _pieces(lm.stream(messages, **_options(arguments, sampler))):
                 pieces.append(piece)
                 _say(piece)
         except KeyboardInterrupt:

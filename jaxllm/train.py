@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.recipe import load_recipe
     from jaxllm.wiring import train
 
-    return 130 if train(load_recipe(argv[0], argv[1:])).stopped else 0
+    return train(load_recipe(argv[0], argv[1:])).status
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int | None:
         raise ValueError(
             "start_from is not set; name the model to tune (start_from=runs/...), or use python -m jaxllm.train"
         )
-    return 130 if train(recipe, name="tune").stopped else 0
+    return train(recipe, name="tune").status
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.batch import Batch
+from jaxllm.core.wording import count
 from jaxllm.data.loader import Loader
 from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
 from jaxllm.run import Run
@@ -47,6 +49,14 @@ class RunResult:
     step: int
     stopped: str
 
+    @property
+    def status(self) -> int:
+        """Exit status for the command, as of any program that a signal ended: 128 + its number; 0 = ran to its end."""
+        if not self.stopped:
+            return 0
+        known = self.stopped in signal.Signals.__members__  # else it came to another process, from a scheduler mostly
+        return 128 + (signal.Signals[self.stopped] if known else signal.SIGTERM)
+
 
 def train(recipe: Recipe, *, name: str = "train") -> RunResult:
     """Train as `recipe` says, from the beginning or from the newest checkpoint in `recipe.out`.
@@ -73,6 +83,8 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
             begin=run.begin, tokens_per_step=run.tokens_per_step, flops=run.flops_per_step(),
         ) as log:  # fmt: skip
             log.say(run.describe(steps))
+            if note := run.note():
+                log.say(note)
             log.say(run.memory(state))
             state = _train(run, state, steps, log, stop)
             step = int(state.step)
@@ -101,10 +113,11 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
 def total_steps(recipe: Recipe, loader: Loader, done: int, sample: int) -> int:
     """Return after how many updates the run ends, of which `done` have used `sample` samples.
 
-    A length in tokens or epochs is a number of samples: what was done with another batch size counts as what it was.
+    A length in tokens or epochs is a number of samples, rounded up to whole batches: what was done with another batch
+    size counts as what it was.
 
     Raises:
-      ValueError: the data ends before.
+      ValueError: the data ends before, or rounding makes the run more than twice as long as was asked.
     """
     size, limit = recipe.data.batch_size, loader.n_samples
     steps = recipe.steps.resolve(loader.samples_per_epoch, recipe.data.packing.seq_len)  # in samples, unless in steps
@@ -113,6 +126,13 @@ def total_steps(recipe: Recipe, loader: Loader, done: int, sample: int) -> int:
         if limit is not None and 0 < target - limit < recipe.data.epochs:  # each epoch is rounded up to whole samples
             target = limit
         steps = max(done + -(-(target - sample) // size), done)
+        used = sample + (steps - done) * size
+        used = used if limit is None else min(used, limit)
+        if steps > done and used > 2 * target:
+            raise ValueError(
+                f"steps={recipe.steps.root} asks for {count(target, 'sample')}, and whole batches of data.batch_size="
+                f"{size} would make it {used}; lower data.batch_size to {target - sample}, or give steps as a number"
+            )
     last = sample + (steps - done - 1) * size  # where the last batch starts; it may be filled up
     if steps > done and limit is not None and last >= limit:
         raise ValueError(

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,9 @@ import pytest
 
 from jaxllm.core import config as configs
 from jaxllm.core.schema import keys
+from jaxllm.data import sources
 from jaxllm.data.prepare import PrepareConfig
+from jaxllm.data.problems import Problems
 from jaxllm.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +139,24 @@ def test_python_block_compiles_and_its_names_exist(block):
             assert hasattr(importlib.import_module("jaxllm"), name), f"jaxllm.{name}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lm":
             assert node.attr in {*dir(importlib.import_module("jaxllm").LanguageModel), "config", "params", "tokenizer"}
+
+
+def test_conversations_in_the_documents_are_read(tmp_path):
+    for page in PAGES:
+        rows = [m["body"] for m in FENCE.finditer(page.read_text("utf-8")) if m["language"] == "json"]
+        for number, body in enumerate(rows):
+            path = tmp_path / f"{page.name}-{number}.jsonl"
+            path.write_text(body, encoding="utf-8")
+            found = list(sources.conversations(sources.JsonLines(path=str(path)), Problems("error")))
+            instances = sum(len(json.loads(line).get("instances", [0])) for line in body.splitlines())
+            assert len(found) == instances
+
+
+def test_a_file_that_a_command_reads_is_written_before():
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text("utf-8")):
+            for name in re.findall(r"--prompts (\S+)", match["body"]):
+                assert f"> {name}" in match["body"].partition("--prompts")[0], f"{page.name}: who writes {name}?"
 
 
 def test_both_handbooks_have_the_same_commands():

@@ -105,9 +105,15 @@ def test_inspect_shows_a_dataset(text, tmp_path, capsys):
     capsys.readouterr()
     assert inspect.main([str(out), "--rows", "2", "--seq-len", "40"]) is None
     shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "⟦ ⟧: trained, the rest is only read"
+    assert "<bos>⟦line number" in shown
     assert shown.count("sample") == 2
     assert "line number" in shown
     assert "a.txt" in shown
+    code = f"import sys; from jaxllm import inspect; sys.exit(inspect.main([{str(out)!r}, '--rows', '99']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head -1` does
+        assert process.stderr.read() == b""
     assert inspect.main([str(out), "--step", "1"]) == 2
     assert "--step needs a run directory" in capsys.readouterr().err
     assert inspect.main([str(tmp_path)]) == 2

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +50,32 @@ def test_json_lines_hold_every_answer_in_order(run, capsys, tmp_path):
 def test_stream_prints_what_generate_prints(run, capsys):
     arguments = [run, "--prompt", "hi", "--max-new-tokens", 6, "--temperature", 1, "--seed", 4]
     assert outcome(capsys, *arguments)[1] == outcome(capsys, *arguments, "--stream")[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_a_terminal_shows_what_takes_so_long_and_standard_output_stays_the_same(run, capsys, monkeypatch, flags):
+    arguments = [run, "--prompt", "hi", "--max-new-tokens", 4, "--temperature", 0, *flags]
+    _, expected, nothing = outcome(capsys, *arguments)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert outcome(capsys, *arguments)[1] == expected
+    assert nothing == ""
+    loading, wiped, answering, _ = terminal.getvalue().split("\r")[:4]
+    assert (loading, wiped.strip()) == (f"loading {run} ...", "")
+    assert answering.startswith("answering")
+    assert terminal.getvalue().endswith(" \r")
+
+
+def test_a_mistake_wipes_out_the_status(capsys, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert sample.main(["nowhere", "--prompt", "x"]) == 2
+    assert re.fullmatch(r"loading nowhere \.\.\.\r +\rerror: nowhere does not exist.*\n", terminal.getvalue())
 
 
 def test_raw_differs_from_the_template(run, capsys):

@@ -115,7 +115,7 @@ def test_sigterm_saves_says_how_to_resume_and_resumes_bitwise(workspace):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert f"python -m jaxllm.train {run_dir}" in output
     status, output = run("jaxllm.train", run_dir)
     assert status == 0, output
@@ -211,7 +211,7 @@ def test_two_processes_compute_what_one_does_and_stop_together(workspace):
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     outputs = finish(processes)
-    assert [process.returncode for process in processes] == [130, 130], outputs
+    assert [process.returncode for process in processes] == [143, 143], outputs
     stopped = int(re.search(r"stopped by a signal to another process at step (\d+)", outputs[0])[1])
     assert str(stopped) in os.listdir(run_dir / "checkpoints")
     processes = two_processes(run_dir)

@@ -1,6 +1,7 @@
 """Runs inside this process: what is refused before anything is written, and how a run goes on."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +10,10 @@ from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.sources import World
 from jaxllm.inspect import main as inspect
 from jaxllm.recipe import load_recipe
+from jaxllm.run import Run
+from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.metrics import read
-from jaxllm.wiring import total_steps, train
+from jaxllm.wiring import RunResult, total_steps, train
 
 RECIPE = """
 out: runs/one
@@ -133,3 +136,34 @@ def test_length_in_samples_survives_another_batch_size(workspace):
     assert steps("steps=3200 tokens", "data.batch_size=4", done=3, sample=24) == 3 + 19
     assert steps("steps=320 tokens", done=10, sample=80) == 10  # over already
     assert steps("steps=20", "data.batch_size=16", done=5, sample=40) == 20
+
+
+def announced(*overrides):
+    """What a new run says first: its line and its note."""
+    recipe = load_recipe("recipe.yaml", overrides)
+    loader = Loader(recipe.data)
+    run = Run(recipe, loader, make_mesh(recipe.mesh))
+    return run.describe(total_steps(recipe, loader, 0, 0)), run.note()
+
+
+def test_a_batch_larger_than_an_epoch_is_said_and_twice_the_length_is_refused(workspace):
+    size = Loader(load_recipe("recipe.yaml").data).samples_per_epoch
+    line, note = announced(f"data.batch_size={size + 8}", "steps=1 epoch")
+    assert f"tokens/step, 1 step = {(size + 8) * 32 / 1000:.1f}k tokens = {(size + 8) / size:.1f} epochs" in line
+    assert f"note: an epoch has {size:,} samples, fewer than data.batch_size={size + 8}" in note
+    assert announced(f"data.batch_size={size}", "steps=1 epoch")[1] == ""
+    with pytest.raises(ValueError, match=r"steps=320 tokens asks for 10 samples, .*would make it 24; lower .* to 10,"):
+        announced("data.batch_size=24", "steps=320 tokens")
+
+
+def test_a_finite_order_fills_up_its_last_batch_and_is_no_longer_than_asked(workspace):
+    size = Loader(load_recipe("recipe.yaml").data).samples_per_epoch
+    line, _ = announced("data.epochs=1", f"data.batch_size={3 * size}", "steps=1 epoch")
+    assert f"1 step = {size * 32 / 1000:.1f}k tokens = 1.0 epochs" in line
+
+
+@pytest.mark.parametrize(
+    ("stopped", "status"), [("", 0), ("SIGINT", 130), ("SIGTERM", 143), ("a signal to another process", 143)]
+)
+def test_the_exit_status_is_that_of_the_signal(stopped, status):
+    assert RunResult(Path("r"), 3, stopped).status == status

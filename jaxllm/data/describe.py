@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxllm.core.wording import count
 from jaxllm.data.loader import Loader
 from jaxllm.data.packing import Plan
 from jaxllm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+BRACKETS = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +70,38 @@ def describe_samples(loader: Loader, samples: range, tokenizer: Tokenizer) -> It
 
 
 def show(row: RowDescription, title: str, console: "Console") -> None:
-    """Print a row: learned tokens green, context dim, a rule with the provenance before each segment.
+    """Print a row: learned tokens green (in brackets without colour), context dim, the provenance before each segment.
 
     The text's own line ends are the only ones (`soft_wrap`): a terminal may wrap, a file shows what is trained on.
     """
     from rich.markup import escape
     from rich.text import Text
 
+    before, after = ("", "") if _has_colors(console) else BRACKETS
     console.rule(f"[bold]{escape(title)}: {escape(row.dataset)}, row {row.row}", align="left")
     for number, segment in enumerate(row.segments, start=1):
         place = f"document {segment.document}, {segment.source}, {segment.location}"
-        console.print(Text(f"-- segment {number}, {segment.n_tokens} tokens: {place}", style="cyan"), soft_wrap=True)
+        origin = f"-- segment {number}, {count(segment.n_tokens, 'token')}: {place}"
+        console.print(Text(origin, style="cyan"), soft_wrap=True)
         text = Text()
         for span in segment.spans:
-            text.append(span.text, style="green" if span.trained else "dim")
+            marked = f"{before}{span.text}{after}" if span.trained else span.text
+            text.append(marked, style="green" if span.trained else "dim")
         console.print(text, soft_wrap=True)
     if row.n_padding:
-        console.print(Text(f"-- {row.n_padding} positions of padding", style="cyan"))
+        console.print(Text(f"-- {count(row.n_padding, 'position')} of padding", style="cyan"))
+
+
+def show_legend(console: "Console") -> None:
+    """Say in a line how learned tokens are marked."""
+    if _has_colors(console):
+        console.print("[green]green: trained[/], [dim]dim: only read[/]")
+    else:
+        console.print(f"{BRACKETS[0]} {BRACKETS[1]}: trained, the rest is only read")
+
+
+def _has_colors(console: "Console") -> bool:
+    return console.color_system is not None and not console.no_color
 
 
 def _spans(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> Iterator[Span]:

@@ -55,7 +55,7 @@ class PrepareConfig(Config):
         "error", description="unreadable input: stop, skip it, or replace bad bytes; skipped input is counted"
     )
     seq_len: int = Field(
-        1024, ge=2, description="row length for which the report gives the padding; training may use another"
+        512, ge=2, description="row length for which the report gives the padding; training may use another"
     )
     overwrite: bool = Field(False, description="replace the directory if it exists, once the new one is complete")
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jaxllm.core.config import Record
+from jaxllm.core.wording import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,17 +60,20 @@ def show(report: PrepareReport, console: "Console") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    unit = "conversations" if report.kind == "chat" else "documents"
+    unit = "conversation" if report.kind == "chat" else "document"
     table = Table(title=escape(report.directory), show_header=False, title_justify="left")
     for name, value in _facts(report, unit):
         table.add_row(name, escape(value))
     console.print(table)
     losses = [("unreadable", 0, report.problems, report.problem_examples)]
     losses += [(name, rule.changed, rule.dropped, rule.examples) for name, rule in report.rules.items()]
-    dropped = Table("rule", "changed", f"{unit} dropped", "examples", title="left out", title_justify="left")
-    for name, changed, count, examples in losses:
-        dropped.add_row(name, f"{changed:,}", f"{count:,}", escape("\n".join(examples)))
-    console.print(dropped)
+    if any(changed or dropped for _, changed, dropped, _ in losses):
+        table = Table("rule", "changed", f"{unit}s dropped", "examples", title="left out", title_justify="left")
+        for name, changed, dropped, examples in losses:
+            table.add_row(name, f"{changed:,}", f"{dropped:,}", escape("\n".join(examples)))
+        console.print(table)
+    else:
+        console.print("nothing was left out or changed")
     for note in report.notes:
         console.print(f"note: {escape(note)}")
 
@@ -77,13 +81,16 @@ def show(report: PrepareReport, console: "Console") -> None:
 def _facts(report: PrepareReport, unit: str) -> list[tuple[str, str]]:
     packing = report.packing
     facts = [
-        (unit, f"{report.documents_read:,} read, {report.documents_kept:,} kept"),
-        ("text", f"{report.bytes_read:,} bytes read, {report.bytes_kept:,} kept"),
+        (f"{unit}s", f"{report.documents_read:,} read, {report.documents_kept:,} kept"),
+        ("text", f"{count(report.bytes_read, 'byte')} read, {report.bytes_kept:,} kept"),
         ("tokenizer", f"{report.tokenizer}, {report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
     ]
     for name, split in report.splits.items():
-        facts.append((name, f"{split.documents:,} {unit}, {split.tokens:,} tokens, {split.trained:,} trained"))
-    rows = f"{packing.rows:,} rows of {packing.seq_len}, {packing.waste:.1%} padding"
-    facts.append(("packing", rows + (f", {packing.dropped:,} {unit} too long" if packing.dropped else "")))
+        facts.append(
+            (name, f"{count(split.documents, unit)}, {count(split.tokens, 'token')}, {split.trained:,} trained")
+        )
+    rows = f"{count(packing.rows, 'row')} of {packing.seq_len}, {packing.waste:.1%} padding"
+    rows += f", {count(packing.dropped, unit)} too long" if packing.dropped else ""
+    facts.append(("packing", f"{rows} (if trained at this row length; --seq-len asks for another)"))
     facts.append(("time", f"{report.seconds:.1f} s, {report.bytes_read / 1e6 / max(report.seconds, 1e-9):.2f} MB/s"))
     return facts

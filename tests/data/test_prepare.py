@@ -126,6 +126,19 @@ def test_bad_conversations_are_left_out_and_counted(tmp_path):
     assert ids[1] == 4  # the user speaks first: the empty system message is not there
 
 
+def test_the_report_of_clean_data_has_no_table_of_losses_and_counts_in_plain_english(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n')
+    made = prepare(
+        PrepareConfig(inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
+    )
+    shown = show(made)
+    assert "nothing was left out or changed" in shown and "examples" not in shown
+    assert "1 document, 5 tokens, 4 trained" in shown
+    assert "0 documents, 0 tokens" in shown
+    assert "1 row of 512, " in shown and "--seq-len asks for another" in shown
+
+
 def test_unreadable_rows_are_in_the_report(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{bad\n{"text": "two"}\n')
@@ -135,7 +148,8 @@ def test_unreadable_rows_are_in_the_report(tmp_path):
     made = prepare(config.model_copy(update={"errors": "skip"}))
     assert made.problems == 1
     assert "a.jsonl:2: not JSON" in made.problem_examples[0]
-    assert "a.jsonl:2: not JSON" in show(made).replace("\n", "")
+    shown = show(made).replace("\n", "")
+    assert "a.jsonl:2: not JSON" in shown and "nothing was left out" not in shown
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
@@ -196,6 +210,26 @@ def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     assert "\x1b[32m" in out.getvalue()  # green
     assert "\x1b[2m" in out.getvalue()  # dim
     assert "segment 2, 4 tokens: document 1, chat, train 1" in out.getvalue()
+    assert "⟦" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "legend", "learned"),
+    [
+        ({}, "⟦ ⟧: trained", "\x04⟦\x0e\x0e<eos>⟧"),
+        ({"force_terminal": True, "color_system": "standard", "no_color": True}, "⟦ ⟧: trained", "⟦\x0e\x0e<eos>⟧"),
+        ({"force_terminal": True, "color_system": "standard"}, "green: trained", "\x1b[32m\x0e\x0e<eos>\x1b[0m"),
+    ],
+    ids=["pipe", "NO_COLOR", "colours"],
+)
+def test_describe_marks_what_is_learned_with_and_without_colour(chat_dataset, byte, options, legend, learned):
+    row = describe.describe_row(plan(Dataset.open(chat_dataset([(2, 3)])), PackingConfig(seq_len=12)), 0, byte)
+    console = Console(file=io.StringIO(), width=100, **options)
+    describe.show_legend(console)
+    describe.show(row, "sample 0", console)
+    shown = console.file.getvalue()
+    assert legend in shown.splitlines()[0]
+    assert learned in shown
 
 
 def test_describe_never_breaks_a_line(text_dataset, byte):

@@ -59,7 +59,7 @@ def run_jaxllm(arguments: argparse.Namespace, vocab_size: int, directory: Path) 
         while process.poll() is None and not _finished(_read(run), arguments.seconds):
             time.sleep(0.5)
         process.terminate()  # the product saves and leaves
-        if process.wait() not in (0, 130):
+        if process.wait() not in (0, 143):
             raise ValueError(f"{' '.join(command)} ended with status {process.returncode}; its error message is above")
     return _read(run), quietness.facts
 
