@@ -27,7 +27,7 @@ ALLOWED = {
     "sharding": ("core",),
     "layers": ("core", "sharding"),
     "models": ("core", "sharding", "layers"),
-    "hf": ("core", "models"),
+    "hf": ("core", "layers.config", "models"),
     "training": ("core", "sharding", "models"),
     "inference": ("core", "sharding", "layers.cache", "models"),
     "tuning": ("core", "data", "models", "training", "inference"),

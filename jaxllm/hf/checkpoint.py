@@ -82,7 +82,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
 
 class Writer:
-    """Writes tensors into safetensors files of at most `MAX_SHARD_BYTES`, then the index: one file's worth in memory."""
+    """Writes tensors into safetensors files of at most `max_bytes` and an index; holds one file's worth in memory."""
 
     def __init__(self, directory: str | Path, max_bytes: int = MAX_SHARD_BYTES):
         self.directory, self._max_bytes = Path(directory), max_bytes

@@ -73,7 +73,9 @@ def _write_common(config: ModelConfig) -> dict[str, Any]:
     return written
 
 
-def _window(fields: Fields, n_layers: int, default: Callable[[int], bool], size: int | None = None) -> SlidingWindow | None:
+def _window(
+    fields: Fields, n_layers: int, default: Callable[[int], bool], size: int | None = None
+) -> SlidingWindow | None:
     """Return the window of some layers, by layer_types or by the family's rule."""
     size = fields.take("sliding_window", size)
     kinds = fields.take("layer_types", [SLIDING if default(i) else FULL for i in range(n_layers)])
@@ -97,7 +99,9 @@ def _layer_types(config: ModelConfig) -> list[str]:
 def _read_llama(fields: Fields) -> ModelConfig:
     attention, mlp = fields.take("attention_bias", False), fields.take("mlp_bias", False)
     if mlp and not attention:
-        fields.problems.append("mlp_bias=True without attention_bias: only all biases or those of attention are computed")
+        fields.problems.append(
+            "mlp_bias=True without attention_bias: only all biases or those of attention are computed"
+        )
     return ModelConfig(**_common(fields, bias="attention" if attention and not mlp else bool(attention)))
 
 
@@ -162,8 +166,10 @@ def _read_gemma2(fields: Fields) -> ModelConfig:
 def _read_gemma3(fields: Fields) -> ModelConfig:
     every = fields.take("sliding_window_pattern", fields.take("_sliding_window_pattern", 6))
     window = _window(fields, fields.take("num_hidden_layers"), lambda i: bool((i + 1) % every), 4096)
-    nested = fields.take("rope_parameters")
+    nested, local_theta = fields.take("rope_parameters"), fields.take("rope_local_base_freq", 10_000.0)
     if nested is not None and FULL in nested:
+        fields.take("rope_theta")
+        fields.take("rope_scaling")
         whole, local = dict(nested[FULL]), dict(nested.get(SLIDING, {}))
         theta, local_theta = whole.pop("rope_theta", 1e6), local.pop("rope_theta", 10_000.0)
         if (kind := local.pop("rope_type", "default")) != "default":
@@ -171,7 +177,7 @@ def _read_gemma3(fields: Fields) -> ModelConfig:
         scaling = read_scaling(whole, fields, fields.take("max_position_embeddings"))
         rope = Rope(theta=theta, scaling=scaling)
     else:
-        rope, local_theta = read_rope(fields, 1e6), fields.take("rope_local_base_freq", 10_000.0)
+        rope = read_rope(fields, 1e6)
     rope = rope.model_copy(update={"local_theta": local_theta if window else None})
     return _gemma_common(
         fields, norm_placement="sandwich", window=window, score_scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
@@ -288,7 +294,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
     activation = {"gelu_tanh": "gelu_new"}.get(config.ffn.activation, config.ffn.activation)
     return {
         "vocab_size": config.vocab_size, "n_embd": config.d_model, "n_layer": config.n_layers,
-        "n_head": config.n_heads, "n_inner": config.d_ff, "n_positions": config.max_seq_len, "n_ctx": config.max_seq_len,
+        "n_head": config.n_heads, "n_inner": config.d_ff, "n_positions": config.max_seq_len,
         "layer_norm_epsilon": config.norm.eps, "activation_function": activation, "tie_word_embeddings": True,
         "initializer_range": config.init_std,
     }  # fmt: skip

@@ -6,14 +6,15 @@ from typing import Any
 # Keys that change no forward pass: training, bookkeeping, tokens (which the tokenizer knows), how fast it is computed.
 HARMLESS = frozenset(
     """
-    _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map bad_words_ids bos_token_id
-    cache_implementation chunk_size_feed_forward classifier_dropout cls_token_id dtype embd_pdrop embedding_dropout
-    eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label is_decoder is_encoder_decoder label2id
-    max_window_layers model_type name_or_path output_attentions output_hidden_states pad_token_id
-    prefix pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop residual_dropout return_dict sep_token_id
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    tokenizer_class torch_dtype transformers_version use_cache unsloth_fixed unsloth_version
-    """.split()
+    _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map bad_words_ids
+    bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout cls_token_id dtype embd_pdrop
+    embedding_dropout eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label is_decoder
+    is_encoder_decoder label2id max_window_layers model_type name_or_path output_attentions output_hidden_states
+    pad_token_id prefix pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop residual_dropout
+    return_dict sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version use_cache
+    unsloth_fixed unsloth_version
+    """.split()  # noqa: SIM905
 )
 
 

@@ -53,7 +53,9 @@ def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeSca
         case _:
             fields.problems.append(f"rope_type={kind!r}: known are default, linear, llama3, yarn, longrope")
             return None
-    fields.problems += [f"rope_parameters.{key}={value!r}: unknown" for key, value in found.items() if value is not None]
+    fields.problems += [
+        f"rope_parameters.{key}={value!r}: unknown" for key, value in found.items() if value is not None
+    ]
     return scaling
 
 

@@ -29,7 +29,9 @@ def llama_rows(
         rows += norm_rows(config, "blocks/attention/q_norm", f"{LAYER}.self_attn.q_norm")
         rows += norm_rows(config, "blocks/attention/k_norm", f"{LAYER}.self_attn.k_norm")
     rows += fused_rows(config) if fused else [*attention_rows(config), *gate_up_rows(config, up)]
-    rows += linear("blocks/attention/o", f"{LAYER}.self_attn.{o}", QUERIES, "embed", bias=config.bias in (True, "attention"))
+    rows += linear(
+        "blocks/attention/o", f"{LAYER}.self_attn.{o}", QUERIES, "embed", bias=config.bias in (True, "attention")
+    )
     rows += linear("blocks/ffn/down", f"{LAYER}.mlp.{down}", "mlp", "embed", bias=config.bias is True)
     return rows
 

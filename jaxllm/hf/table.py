@@ -104,5 +104,7 @@ def _backwards(order: str) -> str:
 
 
 def _rearrange(x: np.ndarray, order: str, sizes: Sizes) -> np.ndarray:
-    used = {name: size for name, size in sizes.items() if f" {name} " in f" {order.replace('(', ' ').replace(')', ' ')} "}
+    used = {
+        name: size for name, size in sizes.items() if f" {name} " in f" {order.replace('(', ' ').replace(')', ' ')} "
+    }
     return rearrange(x, order, **used)

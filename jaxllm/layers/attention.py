@@ -30,7 +30,8 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, *, d_model: int, heads: tuple[int, int, int], bias: bool | Literal["attention", "qkv"] = False,
+        self, rngs: nnx.Rngs, *, d_model: int, heads: tuple[int, int, int],
+        bias: bool | Literal["attention", "qkv"] = False,
         qk_norm: tuple[Literal["head", "width"], RMSNorm | LayerNorm] | None = None, scores: Scores | None = None,
         std: tuple[float, float] = (0.02, 0.02),
     ):  # fmt: skip

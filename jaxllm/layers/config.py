@@ -1,4 +1,4 @@
-"""The choices inside a block, as types: norm, positions, attention, feed-forward. Without JAX, so that --help is quick."""
+"""The choices inside a block, as types: norm, positions, window, feed-forward. Without JAX: --help stays quick."""
 
 from typing import Annotated, Literal
 
@@ -67,9 +67,7 @@ class LongRopeScaling(Config):
     magnitude: float = Field(1.0, gt=0, description="factor on cosines and sines (Hugging Face: attention_factor)")
 
 
-RopeScaling = Annotated[
-    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling, Field(discriminator="kind")
-]
+RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling, Field(discriminator="kind")]
 
 
 class Rope(Config):

@@ -91,9 +91,7 @@ def _block_forward(
     return y, (q, k, v, weights, r, y, bend)
 
 
-def _block_backward(
-    scores: Scores, residuals: tuple[Array | None, ...], dy: Array
-) -> tuple[Array, Array, Array, None]:
+def _block_backward(scores: Scores, residuals: tuple[Array | None, ...], dy: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, weights, r, y, bend = residuals
     dy = (dy.astype(jnp.float32) * r).astype(v.dtype)
     inner = jnp.einsum("bkgth,bkgth->bkgt", dy, y, preferred_element_type=jnp.float32)[..., None]

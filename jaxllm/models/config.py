@@ -26,7 +26,9 @@ class ModelConfig(Config):
     parallel: bool = Field(False, description="attention and feed-forward read the same x (GPT-NeoX)")
     positions: PositionConfig = Field(Rope(), description="position encoding")
     ffn: FfnConfig = Field(Gated(), description="feed-forward variant")
-    window: SlidingWindow | None = Field(None, description="sliding window of some or all layers; none = see everything")
+    window: SlidingWindow | None = Field(
+        None, description="sliding window of some or all layers; none = see everything"
+    )
     qk_norm: Literal["none", "head", "width"] = Field(
         "none", description="normalise queries and keys over each head (Qwen3) or over all heads at once (OLMo-2)"
     )

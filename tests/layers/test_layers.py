@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm.layers.config import Rope
 from jaxllm.layers.ffn import Ffn, Gated, Plain
 from jaxllm.layers.linear import Projection, param
 from jaxllm.layers.norms import LayerNorm, Norm, RMSNorm
@@ -35,7 +36,7 @@ def test_rope_scores_depend_on_distance_alone():
     q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(1, 1, 1, 8)), jnp.float32) for i in (1, 2))
 
     def score(query_position, key_position):
-        turn = lambda x, p: rotate(x, rope_angles(jnp.array([[p]]), 8, 10_000.0))
+        turn = lambda x, p: rotate(x, rope_angles(jnp.array([[p]]), 8, Rope()))
         return jnp.sum(turn(q, query_position) * turn(k, key_position))
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)

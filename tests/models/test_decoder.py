@@ -4,17 +4,27 @@ import numpy as np
 import pytest
 
 from jaxllm.layers.cache import init_cache
+from jaxllm.layers.config import RMSNorm, Rope, SlidingWindow
 from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import bind, graph, init_params, logical_axes, unstack
+from jaxllm.models.views import Views
 
 LLAMA = ModelConfig(
-    vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160, qk_norm=True
+    vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160, qk_norm="head"
 )
 GPT = presets.get("gpt2-124m", vocab_size=97, d_model=32, n_layers=3, n_heads=4, d_ff=64, max_seq_len=160)
 CPU = ComputeConfig(dtype="float32", layers="unroll")
-MODELS = pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
+# What differs by layer, and what bends scores and logits: a Gemma whose last layer has no rotation.
+MIXED = LLAMA.model_copy(
+    update={
+        "window": SlidingWindow(size=9, layers=(True, False)), "norm": RMSNorm(offset=1.0), "score_softcap": 3.0,
+        "positions": Rope(local_theta=100.0, fraction=0.5, skipped=(False, False, True)), "logit_softcap": 5.0,
+        "norm_placement": "sandwich",
+    }
+)  # fmt: skip
+MODELS = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED], ids=["llama", "gpt", "mixed"])
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 LONG = np.random.default_rng(1).integers(0, 97, (1, 160))  # three blocks of queries: 64, 64 and 32
 
@@ -41,14 +51,9 @@ def test_no_gradient_flows_from_the_future(config, length, probe):
 
     def probed(x):
         # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
-        mask, positions = CausalMask(), jnp.arange(length)[None]
-        hidden = module._blocks(x, mask, None if config is GPT else angles(positions))
+        views = Views(config, CausalMask(), jnp.arange(length)[None])
+        hidden = module._blocks(x, views)
         return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
-
-    def angles(positions):
-        from jaxllm.layers.positions import rope_angles
-
-        return rope_angles(positions, config.head_width, 10_000.0)
 
     x = jax.random.normal(jax.random.key(0), (1, length, 32))
     gradient = jax.jit(jax.grad(probed))(x)[0]
@@ -146,7 +151,7 @@ def test_initial_parameters_are_a_function_of_the_seed():
     [
         ({"n_heads": 5, "n_kv_heads": None}, "d_model=32 is not divisible by n_heads=5"),
         ({"n_kv_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
-        ({"head_dim": 7}, "even head_dim, not 7"),
+        ({"head_dim": 7}, "even number of dimensions of a head, not 7"),
     ],
 )
 def test_impossible_shapes(change, message):
