@@ -21,7 +21,7 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
-from jaxllm.locate import locate
+from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.mesh import on_mesh_of
@@ -55,11 +55,12 @@ class LanguageModel:
       params: blocks stacked on L, as training leaves them.
       chat: the model was taught to answer in the tokenizer's chat template; decides what `respond` does.
       compute: precision; default: what suits this machine.
+      stop_ids: tokens that end an answer, beside the tokenizer's eos.
     """
 
     def __init__(
         self, config: ModelConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
-        compute: ComputeConfig | None = None,
+        compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (),
     ):  # fmt: skip
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
@@ -70,6 +71,7 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.is_chat = chat
+        self.stop_ids = tuple(dict.fromkeys((tokenizer.eos_id, *stop_ids)))
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
 
     @cached_property
@@ -167,12 +169,13 @@ class LanguageModel:
         files.write_text(directory / FILE_NAME, configs.dump(recipe))
         self.tokenizer.save(directory / "tokenizer")
         with Checkpoints(directory) as checkpoints:
-            checkpoints.save_params(self.params, {"step": 0, "chat": self.is_chat})
+            meta = {"step": 0, "chat": self.is_chat, "stop_ids": list(self.stop_ids)}
+            checkpoints.save_params(self.params, meta)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids that come before the answer: bos and the text, or the conversation in the chat template."""
         if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+            return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
         if not prompt:
             raise ValueError("no messages; give at least one from the user")
         return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)[0]
@@ -181,7 +184,7 @@ class LanguageModel:
         if isinstance(stop, str) or "" in stop:
             raise ValueError(f"stop={stop!r} must be a list of strings that are not empty")
         finished = partial(self._has_stop, stop) if stop else None
-        return Limits(max_new_tokens, (self.tokenizer.eos_id,), finished)
+        return Limits(max_new_tokens, self.stop_ids, finished)
 
     def _has_stop(self, stop: Sequence[str], tokens: list[int]) -> bool:
         text = self.tokenizer.decode(tokens)
@@ -202,13 +205,18 @@ class LanguageModel:
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> LanguageModel:
-    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), or a directory whose run.json names the run.
+    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, or
+    a Hugging Face directory.
 
     Args:
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.
     Raises:
       ValueError: it is none of these; the message says what was looked for.
     """
+    if is_huggingface(model):
+        from jaxllm import huggingface
+
+        return huggingface.load(model, compute=compute, mesh=mesh)
     from jaxllm.recipe import FILE_NAME, load_recipe
     from jaxllm.training.checkpoint import load_params
     from jaxllm.training.state import param_shardings
@@ -218,5 +226,5 @@ def load(
     shardings = None if mesh is None else param_shardings(recipe.model, mesh)
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
     tokenizer = tokenizers.load(run_dir / "tokenizer")
-    chat = bool(meta.get("chat"))
-    return LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute)
+    chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
+    return LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)

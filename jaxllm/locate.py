@@ -1,8 +1,14 @@
-"""What a user calls MODEL: a run directory, one of its checkpoints, or a directory whose run.json names the run."""
+"""What a user calls MODEL: a run directory, one of its checkpoints, a directory whose run.json names the run, or a
+Hugging Face directory.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxllm.core import files
+
+if TYPE_CHECKING:
+    from jaxllm.models.config import ModelConfig
 
 
 def locate(model: str | Path) -> tuple[Path, int | None]:
@@ -13,11 +19,34 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
     """
     path = Path(model)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; MODEL is a run directory written by train or tune")
+        raise ValueError(f"{path} does not exist; MODEL is a run directory or a Hugging Face directory")
     if path.parent.name == "checkpoints" and path.name.isdigit():
         return path.parent.parent, int(path.name)
     if not (path / "recipe.yaml").is_file() and (path / "run.json").is_file():
         path = path / files.read_json(path / "run.json")["model"]
     if not (path / "recipe.yaml").is_file():
-        raise ValueError(f"{path} is no run directory (no recipe.yaml); give one that train or tune has written")
+        raise ValueError(
+            f"{path} is no run directory (no recipe.yaml) and no Hugging Face directory (no config.json); give what "
+            "train or tune has written, or a directory with config.json and safetensors files"
+        )
     return path, None
+
+
+def is_huggingface(model: str | Path) -> bool:
+    """Whether MODEL is a Hugging Face directory."""
+    return (Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists()
+
+
+def model_config(model: str | Path) -> "ModelConfig":
+    """Return the architecture of MODEL without reading its weights.
+
+    Raises:
+      ValueError: MODEL is nothing that `locate` knows, or a Hugging Face model that cannot be computed exactly.
+    """
+    if is_huggingface(model):
+        from jaxllm.huggingface import read_config
+
+        return read_config(model)[1]
+    from jaxllm.recipe import load_recipe
+
+    return load_recipe(locate(model)[0]).model

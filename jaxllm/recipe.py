@@ -11,7 +11,7 @@ from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import read_json
 from jaxllm.data.loader import DataConfig
-from jaxllm.locate import locate
+from jaxllm.locate import model_config
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.config import MeshConfig, axis_sizes
@@ -25,7 +25,9 @@ class Recipe(Config):
     """A training run: pretraining, or instruction tuning of `start_from`."""
 
     out: str = Field(description="run directory; an existing run there is resumed")
-    start_from: str | None = Field(None, description="model to start from (a run directory); none = random weights")
+    start_from: str | None = Field(
+        None, description="model to start from (a run or Hugging Face directory); none = random weights"
+    )
     seed: int = Field(0, ge=0, description="seed of initial weights and of sampled texts")
     steps: Duration = Field(Duration("1 epoch"), description='length: steps, "2e9 tokens" or "1 epoch"')
     model: ModelConfig = Field(description="architecture; `model.preset` names a published one")
@@ -49,7 +51,7 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict):
         return raw  # is refused in a moment, as every value of a wrong type
     if not model and isinstance(start_from, str) and start_from not in configs.NONE:
-        model = load_recipe(locate(start_from)[0]).model.model_dump(mode="json")
+        model = model_config(start_from).model_dump(mode="json")
     match raw:
         case {"data": {"sources": [{"path": str(path)}, *_]}} if "vocab_size" not in model:
             manifest = Path(path) / "manifest.json"

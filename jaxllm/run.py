@@ -17,9 +17,9 @@ from jaxllm.data.chat import encode_chat
 from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
-from jaxllm.locate import locate
+from jaxllm.locate import is_huggingface, locate, model_config
 from jaxllm.models.accounting import flops_per_token, memory_line, param_count, peak_flops, training_bytes
-from jaxllm.recipe import Recipe, load_recipe
+from jaxllm.recipe import Recipe
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.feed import place
 from jaxllm.training.loop import Action, Diverged
@@ -100,15 +100,19 @@ class Run:
     def _starting_params(self) -> Any:
         """Read the parameters of `start_from` straight into their places on the mesh."""
         source, wanted = self.recipe.start_from, self.recipe.model
-        run_dir, step = locate(source)
-        found = load_recipe(run_dir).model
+        found = model_config(source)
+        run_dir, step = (Path(source), None) if is_huggingface(source) else locate(source)
         if wanted.model_copy(update={"max_seq_len": found.max_seq_len}) != found:
             raise ValueError(f"`model` differs from the model of start_from={source}; leave `model` out of the recipe")
-        if tokenizers.load(run_dir / "tokenizer").fingerprint != self.loader.tokenizer_fingerprint:
+        if tokenizers.load(run_dir).fingerprint != self.loader.tokenizer_fingerprint:
             raise ValueError(
                 f"start_from={source} has another tokenizer than {self.recipe.data.sources[0].path}; prepare the data "
                 f"with --tokenizer {run_dir}"
             )
+        if is_huggingface(source):
+            from jaxllm import huggingface
+
+            return huggingface.load(source, mesh=self.mesh, dtype="float32").params
         return load_params(run_dir, wanted, step=step, shardings=param_shardings(wanted, self.mesh))[0]
 
     def _fingerprints(self) -> dict[str, str]:

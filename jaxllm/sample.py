@@ -61,10 +61,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
-    from jaxllm.locate import locate
-    from jaxllm.recipe import load_recipe
+    from jaxllm.locate import model_config
 
-    config = load_recipe(locate(arguments.model)[0]).model  # a wrong path is an error now, not after JAX has started
+    config = model_config(arguments.model)  # a wrong path is an error now, not after JAX has started
     from jaxllm.inference import spread
     from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import load

@@ -3,6 +3,8 @@
 Apart from `chat.py`, because Jinja2 takes a quarter of a second to import.
 """
 
+import json
+from datetime import datetime
 from typing import ClassVar
 
 import jinja2
@@ -36,6 +38,8 @@ def compile_template(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

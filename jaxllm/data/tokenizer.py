@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxllm.core import files
 from jaxllm.data.chat import BOS, EOS, ROLE_TOKENS, ChatTemplate
+from jaxllm.data.fast_pieces import FastPieces, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
 
@@ -24,11 +25,12 @@ class Tokenizer:
     Attributes:
       special: special tokens by name; `encode` never returns their ids and `decode` drops them.
       chat: None if the vocabulary lacks the tokens of a chat template.
+      prefix: ids that come before a text which a model is to continue; default: bos.
     """
 
     def __init__(
         self,
-        pieces: BytePieces | SentencePieces,
+        pieces: BytePieces | SentencePieces | FastPieces,
         special: dict[str, int],
         ids: tuple[int, int, int],
         chat: ChatTemplate | None,
@@ -37,6 +39,7 @@ class Tokenizer:
         self.special = special
         self.pad_id, self.bos_id, self.eos_id = ids
         self.chat = chat
+        self.prefix = pieces.prefix if isinstance(pieces, FastPieces) else (self.bos_id,)
 
     @property
     def vocab_size(self) -> int:
@@ -45,7 +48,11 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever some text or conversation could be encoded otherwise."""
-        model = self.pieces.proto if isinstance(self.pieces, SentencePieces) else b""
+        model = b""
+        if isinstance(self.pieces, SentencePieces):
+            model = self.pieces.proto
+        elif isinstance(self.pieces, FastPieces):
+            model = self.pieces.source.encode()
         template = self.chat.source if self.chat else ""
         return files.fingerprint(self.pieces.kind, model, repr(sorted(self.special.items())), template)
 
@@ -71,10 +78,12 @@ class Tokenizer:
         return TokenStream(self)
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json`, `spm.model` and `chat_template.jinja` (the last two where they apply)."""
+        """Write `tokenizer.json`, the piece model and `chat_template.jinja` (the last two where they apply)."""
         directory = Path(directory)
         if isinstance(self.pieces, SentencePieces):
             files.write_bytes(directory / "spm.model", self.pieces.proto)
+        elif isinstance(self.pieces, FastPieces):
+            files.write_text(directory / "huggingface.json", self.pieces.source)
         if self.chat:
             files.write_text(directory / "chat_template.jinja", self.chat.source)
         description = {
@@ -137,7 +146,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Load a tokenizer directory, a dataset or run that holds one, or any SentencePiece `.model` file.
+    """Load a tokenizer directory, a dataset or run that holds one, a Hugging Face directory, or any `.model` file.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -149,11 +158,9 @@ def load(path: str | Path) -> Tokenizer:
         return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
     if (path / "tokenizer").is_dir():
         path = path / "tokenizer"
-    if not (path / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"{path} is no tokenizer: expected a directory with tokenizer.json, or a SentencePiece .model file"
-        )
-    description = files.read_json(path / "tokenizer.json")
+    description = files.read_json(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else None
+    if description is None or "model" in description:
+        return _from_huggingface(path)
     if description.get("version") != VERSION:
         raise ValueError(
             f"{path / 'tokenizer.json'} has version {description.get('version')}; this jaxllm reads version {VERSION}"
@@ -163,6 +170,8 @@ def load(path: str | Path) -> Tokenizer:
     names = {token: name for name, token in special.items()}
     if description["kind"] == "bytes":
         pieces = BytePieces(len(special))
+    elif description["kind"] == "tokenizers":
+        pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
     else:
         pieces = SentencePieces((path / "spm.model").read_bytes(), escape_mark=description["lossless"])
     chat = None
@@ -176,6 +185,44 @@ def load(path: str | Path) -> Tokenizer:
             f"{description['fingerprint']}; restore it, since a model trained with it needs exactly these ids"
         )
     return tokenizer
+
+
+def _from_huggingface(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model or vocab.json and merges.txt."""
+    config = (
+        files.read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
+    )
+    source = read_source(directory)
+    if source is None:
+        for name in ("tokenizer.model", "spiece.model"):
+            if (directory / name).is_file():
+                return _from_sentencepiece(SentencePieces((directory / name).read_bytes(), escape_mark=False))
+        raise FileNotFoundError(
+            f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
+            "merges.txt, or a SentencePiece .model file"
+        )
+    pieces = FastPieces(source)
+
+    def id_of(role: str) -> int | None:
+        name = config.get(f"{role}_token")
+        name = name["content"] if isinstance(name, dict) else name
+        return pieces.special.get(name)
+
+    bos, eos, pad = (id_of(role) for role in ("bos", "eos", "pad"))
+    ends = [token for name, token in pieces.special.items() if name in ("</s>", "<|endoftext|>", "<eos>", "[SEP]")]
+    eos = eos if eos is not None else next(iter(ends), None)
+    if eos is None:
+        raise ValueError(f"{directory / 'tokenizer_config.json'} names no eos_token among the special tokens")
+    ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    if (directory / "chat_template.jinja").is_file():
+        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    names = {token: name for name, token in pieces.special.items()}
+    bos_token = names[bos] if bos is not None else ""
+    chat = None if template is None else ChatTemplate(template, tuple(pieces.special), bos_token, names[eos])
+    return Tokenizer(pieces, pieces.special, ids, chat)
 
 
 def _from_sentencepiece(pieces: SentencePieces) -> Tokenizer:

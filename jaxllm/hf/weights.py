@@ -103,12 +103,8 @@ def _set(stack: Array, part: Array, index: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, part, index, 0)
 
 
-def write_params(params: Params, rows: list[Row], config: ModelConfig, writer: Writer, vocab_size: int) -> None:
-    """Write all parameters in the checkpoint's layout, one tensor at a time.
-
-    Args:
-      vocab_size: rows of the tables to write; what is beyond is padding.
-    """
+def write_params(params: Params, rows: list[Row], config: ModelConfig, writer: Writer) -> None:
+    """Write all parameters in the checkpoint's layout, one tensor at a time."""
     leaves, sizes = named_leaves(params), sizes_of(config)
     for group in by_tensor(rows):
         for index, theirs in enumerate(names(group[0], sizes)):
@@ -116,8 +112,7 @@ def write_params(params: Params, rows: list[Row], config: ModelConfig, writer: W
             tensor = np.empty(stored_shape(group[0], parts[0].shape, sizes), parts[0].dtype)
             for row, part in zip(group, parts, strict=True):
                 put(row, part, tensor, sizes)
-            tensor = finish(group[0], tensor, sizes)
-            writer.add(theirs, tensor[:vocab_size] if group[0].ours in ("embed/table", "head") else tensor)
+            writer.add(theirs, finish(group[0], tensor, sizes))
 
 
 def _part(leaf: Array, row: Row, index: int) -> np.ndarray:

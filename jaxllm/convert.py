@@ -1,0 +1,58 @@
+"""python -m jaxllm.convert: a Hugging Face directory to a run directory, or a run to a Hugging Face directory."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxllm.core.command import command
+
+NOTES = """
+A Hugging Face directory has config.json and safetensors files; a run directory is what train and tune write. What FROM
+is decides the direction. sample, evaluate and tune read both, so that converting is for other programs' sake.
+
+examples:
+  python -m jaxllm.convert runs/quickstart exported
+  python -m jaxllm.convert Llama-3.2-1B runs/llama-1b
+"""
+
+
+@command
+def main(argv: list[str] | None = None) -> int | None:
+    """Load, write, compare what was written with what was loaded."""
+    arguments = _parser().parse_args(argv)
+    from jaxllm.locate import is_huggingface, model_config
+    from jaxllm.models.accounting import param_count
+
+    config = model_config(arguments.source)
+    if arguments.target.exists() and (arguments.target.is_file() or any(arguments.target.iterdir())):
+        raise ValueError(f"{arguments.target} exists and is not empty; choose another directory")
+    import jaxllm
+    from jaxllm.huggingface import same_logits
+    from jaxllm.sharding import distributed
+
+    distributed.start(distributed.PlatformConfig(cpu_devices=1))
+    lm = jaxllm.load(arguments.source)
+    if is_huggingface(arguments.source):
+        lm.save(arguments.target)
+    else:
+        jaxllm.export(lm, arguments.target)
+    same_logits(lm, jaxllm.load(arguments.target))
+    sys.stdout.write(
+        f"{arguments.target}: {param_count(config):,} parameters; the logits of a fixed prompt are those of "
+        f"{arguments.source}, to the last bit\n"
+    )
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxllm.convert", description=__doc__.partition(": ")[2], epilog=NOTES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("source", metavar="FROM", help="model to read")
+    parser.add_argument("target", metavar="TO", type=Path, help="directory to write; must not exist or be empty")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

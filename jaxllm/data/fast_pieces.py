@@ -1,0 +1,105 @@
+"""Piece models of Hugging Face: any `tokenizer.json`, run by the `tokenizers` library."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxllm.data.pieces import SPACE_MARK
+
+
+class FastPieces:
+    """A `tokenizer.json`; text never becomes a special token, as everywhere here.
+
+    Args:
+      source: content of the file.
+    Raises:
+      ValueError: it is none.
+
+    Attributes:
+      special: special tokens by name. prefix: ids that the file puts before a text (its bos, if it has one).
+    """
+
+    kind = "tokenizers"
+
+    def __init__(self, source: str):
+        from tokenizers import Tokenizer
+
+        self.source = source
+        self._raw = json.loads(source)
+        try:
+            self._model = Tokenizer.from_str(source)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"not a tokenizer.json that the tokenizers library can read: {error}") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        self._model.encode_special_tokens = True
+        self.size = max(self._model.get_vocab().values()) + 1
+        self.special = {each["content"]: each["id"] for each in self._raw["added_tokens"] if each["special"]}
+        with_special, plain = (self._model.encode("a", add_special_tokens=add).ids for add in (True, False))
+        start = next(i for i in range(len(with_special) + 1) if with_special[i : i + len(plain)] == plain)
+        self.prefix = tuple(with_special[:start])
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in self._model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def bytes_of(self, token: int) -> bytes:
+        return self._table[token]
+
+    @cached_property
+    def leading_space(self) -> bool:
+        """Whether the model puts a space before every text, which decoding takes away."""
+        prepends = lambda each: each["type"] == "Metaspace" and each.get("prepend_scheme", "always") != "never"
+        strips = lambda each: each["type"] == "Strip" and each["content"] == " " and each["start"] == 1
+        return any(prepends(each) or strips(each) for each in self._decoders)
+
+    @property
+    def _decoders(self) -> list[dict[str, Any]]:
+        decoder = self._raw.get("decoder") or {"type": "none"}
+        return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        kinds = {each["type"] for each in self._decoders}
+        pieces = {token: piece for piece, token in self._model.get_vocab().items()}
+        table = [self._bytes(pieces.get(token, ""), kinds) for token in range(self.size)]
+        for each in self._raw["added_tokens"]:
+            table[each["id"]] = b"" if each["special"] else each["content"].encode("utf-8")
+        return table
+
+    def _bytes(self, piece: str, kinds: set[str]) -> bytes:
+        if "ByteLevel" in kinds:
+            return b"".join(_BYTES[character] if character in _BYTES else character.encode() for character in piece)
+        if "ByteFallback" in kinds and len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        if "WordPiece" in kinds:
+            return piece.removeprefix("##").encode() if piece.startswith("##") else f" {piece}".encode()
+        return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
+def read_source(directory: Path) -> str | None:
+    """Return the `tokenizer.json` of a Hugging Face directory, or one made from GPT-2's two files; None: neither."""
+    if (directory / "tokenizer.json").is_file():
+        return (directory / "tokenizer.json").read_text(encoding="utf-8")
+    vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
+    if not (vocabulary.is_file() and merges.is_file()):
+        return None
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    model = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens(["<|endoftext|>"])
+    return model.to_str()
+
+
+def _byte_characters() -> dict[str, bytes]:
+    """Return the printable character that byte-level BPE writes for each byte. Source: GPT-2's encoder."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): bytes([byte]) for byte in printable}
+    return table | {chr(256 + index): bytes([byte]) for index, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()

@@ -1,0 +1,180 @@
+"""Whole models from Hugging Face directories and into them: configuration, weights, tokenizer, chat template."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.core import files
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.fast_pieces import FastPieces
+from jaxllm.data.pieces import SentencePieces
+from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.families import FAMILIES, Family
+from jaxllm.hf.fields import Fields
+from jaxllm.hf.weights import read_params, write_params
+from jaxllm.language_model import LanguageModel
+from jaxllm.layers.config import RMSNorm
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import Params
+from jaxllm.training.state import param_shardings
+
+
+def read_config(directory: str | Path) -> tuple[Family, ModelConfig]:
+    """Return the family and the architecture of a Hugging Face directory.
+
+    Raises:
+      ValueError: a family that is not known, or a key that changes the model and is not understood; all of them.
+    """
+    path = Path(directory) / "config.json"
+    raw = files.read_json(path)
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise ValueError(f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join(FAMILIES)}")
+    fields = Fields(raw)
+    config = family.read(fields)
+    fields.finish(str(path))
+    return family, config
+
+
+def load(
+    directory: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+) -> LanguageModel:  # fmt: skip
+    """Load a Hugging Face directory, tensor by tensor straight to the devices.
+
+    Args:
+      dtype: of the parameters; None: as stored.
+    Raises:
+      ValueError: the model cannot be computed exactly, or its files do not fit together.
+    """
+    directory = Path(directory)
+    family, config = read_config(directory)
+    tokenizer = tokenizers.load(directory)
+    checkpoint = Checkpoint(directory)
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    params = read_params(checkpoint, family.rows(config), config, shardings, dtype)
+    checkpoint.close()
+    return LanguageModel(
+        config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=_stop_ids(directory)
+    )
+
+
+def _stop_ids(directory: Path) -> list[int]:
+    """Return what ends an answer by generation_config.json, or by config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        found = files.read_json(path).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def export(lm: LanguageModel, directory: str | Path) -> Path:
+    """Write a model as a Hugging Face directory that transformers loads.
+
+    The family is the first one whose config.json, read again, gives this very architecture.
+
+    Raises:
+      ValueError: no family computes what this model does, or the directory is not empty.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty; export into a new directory")
+    tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
+    family, description = _describe(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = Writer(directory)
+    write_params(params, family.rows(config), config, writer)
+    writer.close()
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    dtype = str(jax.tree.leaves(lm.params)[0].dtype)
+    head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
+    files.write_json(directory / "config.json", head | description | ids)
+    ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
+    files.write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
+    _write_tokenizer(tokenizer, directory)
+    return directory
+
+
+def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """Move a factor on embeddings into the table, for families without one; a tied head keeps the table as it was.
+
+    The product is the one that the model computes, so that not a bit of the logits changes.
+    """
+    if config.embed_scale is None or (isinstance(config.norm, RMSNorm) and config.norm.offset):  # Gemma has the factor
+        return config, params
+    table = params["embed"]["table"]
+    head = table if config.tie_embeddings else params["head"]
+    scaled = {**params, "embed": {"table": table * jnp.asarray(config.embed_scale, table.dtype)}, "head": head}
+    return config.model_copy(update={"embed_scale": None, "tie_embeddings": False}), scaled
+
+
+def _describe(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    for family in FAMILIES.values():
+        try:
+            written = family.write(config)
+            fields = Fields({"model_type": family.model_type, **written})
+            again = family.read(fields)
+            fields.finish(family.model_type)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            continue  # this family has no words for something in it
+        if _explicit(again) == _explicit(config):
+            return family, written
+    raise ValueError(
+        f"no family of transformers computes this architecture; known are {', '.join(FAMILIES)}. What differs from "
+        f"Llama: {', '.join(_differences(config)) or 'a combination of its parts'}"
+    )
+
+
+def _explicit(config: ModelConfig) -> dict[str, Any]:
+    """What a configuration means, defaults written out."""
+    explicit = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "score_scale": config.scale}
+    return config.model_copy(update=explicit).model_dump()
+
+
+def _differences(config: ModelConfig) -> list[str]:
+    plain = ModelConfig(vocab_size=1, d_model=2, n_layers=1, n_heads=1, d_ff=1, max_seq_len=1)
+    sizes = {
+        "vocab_size",
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "d_ff",
+        "max_seq_len",
+        "init_std",
+    }
+    ours, theirs = config.model_dump(), plain.model_dump()
+    return [f"{key}={ours[key]}" for key in ours if key not in sizes and ours[key] != theirs[key]]
+
+
+def _write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
+    names = {token: name for name, token in tokenizer.special.items()}
+    config: dict[str, Any] = {
+        "bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id),
+        "pad_token": names.get(tokenizer.pad_id), "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+    if isinstance(tokenizer.pieces, FastPieces):
+        files.write_text(directory / "tokenizer.json", tokenizer.pieces.source)
+    elif isinstance(tokenizer.pieces, SentencePieces):
+        files.write_bytes(directory / "tokenizer.model", tokenizer.pieces.proto)
+        config["tokenizer_class"] = "LlamaTokenizer"
+    if tokenizer.chat:
+        files.write_text(directory / "chat_template.jinja", tokenizer.chat.source)
+    files.write_json(directory / "tokenizer_config.json", config)
+
+
+def same_logits(one: LanguageModel, other: LanguageModel) -> None:
+    """Raise ValueError unless two models give a fixed prompt the same logits, bit for bit."""
+    tokens = np.arange(1, 1 + min(16, one.config.max_seq_len, one.config.vocab_size - 1))[None] % one.config.vocab_size
+    ours, theirs = (np.asarray(lm.logits(tokens)) for lm in (one, other))
+    if not np.array_equal(ours, theirs):
+        raise ValueError(
+            f"what was written computes something else: logits differ by up to {np.abs(ours - theirs).max():.2e}; "
+            "this is a bug, please report it with the config.json"
+        )
