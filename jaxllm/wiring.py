@@ -173,8 +173,13 @@ def _check_home(run_dir: Path, recipe: Recipe) -> None:
                 f"{run_dir} already holds a run with another {', '.join(changed)}; choose another `out`, delete the "
                 f"directory, or resume it unchanged with: python -m jaxllm.train {run_dir}"
             )
-    elif run_dir.exists() and any(path.name != lock.FILE_NAME for path in run_dir.iterdir()):
+    elif run_dir.exists() and any(not _is_leftover(path) for path in run_dir.iterdir()):
         raise ValueError(f"{run_dir} is not empty and holds no run; choose another `out`")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a run that was killed before it wrote its recipe leaves `path` behind."""
+    return path.name == lock.FILE_NAME or (path.name.startswith(f".{FILE_NAME}.") and path.suffix == ".tmp")
 
 
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:

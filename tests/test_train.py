@@ -29,11 +29,11 @@ compute: {{layers: scan}}
 """
 
 
-def python(*arguments, **options):
+def python(*arguments, how="-m", **options):
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": ""}
     environment.pop("JAX_NUM_CPU_DEVICES")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, **options}
-    return subprocess.Popen([sys.executable, "-m", *map(str, arguments)], **options)
+    return subprocess.Popen([sys.executable, how, *map(str, arguments)], **options)
 
 
 def run(*arguments):
@@ -108,6 +108,64 @@ def test_kill_9_at_random_moments_changes_nothing(workspace):
     assert_same_run(run_dir, workspace / "undisturbed")
 
 
+# A training process that is killed in the middle of a checkpoint; independent of how Orbax calls its functions.
+DIES = """
+import os, shutil, signal, sys
+from pathlib import Path
+from jaxllm.train import main
+
+moment, step, recipe = sys.argv[1:]
+make, move, remove = os.mkdir, os.rename, shutil.rmtree
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def is_ours(path, ending=""):
+    return Path(path).parent.name == "checkpoints" and Path(path).name.startswith(step + ending)
+
+def mkdir(path, *arguments, **options):
+    make(path, *arguments, **options)
+    if moment == "begun" and is_ours(path, "."):
+        die()
+
+def rename(source, target, *arguments, **options):
+    if moment == "written" and is_ours(target):
+        die()
+    move(source, target, *arguments, **options)
+
+def rmtree(path, *arguments, **options):
+    if moment == "deleting" and is_ours(path):
+        remove(Path(path) / "params")
+        die()
+    remove(path, *arguments, **options)
+
+os.mkdir, os.rename, shutil.rmtree = mkdir, rename, rmtree
+main([recipe])
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_of_a_checkpoint_changes_nothing(workspace):
+    run_dir, file = workspace / "halves", recipe(workspace, "halves")
+    checkpoints, resumed = run_dir / "checkpoints", 0
+    # (moment, of which checkpoint, complete checkpoints then)
+    for moment, step, complete in (("begun", 8, [4]), ("written", 12, [4, 8]), ("deleting", 4, [4, 8, 12])):
+        process = python(DIES, moment, step, file, how="-c")
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == -signal.SIGKILL, output
+        assert not resumed or f"resuming at step {resumed}" in output
+        assert sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()) == complete
+        resumed = complete[-1]
+        halves = [path for path in checkpoints.glob("*") if not path.name.isdigit()]
+        assert [path.name.partition(".")[0] for path in halves] == [str(step)] * (moment != "deleting")
+        assert moment != "written" or any((halves[0] / "params" / "d").iterdir())  # the arrays are all there
+    status, output = run("jaxllm.train", file)
+    assert status == 0, output
+    assert f"resuming at step {resumed}" in output
+    assert_same_run(run_dir, workspace / "undisturbed")
+    assert sorted(os.listdir(checkpoints)) == sorted(os.listdir(workspace / "undisturbed" / "checkpoints"))
+
+
 def test_sigterm_saves_says_how_to_resume_and_resumes_bitwise(workspace):
     run_dir, file = workspace / "stopped", recipe(workspace, "stopped")
     process = python("jaxllm.train", file)
@@ -154,6 +212,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(workspace):
         ("model.vocab_size=100", "model.vocab_size=100 is smaller than the tokenizer's"),
         ("data.packing.seq_len=4096", "data.packing.seq_len=4096 is longer than model.max_seq_len=128"),
         ("step.accumulate=3", "data.batch_size=4 is not divisible by step.accumulate=3"),
+        ("step.accumulate=8", "data.batch_size=4 is not divisible by step.accumulate=8"),
         ("mesh.fsdp=3", "devices exactly; set mesh.data=-1 to fill up"),
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         ("data.sources.0.path=/nowhere", "/nowhere"),

@@ -1,6 +1,8 @@
 """Runs inside this process: what is refused before anything is written, and how a run goes on."""
 
+import resource
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from jaxllm.inspect import main as inspect
 from jaxllm.recipe import load_recipe
 from jaxllm.run import Run
 from jaxllm.sharding.mesh import make_mesh
+from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
-from jaxllm.wiring import RunResult, total_steps, train
+from jaxllm.wiring import RunResult, _check_home, total_steps, train
 
 RECIPE = """
 out: runs/one
@@ -97,6 +100,66 @@ def test_a_refused_resume_changes_nothing(workspace, overrides, message):
         train(load_recipe("runs/one", overrides))
     files.pop(workspace / "runs" / "one" / ".lock")
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
+
+
+def test_a_tokenizer_that_was_copied_by_half_is_copied_anew(workspace, monkeypatch):
+    recipe = load_recipe("recipe.yaml", ["out=runs/two", "steps=1"])
+    run_dir, begun = workspace / "runs" / "two", []
+
+    def cut(source, target, **_):
+        target.mkdir()
+        (target / "half").touch()
+        raise KeyboardInterrupt
+
+    def start(*_):
+        begun.append(sorted(path.name for path in run_dir.iterdir()))
+        raise InterruptedError
+
+    monkeypatch.setattr(Run, "start", start)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copytree", cut)
+        train(recipe)
+    assert not (run_dir / "tokenizer").exists() and not begun
+    with pytest.raises(InterruptedError):
+        train(recipe)
+    assert begun == [[".lock", "checkpoints", "recipe.yaml", "tokenizer"]]
+    files = {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (workspace / "data" / "tokenizer").iterdir()}
+
+
+def test_a_checkpoint_before_the_next_evaluation_ranks_by_the_last_one(workspace):
+    train(load_recipe("runs/one", ["steps=6", "monitor.evaluate_every=4", "checkpoint={every: 1, keep_last: 9}"]))
+    measured = {each["step"]: each["val_loss"] for each in read("runs/one/metrics.jsonl") if "val_loss" in each}
+    with Checkpoints(workspace / "runs" / "one") as checkpoints:
+        ranked_by = {step: checkpoints.meta(step)["val_loss"] for step in (4, 5, 6)}
+    assert ranked_by == {4: measured[4], 5: measured[4], 6: measured[6]}
+
+
+def test_a_disk_that_fills_up_costs_only_the_steps_since_the_last_checkpoint(workspace):
+    recipe = load_recipe("runs/one", ["steps=8", "monitor.evaluate_every=100"])
+    shutil.copytree("runs/one", "undisturbed")
+    train(load_recipe("undisturbed", ["steps=8", "monitor.evaluate_every=100"]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # as a full disk: records fit, checkpoints do not
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoints/6 could not be written .*newest complete one is of step 4; mak"
+        ):
+            train(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert train(recipe).step == 8
+    assert (workspace / "runs/one/metrics.jsonl").read_bytes() == Path("undisturbed/metrics.jsonl").read_bytes()
+    assert sorted(path.name for path in Path("runs/one/checkpoints").iterdir()) == ["6", "8"]
+
+
+@pytest.mark.parametrize(
+    ("found", "free"), [(".recipe.yaml.7.tmp", True), (".lock", True), ("notes.txt", False), ("checkpoints", False)]
+)
+def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path, found, free):
+    (tmp_path / found).touch()
+    with nullcontext() if free else pytest.raises(ValueError, match="holds no run"):
+        _check_home(tmp_path, None)
 
 
 def test_another_tokenizer_is_called_so(workspace):

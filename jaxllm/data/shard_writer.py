@@ -158,10 +158,8 @@ class _SplitWriter:
         name = f"shard-{len(self.shards):05d}"
         self.directory.mkdir(parents=True, exist_ok=True)
         _save(self.directory / f"{name}.tokens.npy", np.concatenate(self._tokens))
-        np.save(
-            self.directory / f"{name}.offsets.npy",
-            np.cumsum([0, *(len(tokens) for tokens in self._tokens)], dtype=np.int64),
-        )
+        offsets = np.cumsum([0, *(len(tokens) for tokens in self._tokens)], dtype=np.int64)
+        _save(self.directory / f"{name}.offsets.npy", offsets)
         (self.directory / f"{name}.origins.jsonl").write_bytes("".join(self._origins).encode("utf-8"))
         if self.kind == "chat":
             _save(self.directory / f"{name}.trained.npy", np.concatenate(self._trained))
@@ -179,7 +177,7 @@ class _SplitWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file. `np.save` would do, but its error on a full disk does not say that the disk is full."""
+    """Write a .npy file. `np.save` does not say that a disk is full, and says nothing if only the end is missing."""
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)

@@ -25,9 +25,10 @@ from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
 
 log = logging.getLogger(__name__)
-# Orbax says at each load that what was opened for reading is read-only, and prints the traceback of a failed write that
-# `wait` raises anyway.
-logging.getLogger("absl").addFilter(lambda record: not re.search("read.only|_SignalingThread", record.getMessage()))
+# Orbax says at each load that what was opened for reading is read-only, at each save that there is no validation loss,
+# and prints the traceback of a failed write that `wait` raises anyway.
+_NOISE = re.compile("read.only|tracked_metric|_SignalingThread")
+logging.getLogger("absl").addFilter(lambda record: not _NOISE.search(record.getMessage()))
 # What Orbax raises for files that are damaged, missing or cannot be written.
 _FILE_ERRORS = (ValueError, OSError, KeyError)
 
@@ -42,13 +43,13 @@ class Checkpoints:
         policies = [managers.LatestN(config.keep_last)]
         if config.keep_best:
             best = managers.BestN(
-                get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )  # fmt: skip
+                get_metric_fn=_val_loss, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
+            )
             policies.append(best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
+            preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True,
+            best_fn=_val_loss, best_mode="min",  # or Orbax keeps the losses in memory alone, and a resume forgets them
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._writing: int | None = None
 
@@ -168,6 +169,10 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
         log.warning("the damaged checkpoint of step %s is now in %s", step, place)
+
+
+def _val_loss(metrics: Mapping[str, float]) -> float:
+    return metrics["val_loss"]
 
 
 def _check_same(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

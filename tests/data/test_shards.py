@@ -1,11 +1,11 @@
 import errno
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
 
-from jaxllm.data import shard_writer
 from jaxllm.data.shard_writer import DatasetWriter
 from jaxllm.data.shards import Dataset, read_manifest
 
@@ -107,19 +107,21 @@ def test_existing_directory_is_kept_unless_overwrite(text_dataset, tmp_path, byt
     assert os.listdir(tmp_path) == ["text"]
 
 
-def test_failure_leaves_nothing(text_dataset, tmp_path, byte, monkeypatch):
+@pytest.mark.parametrize(("length", "documents"), [(9000, 1), (0, 3000)], ids=["tokens", "offsets"])
+def test_a_full_disk_is_called_so_and_leaves_nothing(text_dataset, tmp_path, byte, length, documents):
     directory = text_dataset([5])
-
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shard_writer, "_save", full)
-    for name in ("text", "new"):
-        with (
-            pytest.raises(OSError, match="No space left"),
-            DatasetWriter(tmp_path / name, byte, "text", overwrite=True) as writer,
-        ):
-            writer.add_text("train", [10], "s", "l", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (14_000, limits[1]))  # as a full disk, with another word for it
+    try:
+        for name in ("text", "new"):
+            with (
+                pytest.raises(OSError, match=os.strerror(errno.EFBIG)),
+                DatasetWriter(tmp_path / name, byte, "text", overwrite=True) as writer,
+            ):
+                for _ in range(documents):
+                    writer.add_text("train", [10] * length, "s", "l", length)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["text"]
     assert Dataset.open(directory).lengths.tolist() == [7]
 

@@ -1,6 +1,7 @@
 import resource
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +9,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.checkpoint import CheckpointConfig, Checkpoints, load_params
 from jaxllm.training.optim import AdamW, Muon, optimizer
-from jaxllm.training.state import init_state
+from jaxllm.training.state import TrainState, init_state
 
 MODEL = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=64, max_seq_len=32)
 
@@ -48,6 +49,23 @@ def test_restores_bitwise_onto_another_mesh(tmp_path, optim, ema):
 def test_keeps_the_last_and_the_best(tmp_path):
     state, _ = make(devices=1)
     assert save(tmp_path, state, 1, 2, 3, 4, 5, keep_last=2, keep_best=1) == [2, 4, 5]
+
+
+def test_the_best_are_kept_through_a_resume(tmp_path):
+    state = TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {"m": jnp.zeros(2)}, None, jnp.float32(0))
+
+    def kept_after(keep_best, **losses):
+        with Checkpoints(tmp_path, CheckpointConfig(keep_last=1, keep_best=keep_best)) as checkpoints:
+            for step, loss in losses.items():
+                checkpoints.save(state, {"step": int(step[1:])}, val_loss=loss)
+            checkpoints.wait()
+            return checkpoints.steps()
+
+    assert kept_after(2, s1=3.0, s2=1.0, s3=2.0) == [2, 3]
+    assert kept_after(2, s4=2.5, s5=1.5) == [2, 5]  # the third is worse than one that came after the resume
+    assert kept_after(2, s6=None) == [2, 5, 6]  # not measured: kept as the last, never as one of the best
+    assert kept_after(2, s7=9.0) == [2, 5, 7]
+    assert kept_after(0, s8=0.5, s9=8.0) == [9]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):

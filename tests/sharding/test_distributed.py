@@ -1,0 +1,38 @@
+import re
+
+import pytest
+
+from jaxllm.sharding.distributed import PlatformConfig, default_cpu_devices
+
+TOGETHER = {"coordinator": "host:1234", "n_processes": 2, "process_index": 0, "distributed": True}
+
+
+@pytest.mark.parametrize("missing", TOGETHER)
+def test_what_names_the_processes_is_given_together(missing):
+    assert PlatformConfig(**TOGETHER).process_index == 0
+    given = {key: value for key, value in TOGETHER.items() if key != missing}
+    with pytest.raises(ValueError, match="give the three together, with distributed=true") as error:
+        PlatformConfig(**given)
+    found = re.search(
+        r"coordinator=(\S+), n_processes=(\S+), process_index=(\S+), distributed=(\S+):", str(error.value)
+    )
+    shown = [str(given.get(key)) for key in TOGETHER]
+    assert list(found.groups()) == [*shown[:3], "false" if missing == "distributed" else "true"]
+
+
+@pytest.mark.parametrize("alone", ["coordinator", "n_processes", "process_index"])
+def test_none_of_them_is_given_alone(alone):
+    with pytest.raises(ValueError, match="give the three together"):
+        PlatformConfig(**{alone: TOGETHER[alone]})
+    with pytest.raises(ValueError, match="give the three together"):
+        PlatformConfig(distributed=True, **{alone: TOGETHER[alone]})
+
+
+def test_processes_that_are_found_out_need_no_names():
+    assert PlatformConfig(distributed=True).coordinator is None
+    assert PlatformConfig().distributed is False
+
+
+@pytest.mark.parametrize(("rows", "cores", "expected"), [(8, 2, 2), (6, 4, 3), (7, 4, 1), (64, 96, 8), (0, 4, 1)])
+def test_virtual_devices_divide_the_rows(rows, cores, expected):
+    assert default_cpu_devices(rows, cores) == expected

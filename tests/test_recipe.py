@@ -1,0 +1,56 @@
+"""What a recipe may not say of itself, before anything is compiled."""
+
+import pytest
+
+from jaxllm.recipe import Recipe, check, load_recipe
+
+TINY = (
+    "out=x", "data.sources.0.path=y", "model.preset=tiny", "model.max_seq_len=32", "model.vocab_size=300",
+    "data.packing.seq_len=32", "data.batch_size=24",
+)  # fmt: skip
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(None, [*TINY, *overrides])
+
+
+def problems(made: Recipe, n_devices: int = 1, n_processes: int = 1, vocab_size: int = 300) -> list[str]:
+    with pytest.raises(ValueError, match=r"^the recipe contradicts itself:\n") as error:
+        check(made, vocab_size=vocab_size, n_devices=n_devices, n_processes=n_processes)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize("accumulate", [7, 48])
+def test_microbatches_divide_the_batch(accumulate):
+    expected = f"data.batch_size=24 is not divisible by step.accumulate={accumulate}"
+    assert problems(recipe(f"step.accumulate={accumulate}")) == [expected]
+
+
+def test_microbatches_of_one_row_are_for_one_device_and_the_size_that_is_advised_is_accepted():
+    check(recipe("step.accumulate=24"), vocab_size=300, n_devices=1)
+    [problem] = problems(recipe("step.accumulate=24"), n_devices=2)
+    assert "= 1 rows is not divisible by data x fsdp = 2 devices; use data.batch_size=48, or" in problem
+    check(recipe("step.accumulate=24", "data.batch_size=48"), vocab_size=300, n_devices=2)
+    check(recipe("step.accumulate=24", "mesh.tensor=2"), vocab_size=300, n_devices=2)
+
+
+@pytest.mark.parametrize(("n_devices", "n_processes", "tensor"), [(8, 2, 8), (8, 4, 4), (6, 2, 2)])
+def test_the_tensor_axis_may_not_span_processes(n_devices, n_processes, tensor):
+    here = n_devices // n_processes
+    [problem] = problems(recipe(f"mesh.tensor={tensor}"), n_devices, n_processes)
+    assert problem.startswith(f"mesh.tensor={tensor} spans processes of {here} devices each, and the rows")
+    check(recipe(f"mesh.tensor={tensor}"), vocab_size=300, n_devices=n_devices)  # within one process it may
+    check(recipe(f"mesh.tensor={here}"), vocab_size=300, n_devices=n_devices, n_processes=n_processes)
+
+
+def test_a_tensor_axis_that_takes_all_devices_may_not_span_processes_either():
+    [problem] = problems(recipe("mesh.data=1", "mesh.tensor=-1"), 8, 2)
+    assert problem.startswith("mesh.tensor=-1 spans processes of 4 devices each")
+
+
+def test_all_contradictions_are_said_at_once():
+    made = recipe("model.max_seq_len=16", "step.accumulate=7", "monitor.prompts=[a]", "mesh.data=1", "mesh.tensor=4")
+    assert [problem.split()[0] for problem in problems(made, 4, 2, vocab_size=301)] == [
+        "model.vocab_size=300", "data.packing.seq_len=32", "data.batch_size=24", "mesh.tensor=4",
+        "monitor.sample_tokens=64",
+    ]  # fmt: skip
