@@ -28,10 +28,9 @@ class FastPieces:
 
         self.source = source
         self._raw = json.loads(source)
-        try:
-            self._model = Tokenizer.from_str(source)
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"not a tokenizer.json that the tokenizers library can read: {error}") from error
+        if "model" not in self._raw:
+            raise ValueError("not a tokenizer.json of Hugging Face: it has no model")
+        self._model = Tokenizer.from_str(source)
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True

@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.hf.checkpoint import INDEX, SINGLE, Checkpoint, Writer
+from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.fields import Fields
+from jaxllm.hf.table import Part, Row, finish, names, put, stored_shape, take
+from jaxllm.hf.weights import match, read_params, write_params
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import init_params
+
+CONFIG = ModelConfig(
+    vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=32
+)
+LLAMA = FAMILIES["llama"]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    writer = Writer(tmp_path)
+    write_params(init_params(CONFIG, 0), LLAMA.rows(CONFIG), CONFIG, writer)
+    writer.close()
+    return tmp_path
+
+
+def rewrite(directory, change):
+    tensors = dict(Checkpoint(directory))
+    change(tensors)
+    writer = Writer(directory)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(directory):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.7.extra"] = np.zeros(3)
+        tensors["lm_head.weight"] = np.zeros((41, 16), np.float32)
+
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match="do not fit") as error:
+        match(Checkpoint(directory), LLAMA.rows(CONFIG), CONFIG)
+    for line in (
+        "model.norm.weight: missing",
+        "model.layers.7.extra: not part of this model",
+        "lm_head.weight: shape [41, 16], expected [40, 16]",
+    ):
+        assert line in str(error.value)
+
+
+def test_several_files_read_as_one(directory, tmp_path):
+    whole = dict(Checkpoint(directory))
+    writer = Writer(tmp_path / "parts", max_bytes=4000)
+    (tmp_path / "parts").mkdir()
+    for name, tensor in whole.items():
+        writer.add(name, tensor)
+    writer.close()
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    parts = Checkpoint(tmp_path / "parts")
+    assert set(parts) == set(whole)
+    for name in whole:
+        np.testing.assert_array_equal(parts[name], whole[name])
+    (tmp_path / "parts" / "model-00001-of-00009.safetensors").unlink(missing_ok=True)
+    first = json.loads((tmp_path / "parts" / INDEX).read_text())["weight_map"]["model.embed_tokens.weight"]
+    (tmp_path / "parts" / first).unlink()
+    with pytest.raises(ValueError, match=f"names files that are not there: {first}"):
+        Checkpoint(tmp_path / "parts")
+
+
+def test_a_damaged_file_is_named(directory):
+    path = directory / SINGLE
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        Checkpoint(directory)
+
+
+def test_a_pickle_is_never_read(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(ValueError, match="only as pytorch_model.bin, a pickle.*save_pretrained"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_stored_precision_is_kept_or_converted(directory, dtype):
+    rewrite(directory, lambda tensors: tensors.update({k: v.astype(dtype) for k, v in tensors.items()}))
+    checkpoint = Checkpoint(directory)
+    params = read_params(checkpoint, LLAMA.rows(CONFIG), CONFIG)
+    assert params["blocks"]["attention"]["q"]["kernel"].dtype == dtype
+    assert read_params(checkpoint, LLAMA.rows(CONFIG), CONFIG, dtype="float32")["head"].dtype == np.float32
+
+
+def test_an_unknown_key_and_a_wrong_value_are_errors_and_null_is_not():
+    raw = {**{key: value for key, value in LLAMA.write(CONFIG).items()}, "no_such_key": None}
+    LLAMA.read(fields := Fields(raw))
+    fields.finish("config.json")
+    LLAMA.read(fields := Fields({**raw, "residual_multiplier": 0.5, "hidden_act": "quick"}))
+    with pytest.raises(ValueError, match="hidden_act='quick': known are silu") as error:
+        fields.finish("config.json")
+    assert "residual_multiplier=0.5: unknown, and it may change the model" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "theirs", "ours"),
+    [
+        (Row("q", "w", "(heads head_dim) embed -> embed heads head_dim"), (8, 3), (3, 2, 4)),
+        (Row("k", "w", "(heads head_dim) embed -> embed heads head_dim", Part(0, 1, (4, 8, 2))), (14, 3), (3, 2, 4)),
+        (
+            Row(
+                "v", "w", "(heads head_dim) -> heads head_dim", Part(0, 2, (8, 8, 8)),
+                "(heads three head_dim) -> (three heads head_dim)",
+            ),
+            (24,),
+            (2, 4),
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_read_backwards_is_its_inverse(row, theirs, ours):
+    sizes = {"heads": 2, "head_dim": 4, "embed": 3, "three": 3, "layers": 1}
+    tensor = np.random.default_rng(0).normal(size=theirs).astype(np.float32)
+    parameter = take(row, tensor, sizes)
+    assert parameter.shape == ours
+    into = np.zeros(stored_shape(row, ours, sizes), np.float32)
+    put(row, parameter, into, sizes)
+    np.testing.assert_array_equal(take(row, finish(row, into, sizes), sizes), parameter)
+
+
+def test_names_count_layers_and_experts():
+    row = Row("w", "layer.{layer}.expert.{expert}.w", "a b -> b a")
+    assert names(row, {"layers": 2, "experts": 2}) == [f"layer.{i}.expert.{j}.w" for i in (0, 1) for j in (0, 1)]
