@@ -73,13 +73,13 @@ def test_several_files_read_as_one(directory, tmp_path):
 def test_a_damaged_file_is_named(directory):
     path = directory / SINGLE
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         Checkpoint(directory)
 
 
 def test_a_pickle_is_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(ValueError, match="only as pytorch_model.bin, a pickle.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"only as pytorch_model\.bin, a pickle.*save_pretrained"):
         Checkpoint(tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_stored_precision_is_kept_or_converted(directory, dtype):
 
 
 def test_an_unknown_key_and_a_wrong_value_are_errors_and_null_is_not():
-    raw = {**{key: value for key, value in LLAMA.write(CONFIG).items()}, "no_such_key": None}
+    raw = {**LLAMA.write(CONFIG), "no_such_key": None}
     LLAMA.read(fields := Fields(raw))
     fields.finish("config.json")
     LLAMA.read(fields := Fields({**raw, "residual_multiplier": 0.5, "hidden_act": "quick"}))
