@@ -27,19 +27,20 @@ def main(argv: list[str] | None = None) -> int | None:
     if arguments.target.exists() and (arguments.target.is_file() or any(arguments.target.iterdir())):
         raise ValueError(f"{arguments.target} exists and is not empty; choose another directory")
     import jaxllm
-    from jaxllm.huggingface import same_logits
+    from jaxllm.huggingface import compare_logits
     from jaxllm.sharding import distributed
 
-    distributed.start(distributed.PlatformConfig(cpu_devices=1))
+    distributed.start(distributed.PlatformConfig())
     lm = jaxllm.load(arguments.source)
     if is_huggingface(arguments.source):
         lm.save(arguments.target)
     else:
         jaxllm.export(lm, arguments.target)
-    same_logits(lm, jaxllm.load(arguments.target))
+    difference = compare_logits(lm, jaxllm.load(arguments.target))
+    same = f"up to {difference:.1e}" if difference else "to the last bit"
     sys.stdout.write(
         f"{arguments.target}: {param_count(config):,} parameters; the logits of a fixed prompt are those of "
-        f"{arguments.source}, to the last bit\n"
+        f"{arguments.source}, {same}\n"
     )
     return None
 

@@ -87,6 +87,11 @@ class SentencePieces:
         }[role]()
         return token if token >= 0 else None
 
+    def scored(self) -> tuple[list[str], list[float]]:
+        """Return the pieces and their scores, by id."""
+        model = self._model
+        return [model.id_to_piece(i) for i in range(self.size)], [model.get_score(i) for i in range(self.size)]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")] if self.escape_mark else []
         parts: list[str] = []

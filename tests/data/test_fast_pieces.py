@@ -22,7 +22,8 @@ def byte_level(tmp_path_factory):
     model.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(300, special_tokens=specials, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet)
+    model.train_from_iterator(TEXTS * 3, trainer)
     path = tmp_path_factory.mktemp("tokenizer")
     model.save(str(path / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "chat_template": CHATML}

@@ -135,6 +135,7 @@ def compare_gradients(model, family, config, params, tokens):
     out = model(torch.from_numpy(tokens), labels=torch.from_numpy(tokens))
     out.loss.backward()
     theirs = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    theirs["embed_out.weight"] = model.get_output_embeddings().weight.grad.numpy()  # the name in GPT-NeoX's files
     batch = Batch(
         tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32), np.ones((3, 23), np.float32),
         np.ones((3, 23), np.int32), np.arange(23, dtype=np.int32)[None].repeat(3, 0),
@@ -161,8 +162,9 @@ def way_back(model, family, config, path, out, tokens, expected):
     assert set(again) == set(checkpoint)
     for name in again:
         np.testing.assert_array_equal(again[name], checkpoint[name])
+    ids = {key: SIZES[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     description = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
-    (out / "config.json").write_text(json.dumps(description))
+    (out / "config.json").write_text(json.dumps(description | ids))
     fields = Fields(description)
     assert family.read(fields) == config
     fields.finish("the export")

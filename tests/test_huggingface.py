@@ -1,0 +1,94 @@
+"""Whole models: load, export, convert, sample and tune with Hugging Face directories."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.convert import main as convert
+from jaxllm.core.tree import named_leaves
+from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.huggingface import export
+from jaxllm.inference.sampling import Sampler
+from jaxllm.language_model import LanguageModel
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import init_params
+from jaxllm.sample import main as sample
+
+CONFIG = ModelConfig(
+    vocab_size=262, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=96, qk_norm="head"
+)
+GREEDY = Sampler(temperature=0)
+
+
+def model(config=CONFIG):
+    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf * 4, init_params(config, 0)))()
+    return LanguageModel(config, params, byte_tokenizer(), chat=True, stop_ids=(7,))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(model(), tmp_path_factory.mktemp("models") / "qwen")
+
+
+def test_an_export_loads_as_the_same_model(exported):
+    before, after = model(), jaxllm.load(exported)
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "qwen3"  # the family with such norms
+    assert after.config.model_dump(exclude={"head_dim"}) == before.config.model_dump(exclude={"head_dim"})
+    for name, leaf in named_leaves(after.params).items():
+        np.testing.assert_array_equal(leaf, named_leaves(before.params)[name])
+    assert (after.stop_ids, after.is_chat) == (before.stop_ids, True)
+    asked = [{"role": "user", "content": "你好"}]
+    assert after.encode(asked) == before.encode(asked)
+    assert after.chat(asked, max_new_tokens=8, sampler=GREEDY) == before.chat(asked, max_new_tokens=8, sampler=GREEDY)
+
+
+def test_converted_to_a_run_and_back(exported, tmp_path, capsys):
+    assert convert([str(exported), str(tmp_path / "run")]) is None
+    assert convert([str(tmp_path / "run"), str(tmp_path / "again")]) is None
+    assert "to the last bit" in capsys.readouterr().out
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes(), name
+    assert convert([str(exported), str(tmp_path / "run")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_sample_reads_the_directory(exported, capsys):
+    assert sample([str(exported), "--prompt", "Hi", "--max-new-tokens", "4", "--temperature", "0"]) is None
+    answer = model().chat([{"role": "user", "content": "Hi"}], max_new_tokens=4, sampler=GREEDY)
+    assert capsys.readouterr().out == answer.text + "\n"
+
+
+def test_a_factor_on_embeddings_moves_into_the_table(tmp_path):
+    lm = model(CONFIG.model_copy(update={"embed_scale": 32**0.5, "tie_embeddings": True}))
+    again = jaxllm.load(export(lm, tmp_path / "scaled"))
+    tokens = np.arange(6, 30)[None]
+    np.testing.assert_allclose(again.logits(tokens), lm.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type='mamba' is not known; known are llama"),
+        ({"attention_sink_size": 4}, "attention_sink_size=4: unknown, and it may change the model"),
+        ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight: missing"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(exported, tmp_path, change, message):
+    for path in exported.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw = json.loads((exported / "config.json").read_text())
+    if "num_hidden_layers" in change:
+        raw["layer_types"] = ["full_attention"] * 3
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(ValueError, match=message):
+        jaxllm.load(tmp_path)
+
+
+def test_a_model_that_no_family_computes_is_refused(tmp_path):
+    lm = model(CONFIG.model_copy(update={"parallel": True}))
+    with pytest.raises(ValueError, match=r"no family of transformers computes this.*parallel=True"):
+        export(lm, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
