@@ -2,7 +2,9 @@
 #   PYTHON=python3.12   interpreter of a new environment (default: the first of python3, python3.13, ... that is >= 3.11)
 #   VENV=directory      where the environment is (default: .venv)
 #   ARGS="..."          more arguments for pytest or the quickstart
+#   EXTRA=test,parity   extras of pyproject.toml for test and lint: parity compares with PyTorch and transformers
 VENV ?= .venv
+EXTRA ?= test
 export PYTHON
 
 .NOTPARALLEL:
@@ -19,11 +21,11 @@ quickstart:
 	"$(VENV)/bin/python" -m jaxllm.quickstart $(ARGS)
 
 test:
-	@bash tools/environment.sh "$(VENV)" test
+	@bash tools/environment.sh "$(VENV)" "$(EXTRA)"
 	"$(VENV)/bin/python" -m pytest $(ARGS)
 
 lint:
-	@bash tools/environment.sh "$(VENV)" test
+	@bash tools/environment.sh "$(VENV)" "$(EXTRA)"
 	"$(VENV)/bin/python" -m ruff check
 	"$(VENV)/bin/python" -m ruff format --check
 	"$(VENV)/bin/python" tools/check_style.py

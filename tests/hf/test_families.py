@@ -59,7 +59,7 @@ MODELS = {
     "gpt2": ("GPT2Config", {"vocab_size": 288, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64,
         "bos_token_id": 1, "eos_token_id": 2}),
 }  # fmt: skip
-GRADIENTS = ("llama", "gemma2", "gpt2", "gpt_neox", "qwen2")
+GRADIENTS = ("llama", "gemma2", "gpt2", "gpt_neox")
 PROMPT, NEW = 8, 16
 
 
