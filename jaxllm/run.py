@@ -224,16 +224,23 @@ class Run:
             + (f"; resuming at step {done}" if done else "")
         )
 
-    def note(self) -> str:
-        """Say it if a batch is larger than an epoch; else nothing."""
+    def notes(self) -> list[str]:
+        """Say which conversations are left out, and if a batch is larger than an epoch."""
+        notes = []
+        for plan in self.loader.plans:
+            if plan.dropped:
+                notes.append(
+                    f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are "
+                    f"longer than data.packing.seq_len={plan.seq_len} and left out; raise it to learn from them"
+                )
         rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size
-        if rows >= batch:
-            return ""
-        return (
-            f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more than "
-            "an epoch, and a length in epochs or tokens is rounded up to whole steps; lower data.batch_size to "
-            f"{rows} or less to train just as long as you asked"
-        )
+        if rows < batch:
+            notes.append(
+                f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more "
+                "than an epoch, and a length in epochs or tokens is rounded up to whole steps; lower data.batch_size "
+                f"to {rows} or less to train just as long as you asked"
+            )
+        return notes
 
 
 def _best_params(state: TrainState) -> Any:

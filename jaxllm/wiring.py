@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
             begin=run.begin, tokens_per_step=run.tokens_per_step, flops=run.flops_per_step(),
         ) as log:  # fmt: skip
             log.say(run.describe(steps))
-            if note := run.note():
+            for note in run.notes():
                 log.say(note)
             log.say(run.memory(state))
             state = _train(run, state, steps, log, stop)

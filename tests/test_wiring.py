@@ -11,7 +11,8 @@ from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.sources import World
 from jaxllm.inspect import main as inspect
-from jaxllm.recipe import load_recipe
+from jaxllm.models import presets
+from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.run import Run
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.checkpoint import Checkpoints
@@ -202,11 +203,11 @@ def test_length_in_samples_survives_another_batch_size(workspace):
 
 
 def announced(*overrides):
-    """What a new run says first: its line and its note."""
+    """What a new run says first: its line and its notes."""
     recipe = load_recipe("recipe.yaml", overrides)
     loader = Loader(recipe.data)
     run = Run(recipe, loader, make_mesh(recipe.mesh))
-    return run.describe(total_steps(recipe, loader, 0, 0)), run.note()
+    return run.describe(total_steps(recipe, loader, 0, 0)), "".join(run.notes())
 
 
 def test_a_batch_larger_than_an_epoch_is_said_and_twice_the_length_is_refused(workspace):
@@ -217,6 +218,18 @@ def test_a_batch_larger_than_an_epoch_is_said_and_twice_the_length_is_refused(wo
     assert announced(f"data.batch_size={size}", "steps=1 epoch")[1] == ""
     with pytest.raises(ValueError, match=r"steps=320 tokens asks for 10 samples, .*would make it 24; lower .* to 10,"):
         announced("data.batch_size=24", "steps=320 tokens")
+
+
+def test_conversations_that_are_left_out_are_counted(tmp_path):
+    prepare(PrepareConfig(inputs=(World(count=60),), out=str(tmp_path / "chat"), tokenizer=BytesTokenizer(), chat=True))
+    data = {"sources": [{"path": str(tmp_path / "chat")}], "packing": {"seq_len": 90, "long": "drop"}, "batch_size": 4}
+    recipe = Recipe(out="out", model=presets.get("tiny"), data=data)
+    loader = Loader(recipe.data)
+    [note] = Run(recipe, loader, make_mesh(recipe.mesh)).notes()
+    [plan] = loader.plans
+    longer = int((plan.dataset.lengths - 1 > 90).sum())
+    assert 0 < longer < len(plan.dataset)
+    assert f"{longer} of {len(plan.dataset)} conversations of {tmp_path / 'chat'} are longer than" in note
 
 
 def test_a_finite_order_fills_up_its_last_batch_and_is_no_longer_than_asked(workspace):
