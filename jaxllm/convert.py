@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int | None:
     arguments = _parser().parse_args(argv)
     from jaxllm.locate import is_huggingface, model_config
     from jaxllm.models.accounting import param_count
+    from jaxllm.models.config import ComputeConfig
 
     config = model_config(arguments.source)
     if arguments.target.exists() and (arguments.target.is_file() or any(arguments.target.iterdir())):
@@ -31,12 +32,13 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
-    lm = jaxllm.load(arguments.source)
+    exact = ComputeConfig(dtype="float32")  # both sides alike, whatever the recipe or this machine would choose
+    lm = jaxllm.load(arguments.source, compute=exact)
     if is_huggingface(arguments.source):
         lm.save(arguments.target)
     else:
         jaxllm.export(lm, arguments.target)
-    difference = compare_logits(lm, jaxllm.load(arguments.target))
+    difference = compare_logits(lm, jaxllm.load(arguments.target, compute=exact))
     same = f"up to {difference:.1e}" if difference else "to the last bit"
     sys.stdout.write(
         f"{arguments.target}: {param_count(config):,} parameters; the logits of a fixed prompt are those of "

@@ -1,5 +1,6 @@
 """Whole models from Hugging Face directories and into them: configuration, weights, tokenizer, chat template."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,22 @@ def export(lm: LanguageModel, directory: str | Path) -> Path:
         raise ValueError(f"{directory} is not empty; export into a new directory")
     tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
     family, description = _describe(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    writer = Writer(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")  # a kill leaves no half model under the name
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    writer = Writer(temporary)
     write_params(params, family.rows(config), config, writer)
     writer.close()
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     dtype = str(jax.tree.leaves(lm.params)[0].dtype)
     head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    files.write_json(directory / "config.json", head | description | ids)
+    files.write_json(temporary / "config.json", head | description | ids)
     ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
-    files.write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends})
-    _write_tokenizer(tokenizer, directory)
+    files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
+    _write_tokenizer(tokenizer, temporary)
+    if directory.exists():
+        directory.rmdir()
+    temporary.rename(directory)
     return directory
 
 

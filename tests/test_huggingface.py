@@ -1,6 +1,7 @@
 """Whole models: load, export, convert, sample and tune with Hugging Face directories."""
 
 import json
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -10,9 +11,11 @@ import jaxllm
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import named_leaves
 from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
+from jaxllm.layers.config import Rope
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import init_params
 from jaxllm.sample import main as sample
@@ -66,6 +69,25 @@ def test_a_factor_on_embeddings_moves_into_the_table(tmp_path):
     again = jaxllm.load(export(lm, tmp_path / "scaled"))
     tokens = np.arange(6, 30)[None]
     np.testing.assert_allclose(again.logits(tokens), lm.logits(tokens), atol=1e-4)
+
+
+def test_rotating_a_part_of_a_head_is_not_exported_as_a_family_that_rotates_all(tmp_path):
+    lm = model(CONFIG.model_copy(update={"positions": Rope(fraction=0.5)}))
+    with pytest.raises(ValueError, match="no family of transformers"):
+        export(lm, tmp_path / "out")
+
+
+def test_a_head_that_differs_from_the_tied_table_is_refused(tmp_path):
+    path = export(model(CONFIG.model_copy(update={"tie_embeddings": True})), tmp_path / "tied")
+    for factor, accepted in ((1, True), (-1, False)):
+        tensors = dict(Checkpoint(path))
+        writer = Writer(path)
+        for name, tensor in {**tensors, "lm_head.weight": factor * tensors["model.embed_tokens.weight"]}.items():
+            writer.add(name, tensor)
+        writer.close()
+        refused = pytest.raises(ValueError, match=r"lm_head\.weight: differs from model\.embed")
+        with nullcontext() if accepted else refused:
+            jaxllm.load(path)
 
 
 @pytest.mark.parametrize(

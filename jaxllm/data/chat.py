@@ -83,6 +83,8 @@ class ChatTemplate:
             self._compiled,
             messages=guarded,
             add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
             generation_start=start,

@@ -39,7 +39,7 @@ def compile_template(source: str) -> jinja2.Template:
     )
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

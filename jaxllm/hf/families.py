@@ -33,15 +33,20 @@ class Family(NamedTuple):
     rows: Callable[[ModelConfig], list[Row]]
 
 
-def _common(fields: Fields, *, tie: bool = False, theta: float = 10_000.0, **rest: Any) -> dict[str, Any]:
-    """What Llama and its heirs call the same; `rest` has what a family means by silence, and what it adds."""
-    n_heads = fields.take("num_attention_heads")
+def _common(
+    fields: Fields, *, tie: bool = False, theta: float = 10_000.0, groups: int | None = None, **rest: Any
+) -> dict[str, Any]:
+    """What Llama and its heirs call the same; `rest` has what a family adds.
+
+    Args:
+      tie, theta, groups: what it means by silence about tie_word_embeddings, rope_theta and num_key_value_heads.
+    """
+    n_heads, width = fields.need("num_attention_heads"), fields.need("hidden_size")
     read = {
-        "vocab_size": fields.take("vocab_size"), "d_model": fields.take("hidden_size"),
-        "n_layers": fields.take("num_hidden_layers"), "n_heads": n_heads,
-        "n_kv_heads": fields.take("num_key_value_heads", n_heads),
-        "head_dim": fields.take("head_dim", fields.take("hidden_size") // n_heads),
-        "d_ff": fields.take("intermediate_size"), "max_seq_len": fields.take("max_position_embeddings"),
+        "vocab_size": fields.need("vocab_size"), "d_model": width, "n_layers": fields.need("num_hidden_layers"),
+        "n_heads": n_heads, "n_kv_heads": fields.get("num_key_value_heads", groups) or n_heads,
+        "head_dim": fields.take("head_dim", width // n_heads), "d_ff": fields.need("intermediate_size"),
+        "max_seq_len": fields.need("max_position_embeddings"),
         "tie_embeddings": fields.take("tie_word_embeddings", tie),
         "init_std": fields.take("initializer_range", 0.02),
     }  # fmt: skip
@@ -65,7 +70,6 @@ def _write_common(config: ModelConfig) -> dict[str, Any]:
     if isinstance(config.positions, Rope):
         rope = write_rope(config.positions)
         written |= {"rope_parameters": rope, "rope_theta": config.positions.theta}
-        # Versions before 5 read these; linear and longrope went by "type" then.
         if config.positions.scaling is not None:
             written["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if isinstance(config.norm, RMSNorm):
@@ -77,7 +81,7 @@ def _window(
     fields: Fields, n_layers: int, default: Callable[[int], bool], size: int | None = None
 ) -> SlidingWindow | None:
     """Return the window of some layers, by layer_types or by the family's rule."""
-    size = fields.take("sliding_window", size)
+    size = fields.get("sliding_window", size)
     kinds = fields.take("layer_types", [SLIDING if default(i) else FULL for i in range(n_layers)])
     if unknown := set(kinds) - {SLIDING, FULL}:
         fields.problems.append(f"layer_types has {', '.join(sorted(unknown))}: known are {SLIDING}, {FULL}")
@@ -98,6 +102,7 @@ def _layer_types(config: ModelConfig) -> list[str]:
 
 def _read_llama(fields: Fields) -> ModelConfig:
     attention, mlp = fields.take("attention_bias", False), fields.take("mlp_bias", False)
+    _check_width(fields)
     if mlp and not attention:
         fields.problems.append(
             "mlp_bias=True without attention_bias: only all biases or those of attention are computed"
@@ -105,13 +110,19 @@ def _read_llama(fields: Fields) -> ModelConfig:
     return ModelConfig(**_common(fields, bias="attention" if attention and not mlp else bool(attention)))
 
 
+def _check_width(fields: Fields) -> None:
+    """Refuse what transformers refuses for this family, so that nothing is exported which it cannot load."""
+    if fields.need("hidden_size") % fields.need("num_attention_heads"):
+        fields.problems.append("hidden_size is no multiple of num_attention_heads")
+
+
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
     return {"attention_bias": config.bias in (True, "attention"), "mlp_bias": config.bias is True}
 
 
 def _read_mistral(fields: Fields) -> ModelConfig:
-    size = fields.take("sliding_window")
-    return ModelConfig(**_common(fields, window=None if size is None else SlidingWindow(size=size)))
+    size = fields.get("sliding_window", 4096)
+    return ModelConfig(**_common(fields, groups=8, window=None if size is None else SlidingWindow(size=size)))
 
 
 def _write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -121,8 +132,8 @@ def _write_mistral(config: ModelConfig) -> dict[str, Any]:
 def _read_qwen(fields: Fields, **variant: Any) -> ModelConfig:
     sliding, first = fields.take("use_sliding_window", False), fields.take("max_window_layers", 28)
     n_layers = fields.take("num_hidden_layers")
-    window = _window(fields, n_layers, lambda i: sliding and i >= first, 4096 if sliding else None)
-    return ModelConfig(**_common(fields, window=window, **variant))
+    window = _window(fields, n_layers, lambda i: sliding and i >= first, 4096)
+    return ModelConfig(**_common(fields, window=window if sliding else None, **variant))
 
 
 def _read_qwen3(fields: Fields) -> ModelConfig:
@@ -138,18 +149,20 @@ def _write_qwen(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gemma_common(fields: Fields, **rest: Any) -> ModelConfig:
+def _gemma_common(fields: Fields, groups: int | None = None, **rest: Any) -> ModelConfig:
+    _check_width(fields)
     fields.expect("attention_bias", False)
     fields.expect("use_bidirectional_attention", False)
     key = "hidden_activation" if "hidden_activation" in fields else "hidden_act"
-    table = ACTIVATIONS | {"gelu": "gelu_tanh"}  # a legacy value of the official releases that means the approximation
+    # In the first Gemma's hidden_act, "gelu" is a legacy value of the official releases that means the approximation.
+    table = ACTIVATIONS | ({"gelu": "gelu_tanh"} if key == "hidden_act" else {})
     activation = fields.among(key, table, "gelu_pytorch_tanh")
     fields.take("hidden_act")
     norm = RMSNorm(eps=fields.take("rms_norm_eps", 1e-6), offset=1.0)
     head_dim = fields.take("head_dim", 256)
     return ModelConfig(
         **_common(
-            fields, tie=True, norm=norm, ffn=Gated(activation=activation), head_dim=head_dim,
+            fields, tie=True, groups=groups, norm=norm, ffn=Gated(activation=activation), head_dim=head_dim,
             embed_scale=fields.take("hidden_size") ** 0.5, **rest,
         )
     )  # fmt: skip
@@ -158,8 +171,10 @@ def _gemma_common(fields: Fields, **rest: Any) -> ModelConfig:
 def _read_gemma2(fields: Fields) -> ModelConfig:
     window = _window(fields, fields.take("num_hidden_layers"), lambda i: i % 2 == 0, 4096)
     return _gemma_common(
-        fields, norm_placement="sandwich", window=window, score_scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
-        score_softcap=fields.take("attn_logit_softcapping"), logit_softcap=fields.take("final_logit_softcapping"),
+        fields, groups=4, norm_placement="sandwich", window=window,
+        score_scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
+        score_softcap=fields.get("attn_logit_softcapping", 50.0),
+        logit_softcap=fields.get("final_logit_softcapping", 30.0),
     )  # fmt: skip
 
 
@@ -180,7 +195,8 @@ def _read_gemma3(fields: Fields) -> ModelConfig:
         rope = read_rope(fields, 1e6)
     rope = rope.model_copy(update={"local_theta": local_theta if window else None})
     return _gemma_common(
-        fields, norm_placement="sandwich", window=window, score_scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
+        fields, groups=4, norm_placement="sandwich", window=window,
+        score_scale=fields.take("query_pre_attn_scalar", 256) ** -0.5,
         score_softcap=fields.take("attn_logit_softcapping"), logit_softcap=fields.take("final_logit_softcapping"),
         qk_norm="head", positions=rope,
     )  # fmt: skip
@@ -210,7 +226,8 @@ def _whole(x: float) -> float | int:
 def _read_phi3(fields: Fields) -> ModelConfig:
     size = fields.take("sliding_window")
     window = None if size is None else SlidingWindow(size=size)
-    return ModelConfig(**_common(fields, norm=RMSNorm(eps=fields.take("rms_norm_eps", 1e-5)), window=window))
+    norm, rope = RMSNorm(eps=fields.take("rms_norm_eps", 1e-5)), read_rope(fields, 10_000.0, 1.0)
+    return ModelConfig(**_common(fields, norm=norm, positions=rope, window=window))
 
 
 def _write_phi3(config: ModelConfig) -> dict[str, Any]:
@@ -232,9 +249,9 @@ def _read_smollm3(fields: Fields) -> ModelConfig:
     rotated = fields.take("no_rope_layers", [int((i + 1) % every != 0) for i in range(n_layers)])
     skipped = _shortest(tuple(not each for each in rotated))
     sliding = fields.take("use_sliding_window", False)
-    window = _window(fields, n_layers, lambda i: sliding and bool(rotated[i]))
+    window = _window(fields, n_layers, lambda i: sliding and not rotated[i])
     rope = read_rope(fields, 2e6, skipped=skipped)
-    return ModelConfig(**_common(fields, tie=True, positions=rope, window=window))
+    return ModelConfig(**_common(fields, tie=True, groups=4, positions=rope, window=window))
 
 
 def _write_smollm3(config: ModelConfig) -> dict[str, Any]:
@@ -251,7 +268,10 @@ def _read_starcoder2(fields: Fields) -> ModelConfig:
     ffn = Plain(activation=fields.among("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"))
     window = None if size is None else SlidingWindow(size=size)
     bias = fields.take("use_bias", True)
-    return ModelConfig(**_common(fields, tie=True, norm=norm, ffn=ffn, window=window, bias=bias))
+    std = fields.take("initializer_range", 0.018042)
+    return ModelConfig(
+        **_common(fields, tie=True, groups=2, norm=norm, ffn=ffn, window=window, bias=bias, init_std=std)
+    )
 
 
 def _write_starcoder2(config: ModelConfig) -> dict[str, Any]:
@@ -260,6 +280,7 @@ def _write_starcoder2(config: ModelConfig) -> dict[str, Any]:
 
 def _read_neox(fields: Fields) -> ModelConfig:
     fields.expect("attention_bias", True)
+    _check_width(fields)
     norm = LayerNorm(eps=fields.take("layer_norm_eps", 1e-5))
     ffn = Plain(activation=fields.among("hidden_act", ACTIVATIONS, "gelu"))
     rope = read_rope(fields, 10_000.0, 0.25)
@@ -278,13 +299,14 @@ def _read_gpt2(fields: Fields) -> ModelConfig:
     fields.expect("scale_attn_weights", True)
     fields.expect("scale_attn_by_inverse_layer_idx", False)
     fields.expect("add_cross_attention", False)
+    fields.expect("tie_word_embeddings", True)
     d_model, n_heads = fields.take("n_embd", 768), fields.take("n_head", 12)
     fields.take("n_ctx")
     return ModelConfig(
         vocab_size=fields.take("vocab_size", 50257), d_model=d_model, n_layers=fields.take("n_layer", 12),
         n_heads=n_heads, n_kv_heads=n_heads, head_dim=d_model // n_heads, d_ff=fields.take("n_inner", 4 * d_model),
         max_seq_len=fields.take("n_positions", 1024), norm=LayerNorm(eps=fields.take("layer_norm_epsilon", 1e-5)),
-        positions=Learned(), bias=True, tie_embeddings=fields.take("tie_word_embeddings", True),
+        positions=Learned(), bias=True, tie_embeddings=True,
         ffn=Plain(activation=fields.among("activation_function", ACTIVATIONS, "gelu_new")),
         init_std=fields.take("initializer_range", 0.02),
     )  # fmt: skip

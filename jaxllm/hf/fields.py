@@ -13,9 +13,16 @@ HARMLESS = frozenset(
     pad_token_id prefix pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop residual_dropout
     return_dict sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
     summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version use_cache
-    unsloth_fixed unsloth_version
+    unsloth_fixed unsloth_version _num_labels
     """.split()  # noqa: SIM905
 )
+
+
+# Values that say what is computed anyway.
+MEANINGLESS = (
+    ("use_mrope", False), ("is_llama_config", True), ("rope_interleaved", False), ("mlp_type", "default"),
+    ("norm_type", "layer_norm"), ("lm_head_bias", False), ("attention_bias", False), ("mlp_bias", False),
+)  # fmt: skip
 
 
 class Fields:
@@ -39,6 +46,21 @@ class Fields:
         value = self._raw.get(key)
         return default if value is None else value
 
+    def get(self, key: str, absent: Any) -> Any:
+        """Return a value where null means none, and only absence means the family's default."""
+        self._read.add(key)
+        return self._raw.get(key, absent)
+
+    def need(self, key: str) -> Any:
+        """Return a value that no family has a default for.
+
+        Raises:
+          ValueError: it is not there.
+        """
+        if key not in self:
+            raise ValueError(f"config.json has no {key}; it is not complete")
+        return self.take(key)
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Accept a key only with one of the values that we compute; the first is what absent means."""
         value = self.take(key, allowed[0])
@@ -60,7 +82,10 @@ class Fields:
         Raises:
           ValueError: there is something.
         """
-        unread = sorted(key for key in self._raw if key not in self._read | HARMLESS and self._raw[key] is not None)
+        unread = sorted(
+            key for key, value in self._raw.items()
+            if key not in self._read | HARMLESS and value is not None and (key, value) not in MEANINGLESS
+        )  # fmt: skip
         problems = self.problems + [f"{key}={self._raw[key]!r}: unknown, and it may change the model" for key in unread]
         if problems:
             raise ValueError(

@@ -7,23 +7,25 @@ from jaxllm.hf.fields import Fields
 from jaxllm.layers.config import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
 
 
-def read_rope(fields: Fields, theta: float, fraction: float = 1.0, **rest: Any) -> Rope:
+def read_rope(fields: Fields, theta: float, fraction: float | None = None, **rest: Any) -> Rope:
     """Return the rotary positions of a config.
 
     Args:
-      theta, fraction: what the family means by leaving them out.
+      theta, fraction: what the family means by leaving them out; None: it always rotates whole heads.
     """
     now, before = fields.take("rope_parameters"), fields.take("rope_scaling")
     found = dict(now or before or {})
     found.setdefault("rope_theta", fields.take("rope_theta", fields.take("rotary_emb_base", theta)))
-    partial = fields.take("partial_rotary_factor", fields.take("rotary_pct", fraction))
+    partial = fields.take("partial_rotary_factor", fields.take("rotary_pct", fraction or 1.0))
     found.setdefault("partial_rotary_factor", partial)
     longest = fields.take("original_max_position_embeddings", 0)
     if longest:
         found.setdefault("original_max_position_embeddings", longest)
-    theta, fraction = float(found.pop("rope_theta")), float(found.pop("partial_rotary_factor"))
+    theta, share = float(found.pop("rope_theta")), float(found.pop("partial_rotary_factor"))
+    if fraction is None and share != 1.0:
+        fields.problems.append(f"partial_rotary_factor={share}: transformers ignores it in this family")
     scaling = read_scaling(found, fields, fields.take("max_position_embeddings", 0))
-    return Rope(theta=theta, fraction=fraction, scaling=scaling, **rest)
+    return Rope(theta=theta, fraction=share, scaling=scaling, **rest)
 
 
 def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeScaling | None:
@@ -36,6 +38,11 @@ def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeSca
     found.pop("type", None)
     original = found.pop("original_max_position_embeddings", None)
     scaling: RopeScaling | None = None
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+    needed |= dict.fromkeys(("longrope", "su"), ("short_factor", "long_factor"))
+    if missing := [key for key in needed.get(kind, ()) if key not in found]:
+        fields.problems.append(f"rope_type={kind!r} without {', '.join(missing)}")
+        return None
     match kind:
         case "default":
             pass

@@ -17,6 +17,7 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Params, abstract_params
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+HEADS = {"lm_head.weight", "embed_out.weight"}
 
 
 def sizes_of(config: ModelConfig) -> Sizes:
@@ -44,10 +45,15 @@ def match(checkpoint: Checkpoint, rows: list[Row], config: ModelConfig) -> dict[
         bare = name.partition(".")[2]
         if name not in found and bare in there:
             found[name] = bare
-    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()  # a copy of the table
+    tied = HEADS & there if config.tie_embeddings else set()  # a copy of the table, in some files
+    table = next(name for row in rows if row.ours == "embed/table" for name in names(row, sizes))
     problems = [f"{name}: missing" for name in wanted if name not in found]
     problems += [f"{name}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
     problems += _misshaped(checkpoint, found, rows, config)
+    problems += [
+        f"{name}: differs from {table}, and config.json has tie_word_embeddings: true; set it to false"
+        for name in tied if table in found and not np.array_equal(checkpoint[name], checkpoint[found[table]])
+    ]  # fmt: skip
     if problems:
         shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
         raise ValueError(

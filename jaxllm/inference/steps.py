@@ -93,12 +93,13 @@ def prefill(model: Transformer, rows: Rows, slots: int, new_slots: int) -> State
     batch, length = rows.prompts.shape
     shape = (batch, slots, config.kv_heads, config.head_width)
     cache = init_cache(config.n_layers, shape, jnp.dtype(model.compute.dtype))
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    positions = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None, :], rows.lengths[:, None] - 1)
     hidden, cache = model.prefill(rows.prompts, positions, cache)
     last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)
     seen = None
     if rows.settings.repetition_penalty is not None:
-        real = jnp.where(positions < rows.lengths[:, None], rows.prompts, config.vocab_size)  # out of range is dropped
+        real = jnp.arange(length)[None, :] < rows.lengths[:, None]
+        real = jnp.where(real, rows.prompts, config.vocab_size)  # out of range is dropped
         empty = jnp.zeros((batch, config.vocab_size), bool)
         seen = jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(empty, real)
     zeros = jnp.zeros(batch, jnp.int32)

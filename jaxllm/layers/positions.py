@@ -22,7 +22,8 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, rope: Rope, *, loca
     theta, scaling = (rope.local_theta, None) if local else (rope.theta, rope.scaling)
     frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     frequencies, magnitude = _scaled(frequencies, theta, scaling, positions)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.astype(jnp.float32)[None, None, None, :]
+    frequencies = jnp.reshape(frequencies.astype(jnp.float32), (-1, 1, 1, width // 2))  # one set, or one per row
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     # The product with the identity is exact, and a fence: without it XLA on a CPU moves the cosines into `rotate` and
     # computes them anew for every head of every layer.
     fence = lambda x: jnp.matmul(x, jnp.eye(width // 2), precision=jax.lax.Precision.HIGHEST)
@@ -71,4 +72,5 @@ def _scaled(
             return frequencies * (kept + (1 - kept) / scaling.factor), scaling.magnitude
         case LongRopeScaling():
             short, long = (frequencies / np.asarray(x) for x in (scaling.short_factors, scaling.long_factors))
-            return jnp.where(jnp.max(positions) < scaling.original_len, short, long), scaling.magnitude
+            beyond = jnp.max(positions, axis=-1)[:, None, None, None] >= scaling.original_len  # of its row alone
+            return jnp.where(beyond, long[None, None, None], short[None, None, None]), scaling.magnitude

@@ -5,7 +5,16 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
-from jaxllm.layers.config import FfnConfig, Gated, NormConfig, PositionConfig, RMSNorm, Rope, SlidingWindow
+from jaxllm.layers.config import (
+    FfnConfig,
+    Gated,
+    LongRopeScaling,  # noqa: F401  read by decoding
+    NormConfig,
+    PositionConfig,
+    RMSNorm,
+    Rope,
+    SlidingWindow,
+)
 
 
 class ModelConfig(Config):

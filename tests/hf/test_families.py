@@ -59,8 +59,18 @@ MODELS = {
     "gpt2": ("GPT2Config", {"vocab_size": 288, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64,
         "bos_token_id": 1, "eos_token_id": 2}),
 }  # fmt: skip
+WINDOWS = {
+    "smollm3": {"use_sliding_window": True, "sliding_window": 64},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
+}
 GRADIENTS = ("llama", "gemma2", "gpt2", "gpt_neox")
 PROMPT, NEW = 8, 16
+# Every published config.json has these; leaving one out is an error here, or a shape that does not fit.
+REQUIRED = {
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "rope_parameters", "head_dim",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -129,6 +139,25 @@ def test_logits_padding_greedy_text_gradients_and_the_way_back(pair, tmp_path):
     if name in GRADIENTS:
         compare_gradients(model, family, config, params, tokens)
     way_back(model, family, config, path, tmp_path, tokens, expected)
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_a_key_that_is_left_out_means_what_transformers_takes_it_for(model_type):
+    kind = transformers.CONFIG_MAPPING[model_type]
+    full = kind(**WINDOWS.get(model_type, {})).to_dict()
+
+    def read(raw):
+        config = FAMILIES[model_type].read(fields := Fields(raw))
+        fields.finish(model_type)
+        return config
+
+    for key in full:
+        raw = {name: value for name, value in full.items() if name != key}
+        again = kind.from_dict(json.loads(json.dumps(raw))).to_dict()
+        if key in REQUIRED:
+            continue
+        with_key, without = read(again), read(raw)
+        assert without == with_key, key
 
 
 def compare_gradients(model, family, config, params, tokens):

@@ -1,14 +1,17 @@
+import jax
 import numpy as np
 import pytest
 
 from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _programs, bucket
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
+from jaxllm.layers.config import LongRopeScaling, Rope
 from jaxllm.layers.masks import CausalMask
-from jaxllm.models.config import ComputeConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import bind, graph
 
 COMPUTE = ComputeConfig(dtype="float32", layers="unroll")
+CONFIG = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=80)
 GREEDY, PLAIN = Sampler(temperature=0), Sampler(temperature=1.0, seed=5)
 RANDOM = np.random.default_rng(1)
 PROMPTS = [RANDOM.integers(3, 61, n).tolist() for n in (1, 2, 5, 9, 17, 31, 33, 40)]
@@ -41,6 +44,27 @@ def test_cached_logits_equal_the_full_forward(decoder, forward):
     rest, cache = model.decode(tokens[:, 9:], positions[:, 9:], cache)  # several tokens at once, too
     logits = np.concatenate([model.logits(first), model.logits(rest)], axis=1)[0]
     np.testing.assert_allclose(logits, forward(PROMPTS[4]), atol=2e-5)
+
+
+def test_rows_on_both_sides_of_longrope_use_their_own_factors_and_none_crosses(params):
+    factors = {"short_factors": (1.0, 1.2, 1.4, 1.6), "long_factors": (2.0, 3.0, 4.0, 5.0)}
+    config = CONFIG.model_copy(update={"positions": Rope(scaling=LongRopeScaling(original_len=20, **factors))})
+    model = jax.jit(lambda *batch: bind(graph(config, COMPUTE)[0], batch[0])(batch[1], None, batch[2]))
+
+    def oracle(prompt, count):
+        tokens = list(prompt)
+        for _ in range(count):
+            row = np.zeros((1, 80), np.int32)
+            row[0, : len(tokens)] = tokens
+            positions = np.minimum(np.arange(80), len(tokens) - 1)[None]
+            tokens.append(int(np.argmax(model(params, row, positions)[0, len(tokens) - 1])))
+        return tokens[len(prompt) :]
+
+    decoder = Decoder(config, params, COMPUTE)
+    short, long = PROMPTS[3], PROMPTS[5]  # 9 tokens, padded to 32, and 31
+    found = decoder.generate([Request(short), Request(long)], GREEDY, Limits(16))
+    assert [each.tokens for each in found] == [oracle(short, 11), oracle(long, 16)]
+    assert [each.finish_reason for each in found] == ["length", "length"]
 
 
 def test_an_answer_does_not_depend_on_its_batch(decoder):
