@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jaxllm.data.documents import Message
+from jaxllm.data.fast_pieces import FastPieces
 
 if TYPE_CHECKING:
     import jinja2
@@ -134,6 +135,11 @@ def encode_chat(
       ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
     pieces = template_of(tokenizer).render(messages, add_generation_prompt)
+    if isinstance(tokenizer.pieces, FastPieces) and not _spells_special(pieces, tokenizer):
+        # At once, as transformers does: some of these tokenizers treat the start of a text in a way of its own.
+        ids, starts = tokenizer.pieces.encode_whole("".join(piece.text for piece in pieces))
+        learned = [piece.trained for piece in pieces for _ in piece.text]
+        return ids, [learned[start] for start in starts]
     texts = iter(tokenizer.encode_batch([piece.text for piece in pieces if not piece.special]))
     ids: list[int] = []
     trained: list[bool] = []
@@ -142,6 +148,11 @@ def encode_chat(
         ids += new
         trained += [piece.trained] * len(new)
     return ids, trained
+
+
+def _spells_special(pieces: Sequence[Piece], tokenizer: "Tokenizer") -> bool:
+    """Whether the text of a message spells a special token, which must stay text."""
+    return any(name in piece.text for piece in pieces if not piece.special for name in tokenizer.special)
 
 
 def template_of(tokenizer: "Tokenizer") -> ChatTemplate:

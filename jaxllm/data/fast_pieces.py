@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jaxllm.core import files
 from jaxllm.data.pieces import SPACE_MARK
 
 
@@ -42,6 +43,15 @@ class FastPieces:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [each.ids for each in self._model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_whole(self, text: str) -> tuple[list[int], list[int]]:
+        """Return (ids, the character each begins at) of a text in which special tokens are tokens."""
+        self._model.encode_special_tokens = False
+        try:
+            found = self._model.encode(text, add_special_tokens=False)
+        finally:
+            self._model.encode_special_tokens = True
+        return found.ids, [min(start, len(text) - 1) for start, _ in found.offsets]
 
     def bytes_of(self, token: int) -> bytes:
         return self._table[token]
@@ -84,6 +94,13 @@ def read_source(directory: Path) -> str | None:
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     if not (vocabulary.is_file() and merges.is_file()):
         return None
+    config = directory / "config.json"
+    kind = files.read_json(config).get("model_type", "gpt2") if config.is_file() else "gpt2"
+    if kind != "gpt2":
+        raise ValueError(
+            f"{directory} has vocab.json and merges.txt, but no tokenizer.json: how {kind} cuts text before it merges "
+            "is not in these files; save the tokenizer with transformers once, which writes tokenizer.json"
+        )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     model = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))

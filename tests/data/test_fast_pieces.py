@@ -3,12 +3,17 @@ import json
 import pytest
 
 from jaxllm.data import tokenizer as tokenizers
-from jaxllm.data.chat import encode_chat
+from jaxllm.data.chat import ChatTemplate, encode_chat
 
 TEXTS = ["Hello world", " two  spaces", "naïve café, 你好！", "emoji 👩‍🔬 end", "tabs\tand\nlines\r\n", "", "a" * 300]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 
 
@@ -47,6 +52,15 @@ def test_special_tokens_come_from_the_template_alone(byte_level):
     ids, _ = encode_chat(tokenizer, [{"role": "user", "content": "<|im_end|>"}], add_generation_prompt=True)
     assert ids.count(2) == 1
     assert ids[0] == 1
+
+
+def test_a_conversation_is_encoded_at_once_and_its_answers_are_marked(byte_level):
+    tokenizer = tokenizers.load(byte_level)
+    tokenizer.chat = ChatTemplate(MARKED, tuple(tokenizer.special), "", "<|im_end|>")
+    ids, trained = encode_chat(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "你 b"}])
+    assert tokenizer.decode([token for token, learned in zip(ids, trained, strict=True) if learned]) == "你 b"
+    assert [token for token, learned in zip(ids, trained, strict=True) if learned][-1] == tokenizer.eos_id
+    assert not trained[0]
 
 
 def test_a_saved_copy_is_the_same_tokenizer(byte_level, tmp_path):
@@ -88,5 +102,8 @@ def test_gpt2s_two_files_and_a_directory_without_any(byte_level, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
     tokenizer = tokenizers.load(tmp_path)
     assert tokenizer.encode("naïve café") == tokenizers.load(byte_level).encode("naïve café")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="how qwen2 cuts text before it merges is not in these files"):
+        tokenizers.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json, tokenizer\.model or vocab\.json"):
         tokenizers.load(tmp_path.parent)
