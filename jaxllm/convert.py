@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxllm.core import files
 from jaxllm.core.command import command
 
 NOTES = """
@@ -25,8 +26,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.models.config import ComputeConfig
 
     config = model_config(arguments.source)
-    if arguments.target.exists() and (arguments.target.is_file() or any(arguments.target.iterdir())):
-        raise ValueError(f"{arguments.target} exists and is not empty; choose another directory")
+    files.check_empty(arguments.target)  # now, and not after loading
     import jaxllm
     from jaxllm.huggingface import compare_logits
     from jaxllm.sharding import distributed

@@ -14,7 +14,6 @@ from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES, Family
-from jaxllm.hf.fields import Fields
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import RMSNorm
@@ -34,10 +33,7 @@ def read_config(directory: str | Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(raw.get("model_type"))
     if family is None:
         raise ValueError(f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join(FAMILIES)}")
-    fields = Fields(raw)
-    config = family.read(fields)
-    fields.finish(str(path))
-    return family, config
+    return family, family.parse(raw, str(path))
 
 
 def load(
@@ -82,8 +78,7 @@ def export(lm: LanguageModel, directory: str | Path) -> Path:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"{directory} is not empty; export into a new directory")
+    files.check_empty(directory)
     tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
     family, description = _describe(config)
     temporary = directory.with_name(f".{directory.name}.tmp")  # a kill leaves no half model under the name
@@ -119,9 +114,7 @@ def _describe(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     for family in FAMILIES.values():
         try:
             written = family.write(config)
-            fields = Fields({"model_type": family.model_type, **written})
-            again = family.read(fields)
-            fields.finish(family.model_type)
+            again = family.parse(written, family.model_type)
         except (ValueError, AttributeError, KeyError, TypeError):
             continue  # this family has no words for something in it
         if _explicit(again) == _explicit(config):
@@ -140,19 +133,9 @@ def _explicit(config: ModelConfig) -> dict[str, Any]:
 
 def _differences(config: ModelConfig) -> list[str]:
     plain = ModelConfig(vocab_size=1, d_model=2, n_layers=1, n_heads=1, d_ff=1, max_seq_len=1)
-    sizes = {
-        "vocab_size",
-        "d_model",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "d_ff",
-        "max_seq_len",
-        "init_std",
-    }
-    ours, theirs = config.model_dump(), plain.model_dump()
-    return [f"{key}={ours[key]}" for key in ours if key not in sizes and ours[key] != theirs[key]]
+    sizes = {"n_kv_heads", "head_dim", "init_std", *plain.model_dump(exclude_defaults=True)}
+    ours, theirs = config.model_dump(exclude=sizes), plain.model_dump()
+    return [f"{key}={ours[key]}" for key in ours if ours[key] != theirs[key]]
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:

@@ -162,8 +162,7 @@ class LanguageModel:
         from jaxllm.training.checkpoint import Checkpoints
 
         directory = Path(directory)
-        if directory.exists() and any(directory.iterdir()):
-            raise ValueError(f"{directory} is not empty; save into a new directory")
+        files.check_empty(directory)
         data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
         recipe = Recipe(out=str(directory), model=self.config, data=data)
         files.write_text(directory / FILE_NAME, configs.dump(recipe))

@@ -49,6 +49,13 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or edited: write it again") from error
 
 
+def check_empty(directory: str | os.PathLike) -> None:
+    """Raise ValueError unless `directory` is free to write into: it does not exist, or holds nothing."""
+    path = Path(directory)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; choose a new directory")
+
+
 def fingerprint(*parts: bytes | str) -> str:
     """First 16 hex digits of the SHA-256 of `parts`, each preceded by its length so that boundaries count."""
     digest = hashlib.sha256()

@@ -19,6 +19,7 @@ class Pieces(Protocol):
 
     kind: str
     size: int
+    file: tuple[str, bytes] | None  # name and content of what a tokenizer directory keeps of it
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; never a control id, whatever the text says."""
@@ -32,6 +33,7 @@ class BytePieces:
 
     kind = "bytes"
     leading_space = False
+    file = None
 
     def __init__(self, reserved: int):
         self.reserved = reserved
@@ -66,6 +68,7 @@ class SentencePieces:
             self._model.LoadFromSerializedProto(proto)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model ({len(proto):,} bytes): {error}") from error
+        self.file = ("spm.model", proto)
         self.kind = "sentencepiece"
         self.size = self._model.vocab_size()
         first = self._model.encode("a", out_type=str)

@@ -48,11 +48,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever some text or conversation could be encoded otherwise."""
-        model = b""
-        if isinstance(self.pieces, SentencePieces):
-            model = self.pieces.proto
-        elif isinstance(self.pieces, FastPieces):
-            model = self.pieces.source.encode()
+        model = self.pieces.file[1] if self.pieces.file else b""
         template = self.chat.source if self.chat else ""
         return files.fingerprint(self.pieces.kind, model, repr(sorted(self.special.items())), template)
 
@@ -80,10 +76,9 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json`, the piece model and `chat_template.jinja` (the last two where they apply)."""
         directory = Path(directory)
-        if isinstance(self.pieces, SentencePieces):
-            files.write_bytes(directory / "spm.model", self.pieces.proto)
-        elif isinstance(self.pieces, FastPieces):
-            files.write_text(directory / "huggingface.json", self.pieces.source)
+        if self.pieces.file:
+            name, content = self.pieces.file
+            files.write_bytes(directory / name, content)
         if self.chat:
             files.write_text(directory / "chat_template.jinja", self.chat.source)
         description = {

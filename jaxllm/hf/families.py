@@ -32,6 +32,19 @@ class Family(NamedTuple):
     write: Callable[[ModelConfig], dict[str, Any]]
     rows: Callable[[ModelConfig], list[Row]]
 
+    def parse(self, raw: Mapping[str, Any], name: str) -> ModelConfig:
+        """Return the architecture that a config.json describes.
+
+        Args:
+          name: what errors call it.
+        Raises:
+          ValueError: something in it is not understood; the message lists everything.
+        """
+        fields = Fields(raw)
+        config = self.read(fields)
+        fields.finish(name)
+        return config
+
 
 def _common(
     fields: Fields, *, tie: bool = False, theta: float = 10_000.0, groups: int | None = None, **rest: Any
@@ -89,6 +102,12 @@ def _window(
     return SlidingWindow(size=size, layers=_shortest(layers)) if size is not None and any(layers) else None
 
 
+def _window_everywhere(fields: Fields, size: int | None = None) -> SlidingWindow | None:
+    """Return the window of all layers; `size` is what absence means."""
+    size = fields.get("sliding_window", size)
+    return None if size is None else SlidingWindow(size=size)
+
+
 def _shortest(pattern: tuple[bool, ...]) -> tuple[bool, ...]:
     """Return the shortest pattern whose repetition is this one."""
     n = len(pattern)
@@ -121,8 +140,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_mistral(fields: Fields) -> ModelConfig:
-    size = fields.get("sliding_window", 4096)
-    return ModelConfig(**_common(fields, groups=8, window=None if size is None else SlidingWindow(size=size)))
+    return ModelConfig(**_common(fields, groups=8, window=_window_everywhere(fields, 4096)))
 
 
 def _write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -224,8 +242,7 @@ def _whole(x: float) -> float | int:
 
 
 def _read_phi3(fields: Fields) -> ModelConfig:
-    size = fields.take("sliding_window")
-    window = None if size is None else SlidingWindow(size=size)
+    window = _window_everywhere(fields)
     norm, rope = RMSNorm(eps=fields.take("rms_norm_eps", 1e-5)), read_rope(fields, 10_000.0, 1.0)
     return ModelConfig(**_common(fields, norm=norm, positions=rope, window=window))
 
@@ -263,10 +280,9 @@ def _write_smollm3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_starcoder2(fields: Fields) -> ModelConfig:
-    size = fields.take("sliding_window")
     norm = LayerNorm(eps=fields.take("norm_epsilon", 1e-5))
     ffn = Plain(activation=fields.among("hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"))
-    window = None if size is None else SlidingWindow(size=size)
+    window = _window_everywhere(fields)
     bias = fields.take("use_bias", True)
     std = fields.take("initializer_range", 0.018042)
     return ModelConfig(

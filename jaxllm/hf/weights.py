@@ -1,7 +1,6 @@
 """Weights from a checkpoint into sharded arrays, and back: one tensor on the host at a time."""
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,13 +85,13 @@ def read_params(
       shardings: tree of the parameters; None: one device.
       dtype: of the parameters; None: as stored.
     """
-    found, by_name = match(checkpoint, rows, config), {row.ours: row for row in rows}
+    found, by_name, sizes = match(checkpoint, rows, config), {row.ours: row for row in rows}, sizes_of(config)
     places = named_leaves(shardings) if shardings is not None else {}
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
         row, sharding = by_name[name], places.get(name)
-        tensors = [found[theirs] for theirs in names(row, sizes_of(config))]
-        get = lambda theirs: take(row, checkpoint[theirs], sizes_of(config))
+        tensors = [found[theirs] for theirs in names(row, sizes)]
+        get = lambda theirs: take(row, checkpoint[theirs], sizes)
         wanted = dtype or checkpoint.stored(tensors[0]).dtype
         if "{layer}" not in row.theirs:
             return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
@@ -123,9 +122,3 @@ def write_params(params: Params, rows: list[Row], config: ModelConfig, writer: W
 
 def _part(leaf: Array, row: Row, index: int) -> np.ndarray:
     return np.asarray(leaf[index] if "{layer}" in row.theirs else leaf)
-
-
-def total_bytes(checkpoint: Checkpoint) -> int:
-    """Return the size of all tensors."""
-    stored = [checkpoint.stored(name) for name in checkpoint]
-    return sum(math.prod(each.shape) * jnp.dtype(each.dtype).itemsize for each in stored)

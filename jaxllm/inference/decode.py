@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
-from jaxllm.models.config import ComputeConfig, LongRopeScaling, ModelConfig, Rope
+from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph, unstack
 from jaxllm.sharding.mesh import on_mesh_of
 
@@ -142,12 +142,7 @@ class Decoder:
 
     def _room(self, prompt_length: int, limits: Limits) -> int:
         """Most new tokens a prompt of this length can get."""
-        longest = self.config.max_seq_len
-        match self.config.positions:
-            # Beyond it all keys so far would have to be rotated anew, by the long factors.
-            case Rope(scaling=LongRopeScaling(original_len=original)) if prompt_length < original:
-                longest = min(longest, original)
-        return min(limits.max_new_tokens, longest - prompt_length)
+        return min(limits.max_new_tokens, self.config.room(prompt_length))
 
     def _reason(self, request: Request, tokens: list[int], limits: Limits) -> str:
         """Return "stop" for an answer that ended by itself, "length" for one that was cut."""

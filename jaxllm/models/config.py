@@ -8,7 +8,7 @@ from jaxllm.core.config import Config
 from jaxllm.layers.config import (
     FfnConfig,
     Gated,
-    LongRopeScaling,  # noqa: F401  read by decoding
+    LongRopeScaling,
     NormConfig,
     PositionConfig,
     RMSNorm,
@@ -71,6 +71,15 @@ class ModelConfig(Config):
     def kv_heads(self) -> int:
         """Key/value heads, K."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def room(self, prompt_length: int) -> int:
+        """Return how many tokens fit behind a prompt."""
+        longest = self.max_seq_len
+        match self.positions:
+            # Beyond it all keys so far would have to be rotated anew, by the long factors.
+            case Rope(scaling=LongRopeScaling(original_len=original)) if prompt_length < original:
+                longest = min(longest, original)
+        return longest - prompt_length
 
     @property
     def scale(self) -> float:
