@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from machine import ROOT, busy_s, foreign_share
 
-PEER_PYTHON = "/opt/peers/bin/python"
+PEER_PYTHON = sys.executable
 OUR_PYTHON = str(ROOT / ".venv/bin/python")
 
 
