@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxllm.inference.sampling import Settings, choose
 from jaxllm.layers.cache import Cache, init_cache
 from jaxllm.models.decoder import Transformer
+from jaxllm.sharding.rules import constrain
 
 
 class State(NamedTuple):
@@ -64,6 +65,7 @@ def decode_step(model: Transformer, state: State) -> State:
 
 def _accept(state: State, logits: Float[Array, "B V"]) -> State:
     """Choose a token per row and record it; what a row that is done gets is never read."""
+    logits = constrain(logits, "batch", None)  # gathered once: each reduction over a split vocabulary waits for the others
     logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < state.vocab_size, logits, -jnp.inf)
     tokens, logprobs = choose(logits, state.seen, state.keys, state.step, state.settings)
     counts = state.counts + ~state.done
