@@ -1,0 +1,45 @@
+"""Losses of encoders, as sums over weighted tokens or texts: divide after summing over microbatches and devices."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxllm.core.batch import Batch
+from jaxllm.models.config import ComputeConfig
+from jaxllm.models.decoder import Params, bind
+from jaxllm.models.encoder import TransformerEncoder, graph
+from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.training.losses import Sums, cross_entropy
+
+
+def masked_lm_sums(
+    params: Params, batch: Batch, config: EncoderConfig, compute: ComputeConfig,
+    types: Int[Array, "B T"] | None = None, z: float = 0.0,
+) -> Sums:  # fmt: skip
+    """Return (loss, nats) summed over the weighted tokens of `batch`; see `losses.cross_entropy`.
+
+    Args:
+      batch: tokens with some of them masked; targets are the tokens that were there, at the same place, and weights are
+        0 where nothing is to be guessed (`data.masking`).
+      types: token types; None: all 0.
+    """
+    model: TransformerEncoder = bind(graph(config, compute)[0], params)
+    hidden = model.states(batch.tokens, batch.segments, types, batch.positions)
+    with jax.named_scope("loss"):
+        states, table = model.head.linear(hidden, model.stack.output_table())
+        return cross_entropy(states, table, batch.targets, batch.weights, z, compute.loss_chunk)
+
+
+def class_sums(
+    params: Params, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], labels: Int[Array, "B"],
+    config: EncoderConfig, compute: ComputeConfig, types: Int[Array, "B T"] | None = None,
+) -> Float[Array, ""]:  # fmt: skip
+    """Return the cross-entropy of the right label, summed over texts, nats.
+
+    Args:
+      segments: 1 = token, 0 = padding, on either side of a row.
+    """
+    model: TransformerEncoder = bind(graph(config, compute)[0], params)
+    positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
+    log_probs = jax.nn.log_softmax(model(tokens, segments, types, positions), axis=-1)
+    return -jnp.sum(jnp.take_along_axis(log_probs, jnp.expand_dims(labels, -1), axis=-1))
