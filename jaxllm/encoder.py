@@ -116,7 +116,7 @@ class Encoder:
         """Return one vector per text, float32.
 
         Args:
-          texts: strings, or pairs of strings as tuples.
+          texts: strings, or pairs of strings as tuples. What a text spells is text: "[SEP]" separates nothing.
           pooling: the mean of a text's hidden states, its first one, or what the checkpoint's pooler makes of that one.
           normalise: divide each vector by its length, so that products are cosines.
           truncate: read the beginning of a text that is too long, instead of an error.

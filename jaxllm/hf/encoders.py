@@ -18,7 +18,7 @@ from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, Hea
 # Of Google's own checkpoints: a pooler that was never built otherwise, and a direction that an encoder does not have.
 MEANINGLESS = (
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
-    "pooler_type", "attention_probs_dropout_prob", "hidden_dropout_prob", "output_past",
+    "pooler_type", "attention_probs_dropout_prob", "hidden_dropout_prob", "output_past", "num_labels",
 )  # fmt: skip
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # constants that old files have
 SPELLED = NAMES | {"gelu_tanh": "gelu_new"}  # as encoders usually spell it
@@ -79,8 +79,6 @@ class EncoderFamily(NamedTuple):
             return _read_classes(fields)
         if architecture != f"{self.title}Model":
             fields.problems.append(f"architectures={[architecture]}: known are {', '.join(sorted(heads))}")
-        fields.take("num_labels")
-        fields.take("problem_type")
         return Embeddings(pooler=pooler)
 
     def write(self, config: EncoderConfig) -> dict[str, Any]:

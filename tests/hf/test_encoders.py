@@ -99,22 +99,26 @@ def test_hidden_states_logits_and_padding(pair):
     _, config, params = ours(path)
     tokens, types, mask = batch(config)
     real = mask.astype(bool)
-    module = bind(graph(config, COMPUTE)[0], params)
-    run = jax.jit(lambda *arguments: module.states(*arguments))
-    hidden = run(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(types), jnp.asarray(positions(mask)))
+    vectors = isinstance(config.head, Embeddings)
+
+    @jax.jit
+    def run(params, tokens, *rows):
+        module = bind(graph(config, COMPUTE)[0], params)
+        hidden = module.states(tokens, *rows)
+        return hidden, (module.pooled if vectors else module.logits)(hidden, rows[0])
+
+    rows = (jnp.asarray(each) for each in (tokens, mask, types, positions(mask)))
+    hidden, logits = (np.asarray(each) for each in run(params, *rows))
     with torch.no_grad():
         found = theirs(model.base_model, tokens, types, mask).last_hidden_state.numpy()
-        close(np.asarray(hidden)[real], found[real])
-        if isinstance(config.head, Embeddings):
-            pooled = module.pooled(hidden[:2], jnp.asarray(mask[:2]))
-            return close(pooled, theirs(model, tokens[:2], types[:2], mask[:2]).pooler_output.numpy())
-        logits = np.asarray(module.logits(hidden, jnp.asarray(mask)))
-        if logits.ndim == 3:
-            return close(logits[real], theirs(model, tokens, types, mask).logits.numpy()[real])
-        # transformers takes column 0 for the first token, so its third row goes in without padding
-        close(logits[:2], theirs(model, tokens[:2], types[:2], mask[:2]).logits.numpy())
-        close(logits[2:], theirs(model, tokens[2:, 7:], types[2:, 7:], mask[2:, 7:]).logits.numpy())
-    return None
+        close(hidden[real], found[real])
+        if vectors:
+            close(logits[:2], theirs(model, tokens[:2], types[:2], mask[:2]).pooler_output.numpy())
+        elif logits.ndim == 3:
+            close(logits[real], theirs(model, tokens, types, mask).logits.numpy()[real])
+        else:  # transformers takes column 0 for the first token, so its third row goes in without padding
+            close(logits[:2], theirs(model, tokens[:2], types[:2], mask[:2]).logits.numpy())
+            close(logits[2:], theirs(model, tokens[2:, 7:], types[2:, 7:], mask[2:, 7:]).logits.numpy())
 
 
 def test_loss_and_gradients(pair):

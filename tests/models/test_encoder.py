@@ -118,7 +118,7 @@ def test_every_parameter_has_axes():
 
 
 def test_initial_parameters():
-    params = init_params(LABELS, 3)
+    params = jax.jit(lambda: init_params(LABELS, 3))()
     blocks = params["stack"]["blocks"]
     assert "final_norm" not in params["stack"]
     assert not (blocks["ffn"]["up"]["kernel"][0] == blocks["ffn"]["up"]["kernel"][1]).all()
