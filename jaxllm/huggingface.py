@@ -35,7 +35,7 @@ def read_config(directory: str | Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(raw.get("model_type"))
     if raw.get("model_type") in ENCODERS:
         raise ValueError(
-            f"{path}: {raw['model_type']} is an encoder, which jaxllm.load reads; here text is to be written"
+            f"{path}: {raw['model_type']} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
         )
     if family is None:
         raise ValueError(

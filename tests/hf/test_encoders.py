@@ -17,7 +17,7 @@ from jaxllm.models.config import ComputeConfig
 from jaxllm.models.decoder import bind
 from jaxllm.models.encoder import graph
 from jaxllm.models.encoder_config import Embeddings
-from jaxllm.training.encoder_losses import class_sums, masked_lm_sums
+from jaxllm.training.encoder_losses import LabelledTexts, class_sums, masked_lm_sums
 
 WHY = "pip install 'jaxllm[parity]' compares with transformers and torch"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -137,7 +137,7 @@ def test_loss_and_gradients(pair):
 
     def loss(params):
         if config.head.kind == "classes":
-            return class_sums(params, tokens, jnp.asarray(mask), jnp.asarray(labels), config, COMPUTE, types) / 2
+            return class_sums(params, LabelledTexts(tokens, mask, labels, types), config, COMPUTE) / 2
         rows = Batch(tokens, targets, weights.astype(np.float32), mask, positions(mask))
         return masked_lm_sums(params, rows, config, COMPUTE, types)[0] / weights.sum()
 
