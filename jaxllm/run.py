@@ -202,11 +202,11 @@ class Run:
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
 
     def memory(self, state: TrainState) -> str:
-        """Estimate what a device needs: parameters lie over fsdp x tensor, optimizer state over all devices."""
+        """Estimate a device's share: parameters lie over fsdp x expert x tensor, optimizer state over all devices."""
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
-        rows = data.batch_size // self.recipe.step.accumulate // (shape["data"] * shape["fsdp"])
+        rows = data.batch_size // self.recipe.step.accumulate // (shape["data"] * shape["fsdp"] * shape["expert"])
         copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / param_count(model)
-        split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["tensor"])
+        split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
         sizes = training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
         return f"memory per device, estimated: {memory_line({k: size / split[k] for k, size in sizes.items()})}"
