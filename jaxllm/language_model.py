@@ -7,11 +7,13 @@ lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.core import files
@@ -153,6 +155,27 @@ class LanguageModel:
                 return
         if piece := text.flush():
             yield piece
+
+    def nearest(self, text: str, count: int = 10) -> list[tuple[str, float]]:
+        """Return the pieces whose embeddings point the same way as that of `text`, best first.
+
+        Args:
+          text: a word; of more than one token, the mean of their embeddings.
+        Returns:
+          (piece, cosine) of `count` pieces that are not of `text` themselves; special tokens have no piece.
+        Raises:
+          ValueError: no token in `text`, or count < 1.
+        """
+        ids = self.tokenizer.encode(text)
+        if not ids or count < 1:
+            raise ValueError(f"text={text!r} has {len(ids)} tokens, and count={count}; each must be at least 1")
+        table = np.asarray(self.params["embed"]["table"], np.float32)[: self.tokenizer.vocab_size]
+        table = table / np.maximum(np.linalg.norm(table, axis=-1, keepdims=True), 1e-30)
+        cosines = table @ (center := table[ids].mean(axis=0)) / max(np.linalg.norm(center), 1e-30)
+        # The pieces are read in order of their cosines, because only then it shows which are special or the text's own.
+        found = ((self.tokenizer.token_bytes(i), cosines[i]) for i in np.argsort(-cosines).tolist() if i not in ids)
+        pieces = ((piece.decode("utf-8", errors="replace"), float(cosine)) for piece, cosine in found if piece)
+        return list(islice(pieces, count))
 
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
