@@ -1,6 +1,5 @@
 """Whole models from Hugging Face directories and into them: configuration, weights, tokenizer, chat template."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import encoder_files
 from jaxllm.core import files
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
+from jaxllm.encoder import Encoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.encoders import ENCODERS
 from jaxllm.hf.families import FAMILIES, Family
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
@@ -31,16 +33,22 @@ def read_config(directory: str | Path) -> tuple[Family, ModelConfig]:
     path = Path(directory) / "config.json"
     raw = files.read_json(path)
     family = FAMILIES.get(raw.get("model_type"))
+    if raw.get("model_type") in ENCODERS:
+        raise ValueError(
+            f"{path}: {raw['model_type']} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
+        )
     if family is None:
-        raise ValueError(f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}"
+        )
     return family, family.parse(raw, str(path))
 
 
 def load(
     directory: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-) -> LanguageModel:  # fmt: skip
-    """Load a Hugging Face directory, tensor by tensor straight to the devices.
+) -> LanguageModel | Encoder:  # fmt: skip
+    """Load a Hugging Face directory, tensor by tensor straight to the devices; its model_type says what it is.
 
     Args:
       dtype: of the parameters; None: as stored.
@@ -48,6 +56,8 @@ def load(
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """
     directory = Path(directory)
+    if files.read_json(directory / "config.json").get("model_type") in ENCODERS:
+        return encoder_files.load(directory, compute=compute, mesh=mesh, dtype=dtype)
     family, config = read_config(directory)
     tokenizer = tokenizers.load(directory)
     checkpoint = Checkpoint(directory)
@@ -69,7 +79,7 @@ def _stop_ids(directory: Path) -> list[int]:
     return []
 
 
-def export(lm: LanguageModel, directory: str | Path) -> Path:
+def export(lm: LanguageModel | Encoder, directory: str | Path) -> Path:
     """Write a model as a Hugging Face directory that transformers loads.
 
     The family is the first one whose config.json, read again, gives this very architecture.
@@ -77,27 +87,22 @@ def export(lm: LanguageModel, directory: str | Path) -> Path:
     Raises:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
-    directory = Path(directory)
-    files.check_empty(directory)
+    if isinstance(lm, Encoder):
+        return encoder_files.export(lm, directory)
     tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
     family, description = _describe(config)
-    temporary = directory.with_name(f".{directory.name}.tmp")  # a kill leaves no half model under the name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    writer = Writer(temporary)
-    write_params(params, family.rows(config), config, writer)
-    writer.close()
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     dtype = str(jax.tree.leaves(lm.params)[0].dtype)
     head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    files.write_json(temporary / "config.json", head | description | ids)
     ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
-    files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
-    _write_tokenizer(tokenizer, temporary)
-    if directory.exists():
-        directory.rmdir()
-    temporary.rename(directory)
-    return directory
+    with files.new_directory(directory) as temporary:
+        writer = Writer(temporary)
+        write_params(params, family.rows(config), config, writer)
+        writer.close()
+        files.write_json(temporary / "config.json", head | description | ids)
+        files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
+        _write_tokenizer(tokenizer, temporary)
+    return Path(directory)
 
 
 def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

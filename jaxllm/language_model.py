@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.mesh import on_mesh_of
+
+if TYPE_CHECKING:
+    from jaxllm.encoder import Encoder
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages
@@ -226,9 +229,9 @@ class LanguageModel:
 
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
-) -> LanguageModel:
+) -> "LanguageModel | Encoder":
     """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, or
-    a Hugging Face directory.
+    a Hugging Face directory, which may be that of an encoder.
 
     Args:
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.

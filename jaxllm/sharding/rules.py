@@ -25,6 +25,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
     "norm": (),
+    "types": (),
+    "labels": (),
 }
 
 

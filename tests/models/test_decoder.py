@@ -71,7 +71,7 @@ def test_no_gradient_flows_from_the_future(config, length, probe):
     def probed(x):
         # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
         views = Views(config, CausalMask(), jnp.arange(length)[None])
-        hidden, _ = module._blocks(x, views)
+        hidden, _ = module.run_blocks(x, views)
         return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
 
     x = jax.random.normal(jax.random.key(0), (1, length, 32))
