@@ -18,7 +18,7 @@ from jaxllm.hf.encoders import ENCODERS
 from jaxllm.hf.families import FAMILIES, Family
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
-from jaxllm.layers.config import RMSNorm
+from jaxllm.layers.config import Experts, RMSNorm
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params
 from jaxllm.training.state import param_shardings
@@ -131,8 +131,10 @@ def _describe(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 
 def _explicit(config: ModelConfig) -> dict[str, Any]:
-    """What a configuration means, defaults written out."""
+    """What a configuration means, defaults written out; without a loss of training that config.json has no word for."""
     explicit = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "score_scale": config.scale}
+    if isinstance(config.ffn, Experts):
+        explicit["ffn"] = config.ffn.model_copy(update={"router_z": 0.0})
     return config.model_copy(update=explicit).model_dump()
 
 

@@ -106,11 +106,11 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     else:
         rows = data.batch_size // recipe.step.accumulate
         sizes = axis_sizes(recipe.mesh, n_devices)
-        parts = sizes["data"] * sizes["fsdp"]
+        parts = sizes["data"] * sizes["fsdp"] * sizes["expert"]
         if rows % parts:
             problems.append(
-                f"data.batch_size / step.accumulate = {rows} rows is not divisible by data x fsdp = {parts} devices; "
-                f"use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh"
+                f"data.batch_size / step.accumulate = {rows} rows is not divisible by data x fsdp x expert = {parts} "
+                f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh"
             )
     if n_processes > 1 and (n_devices // n_processes) % axis_sizes(recipe.mesh, n_devices)["tensor"]:
         problems.append(

@@ -18,7 +18,15 @@ from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
 from jaxllm.locate import is_huggingface, locate, model_config
-from jaxllm.models.accounting import flops_per_token, memory_line, param_count, peak_flops, training_bytes
+from jaxllm.models.accounting import (
+    active_param_count,
+    flops_per_token,
+    memory_line,
+    param_count,
+    peak_flops,
+    training_bytes,
+)
+from jaxllm.models.config import ModelConfig
 from jaxllm.recipe import Recipe
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.feed import place
@@ -202,11 +210,11 @@ class Run:
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
 
     def memory(self, state: TrainState) -> str:
-        """Estimate what a device needs: parameters lie over fsdp x tensor, optimizer state over all devices."""
+        """Estimate a device's share: parameters lie over fsdp x expert x tensor, optimizer state over all devices."""
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
-        rows = data.batch_size // self.recipe.step.accumulate // (shape["data"] * shape["fsdp"])
+        rows = data.batch_size // self.recipe.step.accumulate // (shape["data"] * shape["fsdp"] * shape["expert"])
         copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / param_count(model)
-        split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["tensor"])
+        split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
         sizes = training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
         return f"memory per device, estimated: {memory_line({k: size / split[k] for k, size in sizes.items()})}"
@@ -218,7 +226,7 @@ class Run:
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
         samples = min(self.begin.at(steps), self.loader.n_samples or self.begin.at(steps))  # the last may be filled up
         return (
-            f"{short(param_count(self.recipe.model))} parameters, {self.tokens_per_step:,} tokens/step, "
+            f"{_sizes(self.recipe.model)}, {self.tokens_per_step:,} tokens/step, "
             f"{count(steps, 'step')} = {short(samples * data.packing.seq_len)} tokens = "
             f"{samples / self.loader.samples_per_epoch:.1f} epochs; {kind} ({mesh}), {self.compute.dtype}"
             + (f"; resuming at step {done}" if done else "")
@@ -241,6 +249,11 @@ class Run:
                 f"to {rows} or less to train just as long as you asked"
             )
         return notes
+
+
+def _sizes(model: ModelConfig) -> str:
+    total, active = param_count(model), active_param_count(model)
+    return f"{short(total)} parameters" + (f" ({short(active)} of them active)" if active < total else "")
 
 
 def _best_params(state: TrainState) -> Any:

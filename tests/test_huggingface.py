@@ -15,7 +15,7 @@ from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
-from jaxllm.layers.config import Rope
+from jaxllm.layers.config import Experts, Rope
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import init_params
 from jaxllm.sample import main as sample
@@ -69,6 +69,28 @@ def test_a_factor_on_embeddings_moves_into_the_table(tmp_path):
     again = jaxllm.load(export(lm, tmp_path / "scaled"))
     tokens = np.arange(6, 30)[None]
     np.testing.assert_allclose(again.logits(tokens), lm.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "qk_norm", "renormalise"), [("mixtral", "none", True), ("qwen3_moe", "head", False)]
+)
+def test_a_model_with_experts_is_exported_loaded_and_generates(model_type, qk_norm, renormalise, tmp_path):
+    experts = Experts(number=4, top_k=2, renormalise=renormalise, balance=0.02, router_z=0.001)
+    lm = model(CONFIG.model_copy(update={"ffn": experts, "qk_norm": qk_norm}))
+    path = export(lm, tmp_path / "sparse")
+    raw = json.loads((path / "config.json").read_text())
+    assert (raw["model_type"], raw["router_aux_loss_coef"]) == (model_type, 0.02)
+    again = jaxllm.load(path)
+    assert again.config.ffn == experts.model_copy(update={"router_z": 0.0})  # a loss that config.json has no word for
+    for name, leaf in named_leaves(again.params).items():
+        np.testing.assert_array_equal(leaf, named_leaves(lm.params)[name])
+    answer = again.generate("one of four", max_new_tokens=8, sampler=GREEDY)[0]
+    tokens = [*again.encode("one of four"), *answer.tokens]
+    greedy = np.argmax(lm.logits(np.array([tokens]))[0], axis=-1)  # one full forward pass, of the model before
+    assert greedy[-len(answer.tokens) - 1 : -1].tolist() == answer.tokens
+    written = export(again, tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (written / name).read_bytes() == (path / name).read_bytes()
 
 
 def test_rotating_a_part_of_a_head_is_not_exported_as_a_family_that_rotates_all(tmp_path):

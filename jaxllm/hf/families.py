@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxllm.hf import sparse
 from jaxllm.hf.fields import Fields
 from jaxllm.hf.ropes import read_rope, read_scaling, write_rope
 from jaxllm.hf.rows import gpt2_rows, llama_rows, neox_rows
@@ -147,6 +148,12 @@ def _write_mistral(config: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": config.window.size if config.window else None}
 
 
+def _read_mixtral(fields: Fields) -> ModelConfig:
+    norm = RMSNorm(eps=fields.take("rms_norm_eps", 1e-5))
+    dense = ModelConfig(**_common(fields, groups=8, norm=norm, window=_window_everywhere(fields)))
+    return sparse.read_mixtral(fields, dense)
+
+
 def _read_qwen(fields: Fields, **variant: Any) -> ModelConfig:
     sliding, first = fields.take("use_sliding_window", False), fields.take("max_window_layers", 28)
     n_layers = fields.take("num_hidden_layers")
@@ -157,6 +164,11 @@ def _read_qwen(fields: Fields, **variant: Any) -> ModelConfig:
 def _read_qwen3(fields: Fields) -> ModelConfig:
     fields.expect("attention_bias", False)
     return _read_qwen(fields, qk_norm="head", **({} if "head_dim" in fields else {"head_dim": 128}))
+
+
+def _read_qwen3_moe(fields: Fields) -> ModelConfig:
+    fields.expect("attention_bias", False)
+    return sparse.read_qwen3_moe(fields, ModelConfig(**_common(fields, groups=4, qk_norm="head")))
 
 
 def _write_qwen(config: ModelConfig) -> dict[str, Any]:
@@ -349,6 +361,14 @@ FAMILIES: Mapping[str, Family] = {
         Family("mistral", "MistralForCausalLM", _read_mistral, _llama_like(_write_mistral), llama_rows),
         Family("qwen2", "Qwen2ForCausalLM", lambda f: _read_qwen(f, bias="qkv"), _llama_like(_write_qwen), llama_rows),
         Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _llama_like(_write_qwen), llama_rows),
+        Family(
+            "mixtral", "MixtralForCausalLM", _read_mixtral,
+            _llama_like(lambda c: sparse.write_mixtral(c) | _write_mistral(c)), sparse.mixtral_rows,
+        ),
+        Family(
+            "qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _llama_like(sparse.write_qwen3_moe),
+            sparse.qwen3_moe_rows,
+        ),
         Family("gemma", "GemmaForCausalLM", _gemma_common, _llama_like(_write_gemma), llama_rows),
         Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _llama_like(_write_gemma), llama_rows),
         Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _llama_like(_write_gemma3), llama_rows),

@@ -59,6 +59,11 @@ def names(row: Row, sizes: Sizes) -> list[str]:
     return [row.theirs.format(**each) for each in found]
 
 
+def stacked(row: Row) -> int:
+    """Return over how many axes a parameter is stacked: one for layers, one for experts."""
+    return ("{layer}" in row.theirs) + ("{expert}" in row.theirs)
+
+
 def take(row: Row, tensor: np.ndarray, sizes: Sizes) -> np.ndarray:
     """Return what `row` makes of a tensor of the checkpoint."""
     if row.whole:

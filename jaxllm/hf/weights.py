@@ -12,7 +12,8 @@ from jaxtyping import Array
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.renamed import Renamed
-from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stored_shape, take
+from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stacked, stored_shape, take
+from jaxllm.layers.config import Experts
 from jaxllm.models import decoder, encoder
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Params
@@ -30,6 +31,7 @@ def sizes_of(config: AnyConfig) -> Sizes:
     return {
         "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.kv_heads,
         "head_dim": config.head_width, "embed": config.d_model, "mlp": config.d_ff, "three": 3,
+        "experts": config.ffn.number if isinstance(config.ffn, Experts) else 0,
     }  # fmt: skip
 
 
@@ -77,8 +79,7 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, 
 def _misshaped(checkpoint: Tensors, found: dict[str, str], rows: list[Row], config: AnyConfig) -> Iterator[str]:
     sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
     for row in rows:
-        shape = shapes[row.ours][1:] if "{layer}" in row.theirs else shapes[row.ours]
-        expected = stored_shape(row, shape, sizes)
+        expected = stored_shape(row, shapes[row.ours][stacked(row) :], sizes)
         if row.whole:
             expected = finish(row, np.broadcast_to(np.int8(0), expected), sizes).shape
         for name in names(row, sizes):
@@ -91,7 +92,8 @@ def read_params(
 ) -> Params:
     """Read all parameters, each straight into its place on the mesh.
 
-    A stacked parameter is filled layer by layer on the devices: the host holds one tensor of the checkpoint at a time.
+    A stacked parameter is filled on the devices, by layer and expert: the host holds one tensor of the checkpoint at a
+    time.
 
     Args:
       shardings: tree of the parameters; None: one device.
@@ -105,19 +107,21 @@ def read_params(
         tensors = [found[theirs] for theirs in names(row, sizes)]
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
         wanted = dtype or checkpoint.stored(tensors[0]).dtype
-        if "{layer}" not in row.theirs:
+        if not stacked(row):
             return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
-        for layer, theirs in enumerate(tensors):
-            stack = _set(stack, np.ascontiguousarray(get(theirs).astype(wanted)), np.int32(layer))
+        for index, theirs in zip(np.ndindex(leaf.shape[: stacked(row)]), tensors, strict=True):
+            part = get(theirs).astype(wanted)
+            start = np.array([*index, *[0] * part.ndim], np.int32)
+            stack = _set(stack, np.ascontiguousarray(part[(None,) * len(index)]), start)
         return stack
 
     return map_named(read, abstract_params(config))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set(stack: Array, part: Array, index: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, part, index, 0)
+def _set(stack: Array, part: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice(stack, part, tuple(start))
 
 
 def write_params(params: Params, rows: list[Row], config: AnyConfig, writer: Writer) -> None:
@@ -133,4 +137,4 @@ def write_params(params: Params, rows: list[Row], config: AnyConfig, writer: Wri
 
 
 def _part(leaf: Array, row: Row, index: int) -> np.ndarray:
-    return np.asarray(leaf[index] if "{layer}" in row.theirs else leaf)
+    return np.asarray(leaf[np.unravel_index(index, leaf.shape[: stacked(row)])] if stacked(row) else leaf)

@@ -2,4 +2,5 @@
 
 B batch    T query position    S key or cache position    D model width    V vocabulary    L layers
 N query heads    K key/value heads    G = N / K    H head width    F ffn width
+E experts    A experts per token    M tokens of a batch in one row
 """

@@ -1,8 +1,8 @@
 """The choices inside a block, as types: norm, positions, window, feed-forward. Without JAX: --help stays quick."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 
@@ -119,4 +119,30 @@ class Plain(Config):
     activation: Activation = Field("gelu_tanh", description="nonlinearity between the two products")
 
 
-FfnConfig = Annotated[Gated | Plain, Field(discriminator="kind")]
+class Experts(Config):
+    """`number` gated layers side by side, of which each token goes through the `top_k` that a router chooses for it.
+
+    y = sum_i w_i expert_i(x), with p = softmax(x W_router) over all experts, i over the top_k of p, and w_i = p_i,
+    divided by their sum where `renormalise`. Source: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral).
+    """
+
+    kind: Literal["experts"] = "experts"
+    number: int = Field(ge=1, description="experts of a layer; model.d_ff is the width of one")
+    top_k: int = Field(ge=1, description="experts that a token goes through")
+    activation: Activation = Field("silu", description="nonlinearity of the gates")
+    renormalise: bool = Field(True, description="weights of the chosen experts sum to one (Mixtral)")
+    balance: float = Field(
+        0.01, ge=0, description="weight of the load-balancing loss in training (Switch Transformer: 0.01)"
+    )
+    router_z: float = Field(
+        0.0, ge=0, description="weight of the squared log-partition of the router in training (ST-MoE: 0.001)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.number:
+            raise ValueError(f"top_k={self.top_k} is more than number={self.number} experts; lower top_k")
+        return self
+
+
+FfnConfig = Annotated[Gated | Plain | Experts, Field(discriminator="kind")]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.config import Gated
+from jaxllm.layers.config import Experts, Plain
 from jaxllm.layers.kernels import query_blocks
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import abstract_params
@@ -27,18 +27,30 @@ def param_count(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in named_leaves(abstract_params(config)).values())
 
 
+def active_param_count(config: ModelConfig) -> int:
+    """Return the number of parameters that one token uses: of the experts, those it is sent to."""
+    return sum(_active(config).values())
+
+
 def matmul_param_count(config: ModelConfig) -> int:
-    """Return the parameters that each token is multiplied with: all but lookups (token and position tables)."""
+    """Return the parameters that each token is multiplied with: the active ones without token and position tables."""
     lookups = ("position_embed/table",) if config.tie_embeddings else ("position_embed/table", "embed/table")
-    return sum(
-        math.prod(leaf.shape) for name, leaf in named_leaves(abstract_params(config)).items() if name not in lookups
-    )
+    return sum(size for name, size in _active(config).items() if name not in lookups)
+
+
+def _active(config: ModelConfig) -> dict[str, int]:
+    """Return the parameters that one token uses, by name."""
+    sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(abstract_params(config)).items()}
+    if isinstance(config.ffn, Experts):
+        used = lambda size: size // config.ffn.number * config.ffn.top_k
+        sizes = {name: used(size) if "/experts/" in name else size for name, size in sizes.items()}
+    return sizes
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return the model FLOPs of training on one token (forward and backward, no recomputation).
 
-    6 N + 6 L T N_heads H, with N the parameters in matrix products, and causal attention counted half
+    6 N + 6 L T N_heads H, with N the active parameters in matrix products, and causal attention counted half
     (12 L T N_heads H would be the full square). Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     attention = 6 * config.n_layers * seq_len * config.n_heads * config.head_width
@@ -56,16 +68,19 @@ def training_bytes(
       copies: float32 arrays that are kept per parameter (AdamW 2, Muon 1 for matrices; a moving average 1 more).
     Returns:
       parameters, optimizer, gradients, activations (kept for the backward pass, and its working set), logits (of one
-      loss chunk, with their gradient). Compared with XLA's own account on a CPU it is right within a factor of 1.5.
+      loss chunk, with their gradient). Compared with XLA's own account on a CPU it is right within a factor of 1.5; of
+      experts only where groups have a kernel, because on a CPU `ragged_dot` makes a copy of the rows for each expert.
     """
     count = param_count(config)
     width = 2 if compute.dtype == "bfloat16" else 4
     layer = layer_bytes(config, width, rows, seq_len)
     kept = layer
     if compute.remat == "dots":
-        matrices = 2 if isinstance(config.ffn, Gated) else 1
         heads = (config.n_heads + 2 * config.kv_heads) * config.head_width
-        kept = width * rows * seq_len * (2 * config.d_model + heads + matrices * config.d_ff)
+        products = config.d_ff * (1 if isinstance(config.ffn, Plain) else 2)
+        if isinstance(config.ffn, Experts):
+            products = config.ffn.top_k * (products + config.d_model)
+        kept = width * rows * seq_len * (2 * config.d_model + heads + products)
     elif compute.remat == "full":
         kept = width * rows * seq_len * config.d_model
     return {
@@ -81,10 +96,14 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
     """Return the bytes that the backward pass of one layer reads, where nothing is recomputed.
 
     Per token: two norms (float32) and their outputs, queries, the attention's output by head and by token, six arrays
-    of the feed-forward layer, a float32 sum per head. Per block of queries: the keys and values it sees, the weights.
+    of the feed-forward layer, a float32 sum per head; of each of its experts their six arrays, input and output. Per
+    block of queries: the keys and values it sees, the weights.
     """
     queries, keys = config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
-    per_token = 2 * (4 + width) * config.d_model + width * (3 * queries + 6 * config.d_ff) + 4 * config.n_heads
+    ffn = 6 * config.d_ff
+    if isinstance(config.ffn, Experts):
+        ffn = config.ffn.top_k * (ffn + 2 * config.d_model)
+    per_token = 2 * (4 + width) * config.d_model + width * (3 * queries + ffn) + 4 * config.n_heads
     blocks = query_blocks(seq_len)
     seen = sum(stop for _, stop in blocks)
     weights = config.n_heads * sum((stop - start) * stop for start, stop in blocks)

@@ -1,13 +1,15 @@
 """One layer of the decoder: attention and feed-forward with their norms and residuals."""
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.cache import LayerCache
+from jaxllm.layers.config import Experts
 from jaxllm.layers.ffn import Ffn
 from jaxllm.layers.kernels import Scores
-from jaxllm.layers.masks import Mask
+from jaxllm.layers.masks import CausalMask, Mask
+from jaxllm.layers.moe import Moe, RouterSums
 from jaxllm.layers.norms import Norm
 from jaxllm.models.config import ModelConfig
 
@@ -39,22 +41,34 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.attention_out_norm = Norm(config.norm, d_model) if after else None
         self.ffn_norm = Norm(config.norm, d_model) if before else None
-        self.ffn = Ffn(
-            rngs, config.ffn, d_model=d_model, d_ff=config.d_ff, bias=config.bias is True, std=std, out_std=out_std
-        )
+        shape = {"d_model": d_model, "d_ff": config.d_ff, "std": std, "out_std": out_std}
+        if isinstance(config.ffn, Experts):
+            self.ffn = Moe(rngs, config.ffn, **shape)
+        else:
+            self.ffn = Ffn(rngs, config.ffn, bias=config.bias is True, **shape)
         self.ffn_out_norm = Norm(config.norm, d_model) if after else None
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Mask, angles: tuple[Array, Array] | None = None,
         cache: LayerCache | None = None, positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:  # fmt: skip
-        """Return (x after the layer, the layer's cache with the new keys and values)."""
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterSums | None]:  # fmt: skip
+        """Return (x after the layer, its cache with the new keys and values, what its router did if it has one)."""
         apply = lambda norm, x: x if norm is None else norm(x)
         attended, cache = self.attention(apply(self.attention_norm, x), mask, angles, cache, positions)
         if self.post:
             x = self.attention_out_norm(x + attended)
-            return self.ffn_out_norm(x + self.ffn(x)), cache
+            y, sums = self._feed_forward(x, mask)
+            return self.ffn_out_norm(x + y), cache, sums
         attended = apply(self.attention_out_norm, attended)
         read = x if self.parallel else x + attended
-        y = apply(self.ffn_out_norm, self.ffn(apply(self.ffn_norm, read)))
-        return (x + attended + y if self.parallel else read + y), cache
+        y, sums = self._feed_forward(apply(self.ffn_norm, read), mask)
+        y = apply(self.ffn_out_norm, y)
+        return (x + attended + y if self.parallel else read + y), cache, sums
+
+    def _feed_forward(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        return self.ffn(x, _counted(mask)) if isinstance(self.ffn, Moe) else (self.ffn(x), None)
+
+
+def _counted(mask: Mask) -> Bool[Array, "B T"] | None:
+    """Return which tokens are not padding; None: no token is known to be."""
+    return mask.segments != 0 if isinstance(mask, CausalMask) and mask.segments is not None else None

@@ -26,7 +26,7 @@ class ModelConfig(Config):
     n_heads: int = Field(ge=1, description="query heads")
     n_kv_heads: int | None = Field(None, ge=1, description="key/value heads; none = n_heads (no grouping)")
     head_dim: int | None = Field(None, ge=1, description="width of a head; none = d_model / n_heads")
-    d_ff: int = Field(ge=1, description="width of the feed-forward layer")
+    d_ff: int = Field(ge=1, description="width of the feed-forward layer, or of each of its experts")
     max_seq_len: int = Field(ge=1, description="longest sequence the model is made for, tokens")
     norm: NormConfig = Field(RMSNorm(), description="normalisation around attention and feed-forward, before the head")
     norm_placement: Literal["pre", "out", "sandwich", "post"] = Field(

@@ -17,6 +17,7 @@ from jaxllm.layers.config import Learned
 from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
+from jaxllm.layers.moe import RouterSums
 from jaxllm.layers.norms import Norm
 from jaxllm.models.block import Block
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -57,6 +58,11 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return (hidden states after the final norm, the cache with the new tokens)."""
+        return self._hidden(tokens, positions, mask, cache)[:2]
+
+    def _hidden(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterSums | None]:
         dtype = jnp.dtype(self.compute.dtype)
         x = self.embed(tokens, dtype)
         if self.config.embed_scale is not None:
@@ -65,35 +71,43 @@ class Transformer(nnx.Module):
             x = x + self.position_embed(positions, dtype)
         x = constrain(x, "batch", "length", None)  # right after the gather, which otherwise loses the batch's sharding
         views = Views(self.config, mask, positions)
+        sums = None
         if cache is None:
-            x = self.run_blocks(x, views)
+            x, sums = self.run_blocks(x, views)
         else:
             updated = []
             for block, traits, layer in zip(self.blocks, layer_traits(self.config), cache, strict=True):
-                x, layer = block(x, *views.of(traits), layer, positions)
+                x, layer, _ = block(x, *views.of(traits), layer, positions)
                 updated.append(layer)
             cache = tuple(updated)
-        return (x if self.final_norm is None else self.final_norm(x)), cache
+        return (x if self.final_norm is None else self.final_norm(x)), cache, sums
 
-    def run_blocks(self, x: Array, views: Views) -> Array:
-        """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters."""
+    def run_blocks(self, x: Array, views: Views) -> tuple[Array, RouterSums | None]:
+        """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters.
 
-        def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, None]:
+        Returns:
+          (x, what the routers did, stacked on L).
+        """
+
+        def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, RouterSums | None]:
             block, traits = layer
-            return constrain(block(x, *views.of(traits))[0], "batch", "length", None), None
+            x, _, sums = block(x, *views.of(traits))
+            return constrain(x, "batch", "length", None), sums
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
         traits = layer_traits(self.config)
         if isinstance(self.blocks, nnx.List):
+            each = []
             for layer in zip(self.blocks, traits, strict=True):
-                x, _ = apply(x, layer)
-            return x
+                x, sums = apply(x, layer)
+                each.append(sums)
+            return x, jax.tree.map(lambda *sums: jnp.stack(sums), *each)
         unroll = self.config.n_layers if self.compute.layers == "unroll" else 1
         if len(set(traits)) == 1:  # no layer differs: facts of the program, not data of the loop
-            return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, self.blocks, unroll=unroll)[0]
+            return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, self.blocks, unroll=unroll)
         stacked = Traits(*(jnp.asarray(values) for values in zip(*traits, strict=True)))
-        return jax.lax.scan(apply, x, (self.blocks, stacked), unroll=unroll)[0]
+        return jax.lax.scan(apply, x, (self.blocks, stacked), unroll=unroll)
 
     def output_table(self) -> Float[Array, "V D"]:
         """Return the table of output vectors: logits are products of hidden states with its rows."""
@@ -115,9 +129,17 @@ class Transformer(nnx.Module):
           segments: packing id per token, 0 = padding; None: each row is one document.
           positions: index within the document; None: 0 ... T-1.
         """
+        return self.routed_states(tokens, segments, positions)[0]
+
+    def routed_states(
+        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:  # fmt: skip
+        """Return (`states`, what the routers did with all tokens but padding; None for a model without experts)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self.hidden(tokens, positions, CausalMask(segments))[0]
+        hidden, _, sums = self._hidden(tokens, positions, CausalMask(segments))
+        return hidden, sums
 
     def __call__(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,

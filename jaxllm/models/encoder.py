@@ -53,7 +53,7 @@ class TransformerEncoder(nnx.Module):
         x = self.stack.embed(tokens, dtype) + self.type_embed(types, dtype)
         x = x + self.stack.position_embed(positions + self.config.position_offset, dtype)
         x = self.embed_norm(constrain(x, "batch", "length", None))
-        return self.stack.run_blocks(x, Views(self.config.stack, FullMask(segments), positions))
+        return self.stack.run_blocks(x, Views(self.config.stack, FullMask(segments), positions))[0]
 
     def logits(
         self, hidden: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None

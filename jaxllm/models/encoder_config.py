@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
-from jaxllm.layers.config import Activation, Learned
+from jaxllm.layers.config import Activation, Experts, Learned
 from jaxllm.models.config import ModelConfig
 
 
@@ -56,6 +56,8 @@ class EncoderConfig(Config):
                 f"positions.kind={stack.positions.kind} and norm_placement={stack.norm_placement}: the stack of an "
                 "encoder has learned positions and norms in place post"
             )
+        if isinstance(stack.ffn, Experts):
+            raise ValueError("ffn.kind=experts: an encoder has no loss that keeps experts in use; take gated or plain")
         if unused := [name for name in ("window", "embed_scale", "logit_softcap") if stack.model_dump()[name]]:
             raise ValueError(f"{', '.join(unused)} of the stack: an encoder does not compute it; leave it out")
         if self.max_seq_len < 1:

@@ -28,7 +28,8 @@ def _gpt(d_model: int, n_layers: int, n_heads: int, max_seq_len: int, head_dim: 
 
 
 # Shapes: Touvron et al. 2023 (Llama 2, table 1), Dubey et al. 2024 (Llama 3, table 3), Radford et al. 2019 (GPT-2,
-# table 2), Brown et al. 2020 (GPT-3, table 2.1; dense attention in every layer here). The tiny ones are ours.
+# table 2), Brown et al. 2020 (GPT-3, table 2.1; dense attention in every layer here), Jiang et al. 2024 (Mixtral, table
+# 1), Yang et al. 2025 (Qwen3, table 2; sizes from its config.json). The tiny ones are ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _llama(64, 2, 4, 176, max_seq_len=128, vocab_size=512, tie_embeddings=True),
     "quickstart": _llama(
@@ -42,6 +43,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-70b": _llama(8192, 80, 64, 28672, n_kv_heads=8),
     "llama3-8b": _llama3(4096, 32, 32, 14336),
     "llama3-70b": _llama3(8192, 80, 64, 28672),
+    "mixtral-8x7b": _llama(
+        4096,
+        32,
+        32,
+        14336,
+        n_kv_heads=8,
+        max_seq_len=32768,
+        positions={"kind": "rope", "theta": 1e6},
+        ffn={"kind": "experts", "number": 8, "top_k": 2, "balance": 0.02},
+    ),
+    "qwen3-30b-a3b": _llama(
+        2048,
+        48,
+        32,
+        768,
+        n_kv_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        max_seq_len=40960,
+        qk_norm="head",
+        norm={"kind": "rms", "eps": 1e-6},
+        positions={"kind": "rope", "theta": 1e6},
+        ffn={"kind": "experts", "number": 128, "top_k": 8, "balance": 0.001},
+    ),
     "gpt2-124m": _gpt(768, 12, 12, 1024),
     "gpt2-355m": _gpt(1024, 24, 16, 1024),
     "gpt2-774m": _gpt(1280, 36, 20, 1024),

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 class MeshConfig(Config):
@@ -14,6 +14,9 @@ class MeshConfig(Config):
 
     data: int = Field(-1, ge=-1, description="replicas of the model, each with its own part of the batch")
     fsdp: int = Field(1, ge=-1, description="devices that share one replica's parameters and optimizer state (ZeRO-3)")
+    expert: int = Field(
+        1, ge=-1, description="devices that share the experts of each layer, and split the batch as data and fsdp do"
+    )
     tensor: int = Field(1, ge=-1, description="devices that split every matrix product (heads, ffn width, vocabulary)")
 
 
@@ -23,7 +26,7 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     Raises:
       ValueError: the sizes do not multiply to the device count.
     """
-    sizes = dict(zip(AXES, (config.data, config.fsdp, config.tensor), strict=True))
+    sizes = dict(zip(AXES, (config.data, config.fsdp, config.expert, config.tensor), strict=True))
     described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if 0 in sizes.values() or len(free) > 1:

@@ -14,15 +14,16 @@ Axes = tuple[str | None, ...]
 
 # Mesh axes in the order in which they are tried. An empty tuple means "never sharded".
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     "norm": (),
     "types": (),
     "labels": (),

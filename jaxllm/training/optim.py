@@ -40,6 +40,8 @@ def _muon_dimensions(params: optax.Params) -> optax.Params:
     """
 
     def dimensions(name: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if "/experts/" in name:  # as layers are, experts are a batch of matrices
+            return optax.contrib.MuonDimensionNumbers((2,), (3,))
         if not (name.startswith("blocks/") and name.endswith("/kernel")):
             return None
         axes = tuple(range(1, leaf.ndim))

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
+from jaxllm.models.balance import no_sums, router_loss, router_metrics
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.rules import constrain
@@ -23,22 +24,28 @@ NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradie
 
 
 def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float = 0.0) -> tuple:
-    """Return (loss, nats) summed over the weighted tokens of `batch`; see `losses.cross_entropy`."""
+    """Return (loss, (nats, router sums)), summed over the weighted tokens of `batch`; see `losses.cross_entropy`.
+
+    Experts add their `balance.router_loss`, times the weights, to the loss; the router sums of other models are None.
+    """
     module = bind(graph(model, compute)[0], params)
-    hidden = module.states(batch.tokens, batch.segments, batch.positions)
+    hidden, routers = module.routed_states(batch.tokens, batch.segments, batch.positions)
     with jax.named_scope("loss"):
         table, cap = module.output_table(), model.logit_softcap
-        return cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap)
+        loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap)
+        if routers is not None:
+            loss += router_loss(routers, model.ffn) * jnp.sum(batch.weights)
+        return loss, (nats, routers)
 
 
 def gradient_sums(
     params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, step: StepConfig
-) -> tuple[Params, Float[Array, ""], Float[Array, ""]]:
-    """Return (gradient of the loss sum, loss sum, nats sum) over the batch, in `step.accumulate` microbatches."""
+) -> tuple[Params, Float[Array, ""], tuple]:
+    """Return (gradient of the loss sum, loss sum, (nats sum, router sums)), in `step.accumulate` microbatches."""
     value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
     if step.accumulate == 1:
-        (loss, nats), gradient = value_and_grad(params, batch, model, compute, step.z_loss)
-        return gradient, loss, nats
+        (loss, rest), gradient = value_and_grad(params, batch, model, compute, step.z_loss)
+        return gradient, loss, rest
 
     def split(x: Array) -> Array:
         # Strided, so that each device's rows stay on it: [B] -> [B / A, A] -> [A, B / A].
@@ -46,10 +53,11 @@ def gradient_sums(
         return constrain(x, None, "batch", None)
 
     def add(carry: tuple, microbatch: Batch) -> tuple[tuple, None]:
-        (loss, nats), gradient = value_and_grad(params, microbatch, model, compute, step.z_loss)
-        return jax.tree.map(jnp.add, carry, (gradient, loss, nats)), None
+        (loss, rest), gradient = value_and_grad(params, microbatch, model, compute, step.z_loss)
+        return jax.tree.map(jnp.add, carry, (gradient, loss, rest)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    nothing = jnp.zeros((), jnp.float32)
+    zero = (jax.tree.map(jnp.zeros_like, params), nothing, (nothing, no_sums(model)))
     return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
 
 
@@ -65,10 +73,10 @@ def train_step(
     Args:
       lr: learning rate of this update; `schedules.learning_rate` of the step.
     Returns:
-      metrics: loss (mean nats per weighted token), objective (with z-loss), grad_norm, lr, tokens (sum of weights),
-      skipped; float32 scalars.
+      metrics: loss (mean nats per weighted token), objective (with z-loss and what routers add), grad_norm, lr, tokens
+      (sum of weights), skipped, and `balance.router_metrics` of a model with experts; float32 scalars.
     """
-    gradient, loss, nats = gradient_sums(state.params, batch, model, compute, step)
+    gradient, loss, (nats, routers) = gradient_sums(state.params, batch, model, compute, step)
     with jax.named_scope("update"):
         tokens = jnp.sum(batch.weights)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
@@ -90,6 +98,8 @@ def train_step(
         "loss": nats * scale, "objective": loss * scale, "grad_norm": norm, "lr": lr, "tokens": tokens,
         "skipped": 1.0 - good.astype(jnp.float32),
     }  # fmt: skip
+    if routers is not None:
+        metrics |= router_metrics(routers, model.ffn)
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
 
@@ -99,7 +109,7 @@ def _where(condition: Array, new: tuple, old: tuple) -> tuple:
 
 def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig) -> Metrics:
     """Return the summed nats and weights of `batch`: add over batches, then divide."""
-    _, nats = loss_sums(params, batch, model, compute)
+    _, (nats, _) = loss_sums(params, batch, model, compute)
     return {"nats": nats, "tokens": jnp.sum(batch.weights)}
 
 

@@ -1,5 +1,6 @@
 """Families against transformers: logits, padding, loss, gradients, greedy text, and back again through an export."""
 
+import copy
 import json
 
 import jax
@@ -12,8 +13,9 @@ from jaxllm.core.tree import named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.fields import Fields
-from jaxllm.hf.table import names, take
+from jaxllm.hf.table import names, stacked, take
 from jaxllm.hf.weights import read_params, sizes_of, write_params
+from jaxllm.layers.config import Experts
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.decoder import bind, graph
 from jaxllm.training.step import loss_sums
@@ -43,6 +45,10 @@ MODELS = {
     "mistral": ("MistralConfig", {**SIZES, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", {**SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3Config", SIZES),
+    "mixtral": ("MixtralConfig", {**SIZES, "num_local_experts": 4, "sliding_window": 7,
+        "router_aux_loss_coef": 0.5}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**SIZES, "head_dim": 32, "moe_intermediate_size": 48, "num_experts": 6,
+        "num_experts_per_tok": 3}),
     "gemma": ("GemmaConfig", {**SIZES, "head_dim": 32}),
     "gemma2": ("Gemma2Config", {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 6,
         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
@@ -63,8 +69,9 @@ WINDOWS = {
     "smollm3": {"use_sliding_window": True, "sliding_window": 64},
     "qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
     "qwen3": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 64},
 }
-GRADIENTS = ("llama", "gemma2", "gpt2", "gpt_neox")
+GRADIENTS = ("llama", "mixtral", "qwen3_moe", "gemma2", "gpt2", "gpt_neox")
 PROMPT, NEW = 8, 16
 # Every published config.json has these; leaving one out is an error here, or a shape that does not fit.
 REQUIRED = {
@@ -137,7 +144,7 @@ def test_logits_padding_greedy_text_gradients_and_the_way_back(pair, tmp_path):
     assert written == greedy[0].tolist()
 
     if name in GRADIENTS:
-        compare_gradients(model, family, config, params, tokens)
+        compare_gradients(model, family, config, params, tokens, tmp_path / "gradients")
     way_back(model, family, config, path, tmp_path, tokens, expected)
 
 
@@ -160,24 +167,31 @@ def test_a_key_that_is_left_out_means_what_transformers_takes_it_for(model_type)
         assert without == with_key, key
 
 
-def compare_gradients(model, family, config, params, tokens):
-    out = model(torch.from_numpy(tokens), labels=torch.from_numpy(tokens))
-    out.loss.backward()
-    theirs = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
-    theirs["embed_out.weight"] = model.get_output_embeddings().weight.grad.numpy()  # the name in GPT-NeoX's files
+def compare_gradients(model, family, config, params, tokens, path):
+    inputs, labels = torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
+    sparse = isinstance(config.ffn, Experts)
+    out = model(inputs, **({"output_router_logits": True} if sparse else {}))
+    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+    loss = loss + config.ffn.balance * out.aux_loss if sparse else loss
+    loss.backward()
+    gradients = copy.deepcopy(model)  # saved, for the names and the shapes of its files
+    for into, weight in zip(gradients.parameters(), model.parameters(), strict=True):
+        into.data = weight.grad
+    gradients.save_pretrained(path)
+    theirs = Checkpoint(path)
     batch = Batch(
         tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32), np.ones((3, 23), np.float32),
         np.ones((3, 23), np.int32), np.arange(23, dtype=np.int32)[None].repeat(3, 0),
     )  # fmt: skip
     compute = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)
-    loss = lambda params: loss_sums(params, batch, config, compute)[0] / (3 * 23)
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    np.testing.assert_allclose(value, out.loss.item(), rtol=1e-5)
+    ours = lambda params: loss_sums(params, batch, config, compute)[0] / (3 * 23)
+    value, gradient = jax.jit(jax.value_and_grad(ours))(params)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     leaves = named_leaves(gradient)
     for row in family.rows(config):
-        for layer, name in enumerate(names(row, sizes_of(config))):
+        flat = np.asarray(leaves[row.ours]).reshape(-1, *leaves[row.ours].shape[stacked(row) :])
+        for found, name in zip(flat, names(row, sizes_of(config)), strict=True):
             expected = take(row, theirs[name], sizes_of(config))
-            found = np.asarray(leaves[row.ours][layer] if "{layer}" in row.theirs else leaves[row.ours])
             assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected) + 1e-7, row.ours
 
 

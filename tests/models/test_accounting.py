@@ -25,6 +25,8 @@ PUBLISHED = {
     "gpt2-355m": 354_823_168,
     "gpt2-774m": 774_030_080,
     "gpt2-1.5b": 1_557_611_200,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 
 
@@ -40,6 +42,26 @@ def test_published_parameter_counts(name):
 )  # fmt: skip
 def test_gpt3_sizes(name, billions):
     assert accounting.param_count(presets.get(name)) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [("mixtral-8x7b", 12_879_925_248), ("qwen3-30b-a3b", 3_353_032_704), ("llama2-7b", 6_738_415_616)],
+)
+def test_active_parameters_are_those_of_the_chosen_experts(name, active):
+    config = presets.get(name)
+    assert accounting.active_param_count(config) == active
+    products = accounting.active_param_count(config) - config.vocab_size * config.d_model
+    attention = 6 * config.n_layers * 4096 * config.n_heads * config.head_width
+    assert accounting.flops_per_token(config, 4096) == 6 * products + attention
+
+
+def test_experts_cost_as_many_activations_as_are_chosen():
+    sizes = [
+        accounting.layer_bytes(presets.get("tiny", ffn={"kind": "experts", "number": 8, "top_k": top_k}), 2, 1, 64)
+        for top_k in (1, 2, 3)
+    ]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] == 64 * 2 * (6 * 176 + 2 * 64)
 
 
 def test_counts_equal_real_arrays():

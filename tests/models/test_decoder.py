@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.layers.cache import init_cache
-from jaxllm.layers.config import RMSNorm, Rope, SlidingWindow
+from jaxllm.layers.config import Experts, RMSNorm, Rope, SlidingWindow
 from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -26,7 +26,9 @@ MIXED = LLAMA.model_copy(
         "norm_placement": "sandwich",
     }
 )  # fmt: skip
-MODELS = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED], ids=["llama", "gpt", "mixed"])
+SPARSE = LLAMA.model_copy(update={"ffn": Experts(number=5, top_k=2), "n_layers": 2})
+DENSE = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED], ids=["llama", "gpt", "mixed"])
+MODELS = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED, SPARSE], ids=["llama", "gpt", "mixed", "sparse"])
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 LONG = np.random.default_rng(1).integers(0, 97, (1, 160))  # three blocks of queries: 64, 64 and 32
 
@@ -60,7 +62,7 @@ def loss_and_gradient(config, compute):
     return jax.jit(jax.value_and_grad(loss))(noisy_params(config))
 
 
-@MODELS
+@DENSE
 @pytest.mark.parametrize(("length", "probe"), [(12, 5), (160, 70), (160, 127), (160, 128)])
 def test_no_gradient_flows_from_the_future(config, length, probe):
     params = noisy_params(config)
@@ -69,7 +71,7 @@ def test_no_gradient_flows_from_the_future(config, length, probe):
     def probed(x):
         # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
         views = Views(config, CausalMask(), jnp.arange(length)[None])
-        hidden = module.run_blocks(x, views)
+        hidden, _ = module.run_blocks(x, views)
         return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
 
     x = jax.random.normal(jax.random.key(0), (1, length, 32))
@@ -94,7 +96,7 @@ def test_packed_equals_unpacked_and_ignores_its_neighbour_bitwise(config, first,
     np.testing.assert_array_equal(forward(config, params, other, segments, positions)[:, :first], packed[:, :first])
 
 
-@MODELS
+@DENSE
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_scan_and_remat_change_nothing(config, remat, layers):

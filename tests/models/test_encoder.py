@@ -6,7 +6,7 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import map_named
 from jaxllm.layers import kernels
-from jaxllm.layers.config import LayerNorm, Learned, Plain, Rope, SlidingWindow
+from jaxllm.layers.config import Experts, LayerNorm, Learned, Plain, Rope, SlidingWindow
 from jaxllm.layers.masks import FullMask
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import bind
@@ -141,6 +141,7 @@ def test_heads_that_are_not_there():
         ({"positions": Rope()}, r"kind=rope and norm_placement=post"),
         ({"norm_placement": "pre"}, r"kind=learned and norm_placement=pre"),
         ({"window": SlidingWindow(size=3)}, "window of the stack"),
+        ({"ffn": Experts(number=2, top_k=1)}, r"ffn\.kind=experts: an encoder has no loss"),
         ({"max_seq_len": 2}, "leave no room for a token"),
     ],
 )

@@ -23,6 +23,13 @@ def test_literal_specs(axes, shape, expected):
     assert partition_spec(axes, shape, MESH) == expected
 
 
+def test_experts_take_their_axis_and_leave_it_to_the_width_where_they_do_not_divide():
+    mesh = {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
+    assert partition_spec(("experts", "embed", "mlp"), (8, 16, 32), mesh) == P("expert", "fsdp", None)
+    assert partition_spec(("experts", "embed", "mlp"), (6, 16, 32), mesh) == P(None, ("fsdp", "expert"), None)
+    assert partition_spec(("batch", "length"), (16, 8), mesh) == P(("fsdp", "expert"), None)
+
+
 def test_axes_missing_from_the_mesh_are_not_used():
     assert partition_spec(("embed", "mlp"), (64, 256), {"data": 8}) == P(None, None)
 
@@ -38,7 +45,7 @@ def test_rank_mismatch():
 
 
 def test_free_axis_takes_what_is_left():
-    assert axis_sizes(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert axis_sizes(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(

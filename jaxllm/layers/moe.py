@@ -1,0 +1,202 @@
+"""Mixture of experts: a feed-forward layer of which each token uses a few parts, chosen by a router.
+
+Dropless: the rows of a batch are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that an
+expert takes whatever number of tokens comes, and what a token gets does not depend on the others. One token of a decode
+step and a whole batch run the same function.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.layers.config import Experts
+from jaxllm.layers.ffn import ACTIVATIONS
+from jaxllm.layers.linear import PRODUCT, param
+from jaxllm.sharding.rules import partition_spec
+
+
+class RouterSums(NamedTuple):
+    """What a router did, summed over the tokens that count; float32, with a leading L where layers are stacked.
+
+    Attributes:
+      counts: how often each expert was chosen; sums to `tokens` * A.
+      probs: of each expert, before the choice; the only part with a gradient to balance the load by.
+      z: squared log-partitions of the router's logits.
+      tokens: how many count.
+    """
+
+    counts: Float[Array, "*L E"]
+    probs: Float[Array, "*L E"]
+    z: Float[Array, "*L"]
+    tokens: Float[Array, "*L"]
+
+
+class Kernels(NamedTuple):
+    """The weights of all experts, or of those that one device holds."""
+
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+
+
+class Bank(nnx.Module):
+    """The parameters of the experts of a layer, stacked on E."""
+
+    def __init__(self, rngs: nnx.Rngs, number: int, *, d_model: int, d_ff: int, std: float, out_std: float):
+        wide, narrow = (number, d_model, d_ff), (number, d_ff, d_model)
+        self.gate = param(rngs, wide, ("experts", "embed", "mlp"), std)
+        self.up = param(rngs, wide, ("experts", "embed", "mlp"), std)
+        self.down = param(rngs, narrow, ("experts", "mlp", "embed"), out_std)
+
+    def kernels(self, dtype: jnp.dtype) -> Kernels:
+        """Return the weights in the precision of a product."""
+        return Kernels(*(weight[...].astype(dtype) for weight in (self.gate, self.up, self.down)))
+
+
+class Moe(nnx.Module):
+    """The layer that `config` describes; `d_ff` is the width of one expert."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, config: Experts, *, d_model: int, d_ff: int, std: float = 0.02, out_std: float = 0.02
+    ):
+        self.config = config
+        self.router = param(rngs, (d_model, config.number), ("embed", None), std)
+        self.experts = Bank(rngs, config.number, d_model=d_model, d_ff=d_ff, std=std, out_std=out_std)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterSums]:
+        """Return (output, what the router did).
+
+        Args:
+          counted: the tokens that the sums are about, all but padding; None: every token.
+        """
+        with jax.named_scope("moe"):
+            # float32 in full precision: two experts that score alike must not change places by rounding.
+            exact = jax.lax.Precision.HIGHEST
+            logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), self.router[...], precision=exact)
+            probs = jax.nn.softmax(logits, axis=-1)
+            weights, choice = jax.lax.top_k(probs, self.config.top_k)
+            if self.config.renormalise:
+                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            kernels = self.experts.kernels(x.dtype)
+            y = apply_experts(x, choice, weights.astype(x.dtype), kernels, self.config.activation)
+            return y, _sums(logits, probs, choice, counted)
+
+
+def _sums(
+    logits: Float[Array, "B T E"], probs: Float[Array, "B T E"], choice: Int[Array, "B T A"],
+    counted: Bool[Array, "B T"] | None,
+) -> RouterSums:  # fmt: skip
+    count = jnp.ones(choice.shape[:2], jnp.float32) if counted is None else counted.astype(jnp.float32)
+    chosen = choice[..., None] == jnp.arange(probs.shape[-1])[None, None, None, :]
+    return RouterSums(
+        counts=jnp.sum(chosen * count[..., None, None], axis=(0, 1, 2)),
+        probs=jnp.einsum("bte,bt->e", probs, count, precision=jax.lax.Precision.HIGHEST),
+        z=jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * count),
+        tokens=jnp.sum(count),
+    )
+
+
+def apply_experts(
+    x: Float[Array, "B T D"], choice: Int[Array, "B T A"], weights: Float[Array, "B T A"], kernels: Kernels,
+    activation: str,
+) -> Float[Array, "B T D"]:  # fmt: skip
+    """Return sum_a weights[a] expert_{choice[a]}(x), on all devices of the mesh in use.
+
+    The compiler cannot partition a product of groups whose sizes are data, so what each device does is written out: it
+    sorts the tokens of its own rows of the batch. Devices that share the experts gather one another's tokens, compute
+    what falls to their own experts (all other rows are in no group), and sum the results, each for its own rows.
+    Devices that share the width of experts sum as after any split product.
+
+    Cost: with n devices on the expert axis each receives the tokens of the n - 1 others and sums as many results, n / A
+    times what an exchange of the chosen tokens alone would move, and it holds rows for all n, since any number of them
+    may choose its experts. In return no shape depends on the routing, and no token is ever dropped.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _mix(x, choice, weights, kernels, activation)
+    rows = partition_spec(("batch", "length", None), x.shape, mesh.shape)
+    wide = partition_spec(("experts", None, "mlp"), kernels.up.shape, mesh.shape)
+    owners, parts = wide[0], wide[2]
+    gathers = owners is not None and owners in _names(rows[0])
+
+    def local(x: Array, choice: Array, weights: Array, kernels: Kernels) -> Array:
+        if gathers:
+            gather = lambda y: jax.lax.all_gather(y, owners, axis=0, tiled=True)
+            x, choice, weights = gather(x), gather(choice), gather(weights)
+        # Here, so that gradients are summed over devices once per token, not once per expert of a token.
+        alone = tuple(axis for axis in (owners, parts) if axis is not None and not (gathers and axis == owners))
+        x, weights = (jax.lax.pcast(y, alone, to="varying") if alone else y for y in (x, weights))
+        if owners is not None:
+            choice = choice - jax.lax.axis_index(owners) * kernels.up.shape[0]
+        y = _mix(x, choice, weights, kernels, activation, some=owners is not None)
+        y = jax.lax.psum(y, alone) if alone else y
+        return jax.lax.psum_scatter(y, owners, scatter_dimension=0, tiled=True) if gathers else y
+
+    narrow = PartitionSpec(owners, parts, None)
+    specs = (rows, rows, rows, Kernels(wide, wide, narrow))
+    return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, choice, weights, kernels)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def _mix(
+    x: Float[Array, "B T D"], choice: Int[Array, "B T A"], weights: Float[Array, "B T A"], kernels: Kernels,
+    activation: str, some: bool = False,
+) -> Float[Array, "B T D"]:  # fmt: skip
+    """Return the weighted sum over those chosen experts that `kernels` has.
+
+    Args:
+      choice: counted from the first expert of `kernels`.
+      some: `choice` may name experts that `kernels` does not have.
+    """
+    number, top_k = kernels.up.shape[0], choice.shape[-1]
+    owner = choice.reshape(-1)
+    if some:
+        owner = jnp.where((owner >= 0) & (owner < number), owner, number)  # sorted to the end, in no group
+    sizes = jnp.sum(owner[:, None] == jnp.arange(number)[None, :], axis=0, dtype=jnp.int32)
+    order = jnp.argsort(owner, stable=True)
+    inverse = jnp.argsort(order)
+    rows = _spread(x.reshape(-1, x.shape[-1]), order, inverse, top_k)
+    # A kernel may leave anything in the rows of no group, forward and backward.
+    inside = (jnp.arange(len(owner)) < jnp.sum(sizes))[:, None]
+    clean = lambda y: jnp.where(inside, y, jnp.zeros_like(y)) if some else y
+    rows = clean(rows)
+    product = lambda x, kernel: checkpoint_name(jax.lax.ragged_dot(x, kernel, sizes), PRODUCT)
+    hidden = ACTIVATIONS[activation](product(rows, kernels.gate)) * product(rows, kernels.up)
+    rows = _permute(clean(product(hidden, kernels.down)), inverse, order)
+    # Summed in float32, and over a fixed order of experts: a scatter-add on a GPU is neither.
+    y = jnp.einsum("mad,ma->md", rows.reshape(-1, top_k, x.shape[-1]), weights.reshape(-1, top_k),
+                   preferred_element_type=jnp.float32)  # fmt: skip
+    return y.astype(x.dtype).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x: Float[Array, "M D"], order: Int[Array, "R"], inverse: Int[Array, "R"], top_k: int) -> Array:
+    """Return A copies of each row in a new order, R = M A; the gradient is a gather and a sum, where JAX's scatters."""
+    return x[order // top_k]
+
+
+_spread.defvjp(
+    lambda x, order, inverse, top_k: (x[order // top_k], inverse),
+    lambda top_k, inverse, dy: (jnp.sum(dy[inverse].reshape(-1, top_k, dy.shape[-1]), axis=1), None, None),
+)
+
+
+@jax.custom_vjp
+def _permute(x: Float[Array, "R D"], order: Int[Array, "R"], inverse: Int[Array, "R"]) -> Float[Array, "R D"]:
+    """Return the rows of x in a new order."""
+    return x[order]
+
+
+_permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))

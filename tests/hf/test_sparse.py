@@ -1,0 +1,153 @@
+"""Families with experts: published files, shapes and counts without allocation, what is refused, and many devices."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxllm.core.tree import named_leaves
+from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.table import names, stacked, stored_shape
+from jaxllm.hf.weights import read_params, sizes_of, write_params
+from jaxllm.layers.config import Experts
+from jaxllm.models import presets
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.decoder import abstract_params, init_params
+from jaxllm.sharding.config import MeshConfig
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.training.state import param_shardings
+
+CONFIG = ModelConfig(
+    vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=32,
+    ffn=Experts(number=4, top_k=2, balance=0.001),
+)  # fmt: skip
+COMMON = {
+    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "num_attention_heads": 32,
+    "output_router_logits": False, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True,
+}  # fmt: skip
+# config.json of mistralai/Mixtral-8x7B-v0.1 and of Qwen/Qwen3-30B-A3B, less what concerns tokens.
+PUBLISHED = {
+    "mixtral-8x7b": {
+        **COMMON, "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000,
+        "max_position_embeddings": 32768, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "rms_norm_eps": 1e-05, "router_aux_loss_coef": 0.02,
+    },
+    "qwen3-30b-a3b": {
+        **COMMON, "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+        "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "router_aux_loss_coef": 0.001, "use_sliding_window": False, "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+
+def parse(raw):
+    return FAMILIES[raw["model_type"]].parse(raw, "config.json")
+
+
+@pytest.mark.parametrize(("name", "count"), [("mixtral-8x7b", 46_702_792_704), ("qwen3-30b-a3b", 30_532_122_624)])
+def test_a_published_config_is_the_preset_and_its_tensors_hold_every_parameter(name, count):
+    raw, config = PUBLISHED[name], presets.get(name)
+    assert parse(raw).model_copy(update={"head_dim": config.head_dim}) == config
+    sizes, leaves = sizes_of(config), named_leaves(abstract_params(config))
+    rows = FAMILIES[raw["model_type"]].rows(config)
+    assert {row.ours for row in rows} == set(leaves)
+    shapes = {row.theirs: stored_shape(row, leaves[row.ours].shape[stacked(row) :], sizes) for row in rows}
+    assert sum(len(names(row, sizes)) * math.prod(shapes[row.theirs]) for row in rows) == count
+
+
+def test_tensors_of_an_expert_have_the_published_names_and_shapes():
+    expected_of = {
+        "mixtral-8x7b": {"experts.7.w2.weight": (4096, 14336), "gate.weight": (8, 4096)},
+        "qwen3-30b-a3b": {"experts.127.up_proj.weight": (768, 2048), "gate.weight": (128, 2048)},
+    }
+    for (name, expected), layer in zip(expected_of.items(), ("block_sparse_moe", "mlp"), strict=True):
+        config = presets.get(name)
+        sizes, leaves = sizes_of(config), named_leaves(abstract_params(config))
+        found = {}
+        for row in FAMILIES[PUBLISHED[name]["model_type"]].rows(config):
+            shape = stored_shape(row, leaves[row.ours].shape[stacked(row) :], sizes)
+            found |= dict.fromkeys(names(row, sizes), shape)
+        assert {key: found[f"model.layers.5.{layer}.{key}"] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mixtral-8x7b", {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1: only 0\.0 is computed"),
+        ("mixtral-8x7b", {"norm_topk_prob": True}, "norm_topk_prob=True: unknown"),
+        ("mixtral-8x7b", {"num_experts_per_tok": 9}, "top_k=9 is more than number=8 experts"),
+        ("qwen3-30b-a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: only 1 is computed"),
+        ("qwen3-30b-a3b", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: only \[\] is computed"),
+        ("qwen3-30b-a3b", {"attention_bias": True}, "attention_bias=True: only False"),
+        ("qwen3-30b-a3b", {"num_local_experts": 8}, "num_experts=128 and num_local_experts=8"),
+        ("qwen3-30b-a3b", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64: unknown"),
+        ("qwen3-30b-a3b", {"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\]: unknown"),
+    ],
+)
+def test_what_is_computed_otherwise_is_refused(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        parse(PUBLISHED[name] | change)
+
+
+def test_all_that_is_wrong_is_listed_at_once():
+    with pytest.raises(ValueError, match=r"(?s)decoder_sparse_step=2.*mlp_only_layers=\[3\].*n_shared_experts=1"):
+        parse(PUBLISHED["qwen3-30b-a3b"] | {"decoder_sparse_step": 2, "mlp_only_layers": [3], "n_shared_experts": 1})
+
+
+def test_returning_router_logits_changes_nothing():
+    for raw in PUBLISHED.values():
+        assert parse(raw | {"output_router_logits": True}) == parse(raw)
+
+
+def test_the_window_of_qwen3_moe_is_that_of_every_layer():
+    raw = PUBLISHED["qwen3-30b-a3b"] | {"sliding_window": 512, "use_sliding_window": True}
+    assert parse(raw).window.size == 512
+    assert parse(raw).window.layers == (True,)
+    assert parse(raw | {"use_sliding_window": False}).window is None
+
+
+def test_mixtral_has_no_words_for_weights_that_do_not_sum_to_one():
+    config = presets.get("mixtral-8x7b", ffn={"kind": "experts", "number": 8, "top_k": 2, "renormalise": False})
+    with pytest.raises(ValueError, match="weights of Mixtral's experts sum to one"):
+        FAMILIES["mixtral"].write(config)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_read_onto_the_devices_that_own_them(model_type, tmp_path):
+    config = CONFIG.model_copy(update={"qk_norm": "head" if model_type == "qwen3_moe" else "none"})
+    rows, params = FAMILIES[model_type].rows(config), init_params(config, 0)
+    writer = Writer(tmp_path)
+    write_params(params, rows, config, writer)
+    writer.close()
+    mesh = make_mesh(MeshConfig(expert=2, fsdp=2, data=2))
+    again = named_leaves(read_params(Checkpoint(tmp_path), rows, config, param_shardings(config, mesh)))
+    for name, leaf in named_leaves(params).items():
+        np.testing.assert_array_equal(again[name], leaf)
+    experts = again["blocks/ffn/experts/up"]
+    assert {shard.data.shape[1] for shard in experts.addressable_shards} == {2}
+    assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize("broken", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.mlp.gate.weight"])
+def test_a_tensor_of_an_expert_that_is_missing_or_misshaped_is_named(broken, tmp_path):
+    config = CONFIG.model_copy(update={"qk_norm": "head"})
+    rows = FAMILIES["qwen3_moe"].rows(config)
+    writer = Writer(tmp_path)
+    write_params(init_params(config, 0), rows, config, writer)
+    writer.close()
+    tensors = dict(Checkpoint(tmp_path))
+    for change, message in ((lambda _: None, "missing"), (lambda x: x[:2], "shape")):
+        writer = Writer(tmp_path)
+        for name, tensor in tensors.items():
+            if name != broken:
+                writer.add(name, tensor)
+            elif change(tensor) is not None:
+                writer.add(name, change(tensor))
+        writer.close()
+        with pytest.raises(ValueError, match=rf"{broken}: {message}"):
+            read_params(Checkpoint(tmp_path), rows, config)

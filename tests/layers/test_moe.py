@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from pydantic import ValidationError
+
+from jaxllm.layers.config import Experts
+from jaxllm.layers.moe import Kernels, Moe, RouterSums, _mix
+from jaxllm.models.balance import balance_loss, router_metrics, z_loss
+
+X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype(np.float32)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_the_formula_token_by_token(renormalise):
+    moe = Moe(nnx.Rngs(0), Experts(number=4, top_k=2, renormalise=renormalise), d_model=8, d_ff=6, std=0.5, out_std=0.5)
+    gate, up, down = (np.asarray(kernel) for kernel in moe.experts.kernels(jnp.float32))
+    expected, counts = np.zeros_like(X), np.zeros(4)
+    for place in np.ndindex(2, 5):
+        probs = softmax(X[place] @ np.asarray(moe.router[...]))
+        chosen = np.argsort(-probs)[:2]
+        counts[chosen] += 1
+        for e in chosen:
+            wide = X[place] @ gate[e]
+            y = (wide / (1 + np.exp(-wide)) * (X[place] @ up[e])) @ down[e]
+            expected[place] += y * probs[e] / (probs[chosen].sum() if renormalise else 1)
+    y, sums = moe(X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_array_equal(sums.counts, counts)
+    # All tokens at one expert, and a token alone: no capacity, the same numbers.
+    moe.router[...] = jnp.eye(8, 4) * 100
+    crowd = np.abs(X) * [9, 1, *[0.1] * 6]
+    together = moe(jnp.asarray(crowd, jnp.float32))[0]
+    alone = [moe(jnp.asarray(crowd[:1, i : i + 1], jnp.float32))[0][0, 0] for i in range(5)]
+    np.testing.assert_allclose(together[0], np.stack(alone), rtol=2e-5, atol=1e-6)
+
+
+def test_each_part_of_the_experts_gives_its_part_of_the_sum_and_of_the_gradient():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((4, 8, 6), (4, 8, 6), (4, 6, 8))
+    kernels = Kernels(*(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)))
+    choice = jnp.array([[[0, 3], [1, 2], [3, 1], [3, 0], [3, 2]]] * 2)
+    weights = jax.random.uniform(keys[3], choice.shape)
+
+    def whole(x, kernels):
+        return _mix(x, choice, weights, kernels, "silu")
+
+    def parts(x, kernels):
+        cut = lambda part: jax.tree.map(lambda kernel: kernel[part], kernels)
+        return sum(
+            _mix(x, choice - first, weights, cut(slice(first, first + 2)), "silu", some=True) for first in (0, 2)
+        )
+
+    loss = lambda function: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(function(*a))), (0, 1)))(X, kernels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), loss(parts), loss(whole))
+
+
+def test_router_losses_and_metrics_by_hand():
+    # Two layers, three experts, one choice of each of 4 tokens: all at expert 0, and 2 1 1.
+    sums = RouterSums(
+        counts=jnp.array([[4.0, 0, 0], [2, 1, 1]]), probs=jnp.array([[2.0, 1, 1], [2, 2, 0]]),
+        z=jnp.array([8.0, 16.0]), tokens=jnp.array([4.0, 4.0]),
+    )  # fmt: skip
+    assert balance_loss(sums) == pytest.approx(3 * (6 / 8 * 4 / 8 + 1 / 8 * 3 / 8 + 1 / 8 * 1 / 8))
+    assert z_loss(sums) == 3.0
+    metrics = router_metrics(sums, Experts(number=3, top_k=1))
+    assert metrics["router_busiest"] == 1.0
+    assert metrics["router_entropy"] == pytest.approx((0 + 1.5 * np.log(2) / np.log(3)) / 2, rel=1e-5)
+
+
+def test_no_token_gives_no_loss():
+    none = RouterSums(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.zeros(1), jnp.zeros(1))
+    assert all(np.isfinite(value) for value in router_metrics(none, Experts(number=3, top_k=1)).values())
+    assert balance_loss(none) == z_loss(none) == 0
+
+
+def test_more_choices_than_experts_are_refused():
+    with pytest.raises(ValidationError, match="top_k=5 is more than number=4"):
+        Experts(number=4, top_k=5)

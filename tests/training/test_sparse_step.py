@@ -1,0 +1,117 @@
+"""Updates of a model with experts: the same on every mesh, and what routers add to loss and metrics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.tree import named_leaves
+from jaxllm.layers.config import Experts
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import init_params
+from jaxllm.sharding.mesh import MeshConfig, make_mesh
+from jaxllm.training.config import AdamW, Muon, StepConfig
+from jaxllm.training.feed import place
+from jaxllm.training.optim import optimizer
+from jaxllm.training.state import init_state
+from jaxllm.training.step import compile_step, gradient_sums, loss_sums
+
+EXPERTS = Experts(number=4, top_k=2, balance=0.1, router_z=0.01)
+MODEL = ModelConfig(
+    vocab_size=64, d_model=16, n_layers=2, n_heads=2, d_ff=12, max_seq_len=32, init_std=0.2, ffn=EXPERTS
+)
+PLAIN = MODEL.model_copy(update={"ffn": EXPERTS.model_copy(update={"balance": 0.0, "router_z": 0.0})})
+CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)
+
+
+def batch(rows=8, length=12):
+    """Rows that end in padding, a different length of it each."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 64, (rows, length + 1)).astype(np.int32)
+    real = np.arange(length)[None] < length - np.arange(rows)[:, None]
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    weights = (real & (generator.random(real.shape) < 0.7)).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, real.astype(np.int32), positions)
+
+
+@functools.cache
+def run(mesh=None, devices=1):
+    """Metrics and parameters after two updates."""
+    mesh, optim = make_mesh(mesh or MeshConfig(), jax.devices()[:devices]), AdamW()
+    with jax.set_mesh(mesh):
+        state, shardings = init_state(MODEL, optimizer(optim), mesh, seed=0)
+        update = compile_step(MODEL, CPU, optim, StepConfig(), shardings)
+        history = []
+        for _ in range(2):
+            state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 1e-2)
+            history.append({key: float(value) for key, value in metrics.items()})
+        return history, jax.device_get(state.params), state.params
+
+
+@pytest.mark.parametrize(
+    ("mesh", "split"),
+    [
+        (MeshConfig(data=2, expert=4), (None, "expert", None, None)),
+        (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), (None, "expert", "fsdp", "tensor")),
+    ],
+    ids=["expert", "all"],
+)
+def test_sharded_equals_one_device(mesh, split):
+    history, params, placed = run(mesh, 8)
+    expected, expected_params, _ = run()
+    assert placed["blocks"]["ffn"]["experts"]["up"].sharding.spec == PartitionSpec(*split)
+    for found, wanted in zip(history, expected, strict=True):
+        for key in wanted:
+            assert found[key] == pytest.approx(wanted[key], rel=2e-5), key
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
+
+
+def test_muon_takes_each_expert_for_a_matrix_of_its_own():
+    params = init_params(MODEL, 0)
+    tx = optimizer(Muon(weight_decay=0.0))
+    updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)  # noise for a gradient
+    sizes = np.linalg.svd(updates["blocks"]["ffn"]["experts"]["up"], compute_uv=False)
+    assert sizes.shape == (2, 4, 12)
+    assert sizes.min() > 0.5 * sizes.max()  # orthogonalised
+
+
+@functools.cache
+def sums(model=MODEL, accumulate=1):
+    function = functools.partial(gradient_sums, model=model, compute=CPU, step=StepConfig(accumulate=accumulate))
+    return jax.jit(function)(init_params(MODEL, 0), batch())
+
+
+def test_the_loss_has_the_routers_losses_over_the_tokens_that_count():
+    _, loss, (nats, routers) = sums()
+    one = batch()
+    count = (one.segments != 0).sum()
+    np.testing.assert_array_equal(routers.tokens, count)
+    np.testing.assert_array_equal(routers.counts.sum(-1), 2 * count)
+    np.testing.assert_allclose(routers.probs.sum(-1), count, rtol=1e-5)
+    chosen, probs = routers.counts.sum(0) / (2 * count), routers.probs.sum(0) / (2 * count)
+    added = 0.1 * 4 * np.sum(chosen * probs) + 0.01 * routers.z.sum() / (2 * count)
+    np.testing.assert_allclose(loss - nats, added * one.weights.sum(), rtol=1e-3)
+
+
+def test_what_stands_in_padding_changes_nothing():
+    one = batch()
+    other = one._replace(tokens=np.where(one.segments == 0, 63 - one.tokens, one.tokens))
+    function = jax.jit(functools.partial(loss_sums, model=MODEL, compute=CPU))
+    first, second = (function(init_params(MODEL, 0), each) for each in (one, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), first, second)
+
+
+def test_accumulation_adds_up_what_is_no_product_of_sums():
+    """Where the balance loss is on, each microbatch balances its own tokens; the sums are those of the whole batch."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), sums(PLAIN), sums(PLAIN, 4))
+
+
+def test_the_balance_loss_moves_the_router_and_only_through_probabilities():
+    difference = jax.tree.map(jnp.subtract, sums()[0], sums(PLAIN)[0])
+    size = {name: float(jnp.max(jnp.abs(leaf))) for name, leaf in named_leaves(difference).items()}
+    assert size["blocks/ffn/router"] > 1e-2
+    assert size["head"] == 0.0
