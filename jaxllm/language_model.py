@@ -204,8 +204,8 @@ class LanguageModel:
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> LanguageModel:
-    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, or
-    a Hugging Face directory.
+    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, a
+    Hugging Face directory, or a GGUF file.
 
     Args:
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.

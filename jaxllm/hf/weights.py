@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stored_shape, take
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Params, abstract_params
@@ -27,7 +28,7 @@ def sizes_of(config: ModelConfig) -> Sizes:
     }  # fmt: skip
 
 
-def match(checkpoint: Checkpoint, rows: list[Row], config: ModelConfig) -> dict[str, str]:
+def match(checkpoint: Checkpoint | GgufCheckpoint, rows: list[Row], config: ModelConfig) -> dict[str, str]:
     """Compare a checkpoint with the table and return {name in the table: name in the files}.
 
     Names may lack the first word of the table's ("transformer.", "model."), as they do in files saved from the model
@@ -46,8 +47,9 @@ def match(checkpoint: Checkpoint, rows: list[Row], config: ModelConfig) -> dict[
             found[name] = bare
     tied = HEADS & there if config.tie_embeddings else set()  # a copy of the table, in some files
     table = next(name for row in rows if row.ours == "embed/table" for name in names(row, sizes))
-    problems = [f"{name}: missing" for name in wanted if name not in found]
-    problems += [f"{name}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
+    called = checkpoint.called
+    problems = [f"{called(name)}: missing" for name in wanted if name not in found]
+    problems += [f"{called(name)}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
     problems += _misshaped(checkpoint, found, rows, config)
     problems += [
         f"{name}: differs from {table}, and config.json has tie_word_embeddings: true; set it to false"
@@ -56,13 +58,17 @@ def match(checkpoint: Checkpoint, rows: list[Row], config: ModelConfig) -> dict[
     if problems:
         shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
         raise ValueError(
-            f"{checkpoint.directory}: the tensors do not fit config.json:\n  " + "\n  ".join(shown) + "\nUse the files "
-            "that belong together; a model changed by hand needs a config.json that says so"
+            f"{checkpoint.directory}: the tensors do not fit {checkpoint.config_name}:\n  "
+            + "\n  ".join(shown)
+            + "\nUse the files "
+            f"that belong together; a model changed by hand must say so in {checkpoint.config_name}"
         )
     return found
 
 
-def _misshaped(checkpoint: Checkpoint, found: dict[str, str], rows: list[Row], config: ModelConfig) -> Iterator[str]:
+def _misshaped(
+    checkpoint: Checkpoint | GgufCheckpoint, found: dict[str, str], rows: list[Row], config: ModelConfig
+) -> Iterator[str]:
     sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
     for row in rows:
         shape = shapes[row.ours][1:] if "{layer}" in row.theirs else shapes[row.ours]
@@ -71,12 +77,13 @@ def _misshaped(checkpoint: Checkpoint, found: dict[str, str], rows: list[Row], c
             expected = finish(row, np.broadcast_to(np.int8(0), expected), sizes).shape
         for name in names(row, sizes):
             if name in found and (stored := checkpoint.stored(found[name]).shape) != expected:
-                yield f"{name}: shape {list(stored)}, expected {list(expected)}"
+                yield f"{checkpoint.called(name)}: shape {list(stored)}, expected {list(expected)}"
 
 
 def read_params(
-    checkpoint: Checkpoint, rows: list[Row], config: ModelConfig, shardings: Any = None, dtype: str | None = None
-) -> Params:
+    checkpoint: Checkpoint | GgufCheckpoint, rows: list[Row], config: ModelConfig, shardings: Any = None,
+    dtype: str | None = None,
+) -> Params:  # fmt: skip
     """Read all parameters, each straight into its place on the mesh.
 
     A stacked parameter is filled layer by layer on the devices: the host holds one tensor of the checkpoint at a time.
