@@ -4,7 +4,8 @@ Two models: "llama", SentencePiece's BPE with a score for each piece, and "gpt2"
 of cutting text before merging has only a name there (`tokenizer.ggml.pre`) and is spelled out here.
 
 What the file does not say is lost: whether a token that looks like `<|word|>` was special to the original (llama.cpp's
-converter takes it for special) and whether an added token swallows the space beside it.
+converter takes it for special), whether an added token swallows the space beside it, and whether SentencePiece's space
+comes before a text that follows a special token (it does in llama.cpp and in Llama 2; not in Mistral v0.3).
 
 Source: gguf.md of ggml for the keys; llama-vocab.cpp of llama.cpp for the names and what absent keys mean; the
 tokenizer.json of SmolLM2, Llama 3, Qwen2 and Mistral Nemo for the expressions.
@@ -80,8 +81,11 @@ def describe(metadata: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any
         raise ValueError(f"{name} has no tokenizer (tokenizer.ggml.model and .tokens); take a file that has one")
     if problems := _problems(metadata, keys):
         raise ValueError(f"{name}: the tokenizer cannot be read exactly:\n  " + "\n  ".join(problems))
-    tokens = keys["tokens"]
-    types = keys.get("token_type") or [NORMAL] * len(tokens)
+    types = keys.get("token_type") or [NORMAL] * len(keys["tokens"])
+    tokens = [
+        text.replace(SPACE_MARK, " ") if kind == USER_DEFINED else text  # found in the text as it is, before marks
+        for text, kind in zip(keys["tokens"], types, strict=True)
+    ]
     special = {token for role in ("bos", "eos", "eot", "eom", "padding", "unknown")
                if (token := keys.get(f"{role}_token_id")) is not None}  # fmt: skip
     special |= {token for token, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
