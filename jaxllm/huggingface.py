@@ -3,7 +3,6 @@
 A GGUF file is read as the directory that it was made from.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import encoder_files
 from jaxllm.core import files
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
+from jaxllm.encoder import Encoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.encoders import ENCODERS
 from jaxllm.hf.families import FAMILIES, Family
 from jaxllm.hf.gguf_config import describe
 from jaxllm.hf.gguf_weights import GgufCheckpoint
@@ -43,16 +45,24 @@ def read_config(model: str | Path) -> tuple[Family, ModelConfig]:
 
 def _parse(raw: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(raw.get("model_type"))
+    if raw.get("model_type") in ENCODERS:
+        raise ValueError(
+            f"{path}: {raw['model_type']} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
+        )
     if family is None:
-        raise ValueError(f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}"
+        )
     return family, family.parse(raw, str(path))
 
 
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-) -> LanguageModel:  # fmt: skip
+) -> LanguageModel | Encoder:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
+
+    The model_type says what it is.
 
     Args:
       dtype: of the parameters; None: as stored, and float32 for what is quantised, which holds its values exactly.
@@ -64,6 +74,8 @@ def load(
         raw, tokenizer = describe(file), tokenizers.from_gguf(file)
         family, config = _parse(raw, file.path)
         checkpoint, stop_ids = GgufCheckpoint(file, raw), gguf_tokens.stop_ids(file.metadata)
+    elif files.read_json(Path(model) / "config.json").get("model_type") in ENCODERS:
+        return encoder_files.load(Path(model), compute=compute, mesh=mesh, dtype=dtype)
     else:
         family, config = read_config(model)
         tokenizer, checkpoint, stop_ids = tokenizers.load(model), Checkpoint(model), _stop_ids(Path(model))
@@ -84,7 +96,7 @@ def _stop_ids(directory: Path) -> list[int]:
     return []
 
 
-def export(lm: LanguageModel, directory: str | Path) -> Path:
+def export(lm: LanguageModel | Encoder, directory: str | Path) -> Path:
     """Write a model as a Hugging Face directory that transformers loads.
 
     The family is the first one whose config.json, read again, gives this very architecture.
@@ -92,27 +104,22 @@ def export(lm: LanguageModel, directory: str | Path) -> Path:
     Raises:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
-    directory = Path(directory)
-    files.check_empty(directory)
+    if isinstance(lm, Encoder):
+        return encoder_files.export(lm, directory)
     tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
     family, description = _describe(config)
-    temporary = directory.with_name(f".{directory.name}.tmp")  # a kill leaves no half model under the name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    writer = Writer(temporary)
-    write_params(params, family.rows(config), config, writer)
-    writer.close()
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     dtype = str(jax.tree.leaves(lm.params)[0].dtype)
     head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    files.write_json(temporary / "config.json", head | description | ids)
     ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
-    files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
-    _write_tokenizer(tokenizer, temporary)
-    if directory.exists():
-        directory.rmdir()
-    temporary.rename(directory)
-    return directory
+    with files.new_directory(directory) as temporary:
+        writer = Writer(temporary)
+        write_params(params, family.rows(config), config, writer)
+        writer.close()
+        files.write_json(temporary / "config.json", head | description | ids)
+        files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
+        _write_tokenizer(tokenizer, temporary)
+    return Path(directory)
 
 
 def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

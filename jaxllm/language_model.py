@@ -7,11 +7,13 @@ lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.core import files
@@ -25,6 +27,9 @@ from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.mesh import on_mesh_of
+
+if TYPE_CHECKING:
+    from jaxllm.encoder import Encoder
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages
@@ -154,6 +159,27 @@ class LanguageModel:
         if piece := text.flush():
             yield piece
 
+    def nearest(self, text: str, count: int = 10) -> list[tuple[str, float]]:
+        """Return the pieces whose embeddings point the same way as that of `text`, best first.
+
+        Args:
+          text: a word; of more than one token, the mean of their embeddings.
+        Returns:
+          (piece, cosine) of `count` pieces that are not of `text` themselves; special tokens have no piece.
+        Raises:
+          ValueError: no token in `text`, or count < 1.
+        """
+        ids = self.tokenizer.encode(text)
+        if not ids or count < 1:
+            raise ValueError(f"text={text!r} has {len(ids)} tokens, and count={count}; each must be at least 1")
+        table = np.asarray(self.params["embed"]["table"], np.float32)[: self.tokenizer.vocab_size]
+        table = table / np.maximum(np.linalg.norm(table, axis=-1, keepdims=True), 1e-30)
+        cosines = table @ (center := table[ids].mean(axis=0)) / max(np.linalg.norm(center), 1e-30)
+        # The pieces are read in order of their cosines, because only then it shows which are special or the text's own.
+        found = ((self.tokenizer.token_bytes(i), cosines[i]) for i in np.argsort(-cosines).tolist() if i not in ids)
+        pieces = ((piece.decode("utf-8", errors="replace"), float(cosine)) for piece, cosine in found if piece)
+        return list(islice(pieces, count))
+
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
         from jaxllm.core import config as configs
@@ -203,9 +229,9 @@ class LanguageModel:
 
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
-) -> LanguageModel:
+) -> "LanguageModel | Encoder":
     """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, a
-    Hugging Face directory, or a GGUF file.
+    Hugging Face directory, which may be that of an encoder, or a GGUF file.
 
     Args:
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCE = re.compile(r"^(?P<mark><!-- run -->\n)?```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"python -m (jaxllm[\w.]*)([^`\n]*(?:\\\n[^`\n]*)*)")
+COMMAND = re.compile(r"python -m (jaxllm[\w.]*)((?:\\\n|[^`\n])*)")
 COMMAND_IN_FENCE = re.compile(r"python -m (jaxllm[\w.]*)((?:\\\n|[^\n])*)")
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 OUR_FILE = re.compile(r"(?<![\w/.])(?:configs|docs|jaxllm|tests|tools)/[\w./-]*[\w/]")

@@ -54,6 +54,23 @@ def test_answers_stand_in_the_order_of_prompts_and_samples(lm):
         assert len(answer.tokens) == len(answer.logprobs)
 
 
+def test_nearest_pieces_by_cosine_without_the_text_itself_and_special_tokens(lm):
+    a, b, c = lm.tokenizer.encode("abc")
+    special = lm.tokenizer.special["<|user|>"]
+    rows = {a: [1, 0], special: [1, 0.01], c: [3, 1], b: [1, 2]}
+    table = np.zeros((262, 32), np.float32)
+    table[:, 5] = 1  # at a right angle to all that follow
+    for token, row in rows.items():
+        table[token] = [*row, *[0] * 30]
+    model = LanguageModel(CONFIG, {**lm.params, "embed": {"table": table}}, lm.tokenizer)
+    found = model.nearest("a", count=3)
+    assert [piece for piece, _ in found[:2]] == ["c", "b"]
+    np.testing.assert_allclose([cosine for _, cosine in found], [3 / 10**0.5, 1 / 5**0.5, 0], atol=1e-6)
+    assert [piece for piece, _ in model.nearest("ab", count=1)] == ["c"]
+    with pytest.raises(ValueError, match="0 tokens"):
+        model.nearest("")
+
+
 def test_chat_and_respond_use_the_template(lm):
     answer = lm.chat(USER, max_new_tokens=8, sampler=GREEDY)
     special = lm.tokenizer.special

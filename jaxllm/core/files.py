@@ -1,8 +1,11 @@
 """Atomic files and fingerprints: a reader sees the old content or the new, never a part of it."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,24 @@ def check_empty(directory: str | os.PathLike) -> None:
     path = Path(directory)
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; choose a new directory")
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """Give a place to write into that becomes `directory` when all went well; a kill leaves no half of it.
+
+    Raises:
+      ValueError: `directory` is not free to write into.
+    """
+    directory = Path(directory)
+    check_empty(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if directory.exists():
+        directory.rmdir()
+    temporary.rename(directory)
 
 
 def fingerprint(*parts: bytes | str) -> str:

@@ -12,23 +12,35 @@ from jaxtyping import Array
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.gguf_weights import GgufCheckpoint
+from jaxllm.hf.renamed import Renamed
 from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stored_shape, take
+from jaxllm.models import decoder, encoder
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Params, abstract_params
+from jaxllm.models.decoder import Params
+from jaxllm.models.encoder_config import EncoderConfig
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
+AnyConfig = ModelConfig | EncoderConfig
+Tensors = Checkpoint | Renamed | GgufCheckpoint
 
 
-def sizes_of(config: ModelConfig) -> Sizes:
+def sizes_of(config: AnyConfig) -> Sizes:
     """Return the lengths of the axes that rows name."""
+    config = config.stack if isinstance(config, EncoderConfig) else config
     return {
         "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.kv_heads,
         "head_dim": config.head_width, "embed": config.d_model, "mlp": config.d_ff, "three": 3,
     }  # fmt: skip
 
 
-def match(checkpoint: Checkpoint | GgufCheckpoint, rows: list[Row], config: ModelConfig) -> dict[str, str]:
+def abstract_params(config: AnyConfig) -> Params:
+    """Return ShapeDtypeStructs of the parameters of either kind of model."""
+    model = encoder if isinstance(config, EncoderConfig) else decoder
+    return model.abstract_params(config)
+
+
+def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:
     """Compare a checkpoint with the table and return {name in the table: name in the files}.
 
     Names may lack the first word of the table's ("transformer.", "model."), as they do in files saved from the model
@@ -46,7 +58,7 @@ def match(checkpoint: Checkpoint | GgufCheckpoint, rows: list[Row], config: Mode
         if name not in found and bare in there:
             found[name] = bare
     tied = HEADS & there if config.tie_embeddings else set()  # a copy of the table, in some files
-    table = next(name for row in rows if row.ours == "embed/table" for name in names(row, sizes))
+    table = next(name for row in rows if row.ours.split("/")[-2:] == ["embed", "table"] for name in names(row, sizes))
     called = checkpoint.called
     problems = [f"{called(name)}: missing" for name in wanted if name not in found]
     problems += [f"{called(name)}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
@@ -60,15 +72,12 @@ def match(checkpoint: Checkpoint | GgufCheckpoint, rows: list[Row], config: Mode
         raise ValueError(
             f"{checkpoint.directory}: the tensors do not fit {checkpoint.config_name}:\n  "
             + "\n  ".join(shown)
-            + "\nUse the files "
-            f"that belong together; a model changed by hand must say so in {checkpoint.config_name}"
+            + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.config_name}"
         )
     return found
 
 
-def _misshaped(
-    checkpoint: Checkpoint | GgufCheckpoint, found: dict[str, str], rows: list[Row], config: ModelConfig
-) -> Iterator[str]:
+def _misshaped(checkpoint: Tensors, found: dict[str, str], rows: list[Row], config: AnyConfig) -> Iterator[str]:
     sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
     for row in rows:
         shape = shapes[row.ours][1:] if "{layer}" in row.theirs else shapes[row.ours]
@@ -81,9 +90,8 @@ def _misshaped(
 
 
 def read_params(
-    checkpoint: Checkpoint | GgufCheckpoint, rows: list[Row], config: ModelConfig, shardings: Any = None,
-    dtype: str | None = None,
-) -> Params:  # fmt: skip
+    checkpoint: Tensors, rows: list[Row], config: AnyConfig, shardings: Any = None, dtype: str | None = None
+) -> Params:
     """Read all parameters, each straight into its place on the mesh.
 
     A stacked parameter is filled layer by layer on the devices: the host holds one tensor of the checkpoint at a time.
@@ -115,7 +123,7 @@ def _set(stack: Array, part: Array, index: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, part, index, 0)
 
 
-def write_params(params: Params, rows: list[Row], config: ModelConfig, writer: Writer) -> None:
+def write_params(params: Params, rows: list[Row], config: AnyConfig, writer: Writer) -> None:
     """Write all parameters in the checkpoint's layout, one tensor at a time."""
     leaves, sizes = named_leaves(params), sizes_of(config)
     for group in by_tensor(rows):

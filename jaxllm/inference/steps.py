@@ -65,7 +65,8 @@ def decode_step(model: Transformer, state: State) -> State:
 
 def _accept(state: State, logits: Float[Array, "B V"]) -> State:
     """Choose a token per row and record it; what a row that is done gets is never read."""
-    logits = constrain(logits, "batch", None)  # gathered once: each reduction over a split vocabulary waits for the others
+    # Gathered once, because each reduction over a split vocabulary would wait for all devices.
+    logits = constrain(logits, "batch", None)
     logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < state.vocab_size, logits, -jnp.inf)
     tokens, logprobs = choose(logits, state.seen, state.keys, state.step, state.settings)
     counts = state.counts + ~state.done

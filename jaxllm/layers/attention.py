@@ -10,7 +10,7 @@ from jaxllm.layers import cache as kv
 from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.kernels import Scores, attend, attend_cache
 from jaxllm.layers.linear import Projection
-from jaxllm.layers.masks import CacheMask, CausalMask, Mask
+from jaxllm.layers.masks import CacheMask, Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rotate
 from jaxllm.sharding.rules import constrain
@@ -70,8 +70,8 @@ class Attention(nnx.Module):
                 cache = kv.update(cache, k, v, positions)
                 if isinstance(mask, CacheMask):  # a causal mask with a cache is a prefill: x is all there is to see
                     return self.o(attend_cache(q, cache, mask, self.scores)), cache
-            elif not isinstance(mask, CausalMask):
-                raise TypeError(f"{type(mask).__name__} needs a cache; pass one, or a CausalMask")
+            elif isinstance(mask, CacheMask):
+                raise TypeError("CacheMask needs a cache; pass one, or a mask of whole rows")
             return self.o(attend(q, k, v, mask, self.scores)), cache
 
 

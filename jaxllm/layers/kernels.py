@@ -12,12 +12,12 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxllm.layers.cache import LayerCache
-from jaxllm.layers.masks import CacheMask, CausalMask
+from jaxllm.layers.masks import CacheMask, RowMask
 
 # Finite, because a row without any visible key (padding) would turn to NaN with -inf, in the gradient as well.
 HIDDEN = -1e30
 
-# Causal rows are cut into about four blocks of queries of 64 to 128 rows; long rows get at most 16 blocks, so that the
+# Rows are cut into about four blocks of queries of 64 to 128 rows; long rows get at most 16 blocks, so that the
 # program does not grow with the sequence. Measured on CPU.
 MIN_BLOCK, MAX_BLOCK, BLOCKS, MAX_BLOCKS = 64, 128, 4, 16
 
@@ -39,13 +39,14 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
 
 
 def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: CausalMask,
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: RowMask,
     scores: Scores | None = None,
 ) -> Float[Array, "B T N H"]:  # fmt: skip
     """Return the attention output of whole rows.
 
-    Each block of queries only meets the keys from its window's start up to its own end: at most half of the work of a
-    full square, and exactly the same sums for what is visible.
+    Each block of queries only meets the keys that the mask lets it see; under a causal mask these are those from its
+    window's start up to its own end: at most half of the work of a full square, and exactly the same sums for what is
+    visible.
 
     Args:
       scores: None: q k^T / sqrt(H).
@@ -55,7 +56,7 @@ def attend(
     k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))
     outputs = []
     for start, stop in query_blocks(q.shape[3]):
-        seen = slice(mask.first_key(start), stop)
+        seen = mask.keys(slice(start, stop), k.shape[2])
         visible = mask.dense(slice(start, stop), seen)
         outputs.append(_attend_block(q[:, :, :, start:stop], k[:, :, seen], v[:, :, seen], visible, scores))
     return rearrange(jnp.concatenate(outputs, axis=3), "B K G T H -> B T (K G) H")

@@ -39,9 +39,38 @@ class CausalMask(NamedTuple):
             visible = visible & (self.segments[:, queries, None] == self.segments[:, None, keys])
         return visible
 
-    def first_key(self, query: int) -> int:
-        """Return a key before which `query` and later ones see nothing."""
-        return max(0, query + 1 - self.window) if isinstance(self.window, int) else 0
+    def keys(self, queries: slice, length: int) -> slice:
+        """Return the keys, out of `length`, outside of which `queries` see nothing."""
+        first = max(0, queries.start + 1 - self.window) if isinstance(self.window, int) else 0
+        return slice(first, queries.stop)
+
+
+class FullMask(NamedTuple):
+    """Self-attention of an encoder: a token sees all tokens of its own segment, earlier and later.
+
+    Attributes:
+      segments: int32 [B, T]; tokens of different segments never see each other. Padding is a segment of its own, 0, so
+        that no token ever sees it and no row is without keys. None: the row is one segment, without padding.
+
+    Example, segments 1 1 2 0:
+
+        1 1 . .
+        1 1 . .
+        . . 1 .
+        . . . 1
+    """
+
+    segments: Int[Array, "B T"] | None = None
+
+    def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
+        """Write out the rows `queries` and the columns `keys` (slices of Python ints, stop included in each)."""
+        if self.segments is None:
+            return jnp.ones((1, queries.stop - queries.start, keys.stop - keys.start), bool)
+        return self.segments[:, queries, None] == self.segments[:, None, keys]
+
+    def keys(self, queries: slice, length: int) -> slice:
+        """Return the keys, out of `length`, outside of which `queries` see nothing: all may be seen."""
+        return slice(0, length)
 
 
 class CacheMask(NamedTuple):
@@ -61,7 +90,8 @@ class CacheMask(NamedTuple):
         return _within(self.positions[:, queries, None], slots, self.window)
 
 
-Mask = CausalMask | CacheMask
+RowMask = CausalMask | FullMask  # of attention within a row
+Mask = RowMask | CacheMask
 
 
 def _within(query: Array, key: Array, window: Window) -> Array:

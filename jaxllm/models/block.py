@@ -15,14 +15,21 @@ from jaxllm.models.config import ModelConfig
 class Block(nnx.Module):
     """x += attention(norm(x)); x += ffn(norm(x)), with the norms where `config.norm_placement` has them.
 
+    Post-norm is the one of them that normalises the stream itself: x = norm(x + attention(x)); x = norm(x + ffn(x)).
+    Source: Vaswani et al. 2017, section 3.1.
+
     The two projections that write into the residual stream start smaller by 1 / sqrt(2 L), so that its variance does
-    not grow with depth. Source: Radford et al. 2019 (GPT-2), section 2.3.
+    not grow with depth; post-norm keeps it. Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         d_model, std = config.d_model, config.init_std
-        out_std = std * (2 * config.n_layers) ** -0.5
-        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("out", "sandwich")
+        out_std = std if config.norm_placement == "post" else std * (2 * config.n_layers) ** -0.5
+        before, after = (
+            config.norm_placement in ("pre", "sandwich"),
+            config.norm_placement in ("out", "sandwich", "post"),
+        )
+        self.post = config.norm_placement == "post"
         self.parallel = config.parallel
         self.attention_norm = Norm(config.norm, d_model) if before else None
         self.attention = Attention(
@@ -44,6 +51,9 @@ class Block(nnx.Module):
         """Return (x after the layer, the layer's cache with the new keys and values)."""
         apply = lambda norm, x: x if norm is None else norm(x)
         attended, cache = self.attention(apply(self.attention_norm, x), mask, angles, cache, positions)
+        if self.post:
+            x = self.attention_out_norm(x + attended)
+            return self.ffn_out_norm(x + self.ffn(x)), cache
         attended = apply(self.attention_out_norm, attended)
         read = x if self.parallel else x + attended
         y = apply(self.ffn_out_norm, self.ffn(apply(self.ffn_norm, read)))

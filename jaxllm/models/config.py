@@ -29,8 +29,10 @@ class ModelConfig(Config):
     d_ff: int = Field(ge=1, description="width of the feed-forward layer")
     max_seq_len: int = Field(ge=1, description="longest sequence the model is made for, tokens")
     norm: NormConfig = Field(RMSNorm(), description="normalisation around attention and feed-forward, before the head")
-    norm_placement: Literal["pre", "out", "sandwich"] = Field(
-        "pre", description="norms before attention and feed-forward, on what they put out (OLMo-2), or both (Gemma 2)"
+    norm_placement: Literal["pre", "out", "sandwich", "post"] = Field(
+        "pre",
+        description="norms before attention and feed-forward, on what they put out (OLMo-2), both (Gemma 2), or after "
+        "the sum of either with x, and then none before the head (BERT)",
     )
     parallel: bool = Field(False, description="attention and feed-forward read the same x (GPT-NeoX)")
     positions: PositionConfig = Field(Rope(), description="position encoding")
@@ -59,6 +61,8 @@ class ModelConfig(Config):
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}")
+        if self.parallel and self.norm_placement == "post":
+            raise ValueError("norm_placement=post normalises x between attention and ffn; parallel must be false")
         if isinstance(self.positions, Rope):
             rotated = int(self.head_width * self.positions.fraction)
             if rotated % 2 or not rotated:

@@ -49,7 +49,7 @@ class Transformer(nnx.Module):
             self.blocks = nnx.split_rngs(splits=config.n_layers)(build)(rngs)
         else:
             self.blocks = nnx.List([Block(rngs, config) for _ in range(config.n_layers)])
-        self.final_norm = Norm(config.norm, config.d_model)
+        self.final_norm = None if config.norm_placement == "post" else Norm(config.norm, config.d_model)
         table_shape = (config.vocab_size, config.d_model)
         self.head = None if config.tie_embeddings else param(rngs, table_shape, ("vocab", "embed"), config.init_std)
 
@@ -66,16 +66,16 @@ class Transformer(nnx.Module):
         x = constrain(x, "batch", "length", None)  # right after the gather, which otherwise loses the batch's sharding
         views = Views(self.config, mask, positions)
         if cache is None:
-            x = self._blocks(x, views)
+            x = self.run_blocks(x, views)
         else:
             updated = []
             for block, traits, layer in zip(self.blocks, layer_traits(self.config), cache, strict=True):
                 x, layer = block(x, *views.of(traits), layer, positions)
                 updated.append(layer)
             cache = tuple(updated)
-        return self.final_norm(x), cache
+        return (x if self.final_norm is None else self.final_norm(x)), cache
 
-    def _blocks(self, x: Array, views: Views) -> Array:
+    def run_blocks(self, x: Array, views: Views) -> Array:
         """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters."""
 
         def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, None]:
@@ -158,7 +158,11 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """Return the tree of logical axis names of `init_params`, e.g. blocks/ffn/up/kernel: (layers, embed, mlp)."""
-    _, state = graph(config, ComputeConfig())
+    return axes_of(graph(config, ComputeConfig())[1])
+
+
+def axes_of(state: nnx.State) -> dict[str, Any]:
+    """Return the logical axis names of abstract parameters."""
     is_variable = lambda node: isinstance(node, nnx.Variable)
     return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=is_variable))
 

@@ -24,6 +24,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "types": (),
+    "labels": (),
 }
 
 

@@ -34,11 +34,13 @@ class TrainState(NamedTuple):
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     """Return the tree of NamedShardings of the parameters on `mesh`."""
+    return tree_shardings(logical_axes(config), abstract_params(config), mesh)
+
+
+def tree_shardings(axes: Any, shapes: Params, mesh: Mesh) -> Any:
+    """Return the NamedShardings of any tree of parameters from its logical axes and its shapes."""
     is_axes = lambda node: isinstance(node, tuple)
-    shapes = abstract_params(config)
-    return jax.tree.map(
-        lambda axes, leaf: named_sharding(mesh, axes, leaf.shape), logical_axes(config), shapes, is_leaf=is_axes
-    )
+    return jax.tree.map(lambda axes, leaf: named_sharding(mesh, axes, leaf.shape), axes, shapes, is_leaf=is_axes)
 
 
 def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:

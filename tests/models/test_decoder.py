@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,18 +31,33 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 LONG = np.random.default_rng(1).integers(0, 97, (1, 160))  # three blocks of queries: 64, 64 and 32
 
 
-def noisy_params(config, seed=0):
+@functools.cache
+def noisy_params(config):
     """Initial parameters with every bias and scale moved off its trivial start."""
-    params = init_params(config, seed)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+
+    @jax.jit
+    def draw():
+        leaves, tree = jax.tree.flatten(init_params(config, 0))
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, noisy)
+
+    return draw()
+
+
+@functools.cache
+def program(config, compute=CPU):
+    return jax.jit(lambda params, *batch: bind(graph(config, compute)[0], params)(*batch))
 
 
 def forward(config, params, tokens, *rest, compute=CPU):
-    return jax.jit(lambda p, *a: bind(graph(config, compute)[0], p)(*a))(params, tokens, *rest)
+    return program(config, compute)(params, tokens, *rest)
+
+
+@functools.cache
+def loss_and_gradient(config, compute):
+    loss = lambda params: jnp.mean(bind(graph(config, compute)[0], params)(TOKENS) ** 2)
+    return jax.jit(jax.value_and_grad(loss))(noisy_params(config))
 
 
 @MODELS
@@ -52,7 +69,7 @@ def test_no_gradient_flows_from_the_future(config, length, probe):
     def probed(x):
         # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
         views = Views(config, CausalMask(), jnp.arange(length)[None])
-        hidden = module._blocks(x, views)
+        hidden = module.run_blocks(x, views)
         return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
 
     x = jax.random.normal(jax.random.key(0), (1, length, 32))
@@ -81,12 +98,8 @@ def test_packed_equals_unpacked_and_ignores_its_neighbour_bitwise(config, first,
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_scan_and_remat_change_nothing(config, remat, layers):
-    params = noisy_params(config)
-    loss = lambda p, compute: jnp.mean(bind(graph(config, compute)[0], p)(TOKENS) ** 2)
-    plain = jax.jit(jax.value_and_grad(lambda p: loss(p, CPU)))(params)
-    other = jax.jit(jax.value_and_grad(lambda p: loss(p, ComputeConfig(dtype="float32", remat=remat, layers=layers))))(
-        params
-    )
+    plain = loss_and_gradient(config, CPU)
+    other = loss_and_gradient(config, ComputeConfig(dtype="float32", remat=remat, layers=layers))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), plain, other)
 
 

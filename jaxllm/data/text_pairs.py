@@ -1,0 +1,154 @@
+"""Tokenizers of encoders: a text or a pair of texts becomes ids with the special tokens of its model around them.
+
+The rules are the checkpoint's own: its tokenizer.json, or a vocab.txt, cut as BERT cuts it (WordPiece). This is apart
+from `data.tokenizer`, whose tokenizers leave special tokens to whoever builds a sequence.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxllm.core import files
+
+Text = str | tuple[str, str]
+ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
+# BERT's names, where tokenizer_config.json has no others.
+NAMES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+
+
+class Encoded(NamedTuple):
+    """One text: its ids, special tokens included, and which text of a pair each belongs to."""
+
+    ids: list[int]
+    types: list[int]
+
+
+class PairTokenizer:
+    """A tokenizer.json whose post-processor puts special tokens around one text or two.
+
+    Args:
+      source: content of the file.
+      settings: tokenizer_config.json; names special tokens, and is passed on by `save`.
+    Raises:
+      ValueError: it has no token for padding.
+
+    Attributes:
+      size: number of ids. pad_id, mask_id: of the special tokens; mask_id is None where there is none.
+      mask: how a text spells the mask.
+    """
+
+    def __init__(self, source: str, settings: Mapping[str, Any]):
+        from tokenizers import Tokenizer
+
+        self.source, self.settings = source, dict(settings)
+        self._model = Tokenizer.from_str(source)
+        self._model.no_padding()
+        self._model.no_truncation()
+        self.size = max(self._model.get_vocab().values()) + 1
+        _, pad_id = self._special("pad")
+        if pad_id is None:
+            raise ValueError(
+                "the tokenizer has no token for padding ([PAD] or <pad>); name it in tokenizer_config.json"
+            )
+        self.pad_id = pad_id
+        self.mask, self.mask_id = self._special("mask")
+
+    def _special(self, role: str) -> tuple[str, int | None]:
+        named = _name(self.settings.get(f"{role}_token"))
+        for name in (named, *ROLES[role]):
+            if name is not None and (token := self._model.token_to_id(name)) is not None:
+                return name, token
+        return "", None
+
+    def encode(
+        self, texts: Sequence[Text], longest: int, *, truncate: bool = False, special: bool = False
+    ) -> list[Encoded]:
+        """Return texts and pairs as ids.
+
+        Args:
+          longest: most ids of one text, special tokens included.
+          truncate: cut longer ones, pairs at the longer of their texts.
+          special: a special token that a text spells is that token; else it is text like any other.
+        Raises:
+          ValueError: a text is longer and `truncate` is off.
+        """
+        self._model.encode_special_tokens = not special
+        if truncate:
+            self._model.enable_truncation(longest)
+        try:
+            found = self._model.encode_batch(list(texts))
+        finally:
+            self._model.no_truncation()
+        for index, each in enumerate(found):
+            if len(each.ids) > longest:
+                raise ValueError(
+                    f"text {index} has {len(each.ids)} tokens and the model takes {longest} (max_seq_len); shorten it, "
+                    "or pass truncate=True to read its beginning alone"
+                )
+        return [Encoded(each.ids, each.type_ids) for each in found]
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Return the text of `ids`, with special tokens or without."""
+        return self._model.decode([int(token) for token in ids], skip_special_tokens=not special)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        files.write_text(Path(directory) / "tokenizer.json", self.source)
+        files.write_json(Path(directory) / "tokenizer_config.json", self.settings)
+
+
+def load(directory: str | Path) -> PairTokenizer:
+    """Load the tokenizer of an encoder's Hugging Face directory.
+
+    Raises:
+      FileNotFoundError: neither tokenizer.json nor vocab.txt is there.
+    """
+    directory = Path(directory)
+    path = directory / "tokenizer_config.json"
+    settings = files.read_json(path) if path.is_file() else {}
+    if (directory / "tokenizer.json").is_file():
+        return PairTokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), settings)
+    if (directory / "vocab.txt").is_file():
+        return PairTokenizer(word_pieces(directory / "vocab.txt", settings), settings)
+    raise FileNotFoundError(
+        f"{directory} has no tokenizer.json and no vocab.txt; save the tokenizer with transformers once, which writes "
+        "tokenizer.json"
+    )
+
+
+def word_pieces(vocabulary: str | Path, settings: Mapping[str, Any]) -> str:
+    """Return the tokenizer.json of a WordPiece vocabulary, one piece a line, as BERT cuts text.
+
+    Args:
+      settings: do_lower_case (default: true), strip_accents (default: as do_lower_case), tokenize_chinese_chars
+        (default: true), and the names of special tokens.
+    Raises:
+      ValueError: a special token is not in the vocabulary.
+    Source: Wu et al. 2016 (WordPiece); Devlin et al. 2019.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    names = {role: _name(settings.get(f"{role}_token")) or name for role, name in NAMES.items()}
+    pieces = models.WordPiece.read_file(str(vocabulary))
+    if missing := [name for name in names.values() if name not in pieces]:
+        raise ValueError(f"{vocabulary} lacks {', '.join(missing)}; name the special tokens in tokenizer_config.json")
+    model = Tokenizer(models.WordPiece(pieces, unk_token=names["unk"], max_input_chars_per_word=100))
+    model.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True), strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True), clean_text=True,
+    )  # fmt: skip
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.decoder = decoders.WordPiece()
+    model.add_special_tokens(list(names.values()))
+    cls, sep = names["cls"], names["sep"]
+    model.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(name, pieces[name]) for name in (cls, sep)],
+    )  # fmt: skip
+    return json.dumps(json.loads(model.to_str()), ensure_ascii=False)
+
+
+def _name(token: str | Mapping[str, Any] | None) -> str | None:
+    """Return the text of a special token, which tokenizer_config.json may describe at length."""
+    return token["content"] if isinstance(token, Mapping) else token

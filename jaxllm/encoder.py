@@ -1,0 +1,269 @@
+"""An encoder as one object: texts in, vectors, labels or missing words out.
+
+encoder = jaxllm.load("all-MiniLM-L6-v2")
+encoder.embed(["a cat on a mat", "stock markets fell"])      # [2, 384], rows of length one
+encoder.classify(["what a film"])[0].label
+encoder.fill("Paris is the [MASK] of France.")[0].token
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text
+from jaxllm.inference.decode import bucket
+from jaxllm.models.config import ComputeConfig
+from jaxllm.models.decoder import Params, bind
+from jaxllm.models.encoder import TransformerEncoder, graph
+from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
+from jaxllm.models.heads import first_token
+from jaxllm.sharding.mesh import on_mesh_of
+
+Pooling = Literal["mean", "first", "pooler"]
+
+
+class Classification(NamedTuple):
+    """The labels of one text.
+
+    Attributes:
+      label, probability: the likeliest. probabilities: of every label; they sum to one unless several may be right at
+        once (`multi_label_classification`).
+    """
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Filling(NamedTuple):
+    """A token for the place of the mask.
+
+    Attributes:
+      token: its text; id: its number. text: the whole text with it.
+    """
+
+    token: str
+    probability: float
+    id: int
+    text: str
+
+
+class Rows(NamedTuple):
+    """A batch as the model takes it; segments are 1 for a token and 0 for padding."""
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    types: Int[Array, "B T"]
+
+
+class Encoder:
+    """An encoder with its tokenizer.
+
+    Args:
+      params: blocks stacked on L, as `models.encoder.init_params` makes them.
+      compute: precision; default: what suits this machine.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, params: Params, tokenizer: PairTokenizer, *, compute: ComputeConfig | None = None
+    ):
+        if tokenizer.size > config.stack.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.size} ids and the model {config.stack.vocab_size}; use the one that the "
+                "model was trained with"
+            )
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.stack.n_layers)
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None,
+        types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """Return hidden states after the last block.
+
+        Args:
+          mask: True = token, False = padding, on either side of a row; hidden states at padding mean nothing.
+          types: which text of a pair a token belongs to; None: all to the first.
+        Raises:
+          ValueError: rows longer than max_seq_len, types that the model does not have.
+        """
+        return self._hidden(self.params, self._rows(tokens, mask, types))
+
+    def logits(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None,
+        types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:  # fmt: skip
+        """Return float32 logits: of the token at each place (masked LM), or of each label; arguments as of `hidden`.
+
+        Raises:
+          ValueError: the checkpoint has no such head, or as `hidden`.
+        """
+        if isinstance(self.config.head, Embeddings):
+            raise ValueError("this checkpoint has no head that gives logits; use hidden or embed")
+        return self._logits(self.params, self._rows(tokens, mask, types))
+
+    def embed(
+        self, texts: Text | Sequence[Text], *, pooling: Pooling = "mean", normalise: bool = True,
+        truncate: bool = False, batch_size: int = 32,
+    ) -> Float[np.ndarray, "N D"]:  # fmt: skip
+        """Return one vector per text, float32.
+
+        Args:
+          texts: strings, or pairs of strings as tuples. What a text spells is text: "[SEP]" separates nothing.
+          pooling: the mean of a text's hidden states, its first one, or what the checkpoint's pooler makes of that one.
+          normalise: divide each vector by its length, so that products are cosines.
+          truncate: read the beginning of a text that is too long, instead of an error.
+          batch_size: most texts that are computed at one time.
+        Raises:
+          ValueError: no texts, a text that is too long, a pooling that the checkpoint does not have.
+        """
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling={pooling!r}: known are {', '.join(get_args(Pooling))}")
+        head = self.config.head
+        if pooling == "pooler" and (isinstance(head, MaskedLM) or (isinstance(head, Embeddings) and not head.pooler)):
+            raise ValueError("pooling='pooler': this checkpoint has no pooler; use 'mean' or 'first'")
+        function = partial(self._pool, pooling=pooling)
+        vectors = self._over(texts, function, truncate=truncate, batch_size=batch_size)
+        if normalise:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return vectors
+
+    def classify(
+        self, texts: Text | Sequence[Text], *, truncate: bool = False, batch_size: int = 32
+    ) -> list[Classification]:
+        """Return the labels of each text with their probabilities; arguments as of `embed`.
+
+        Raises:
+          ValueError: the checkpoint has no labels or gives plain values, or a text is too long.
+        """
+        head = self.config.head
+        if not isinstance(head, Classes):
+            other = "a masked language model: use fill, or embed" if isinstance(head, MaskedLM) else "without a head"
+            raise ValueError(f"this checkpoint is {other}; classify needs one made for sequence classification")
+        if head.problem == "regression":
+            raise ValueError("this checkpoint gives values, not labels (problem_type regression); use logits")
+        logits = self._over(texts, self._logits, truncate=truncate, batch_size=batch_size)
+        several = head.problem == "multi_label_classification"
+        found = []
+        for row in np.asarray(jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits, axis=-1)):
+            best = int(row.argmax())
+            probabilities = dict(zip(head.labels, row.tolist(), strict=True))
+            found.append(Classification(head.labels[best], float(row[best]), probabilities))
+        return found
+
+    def fill(self, text: Text, *, top: int = 5) -> list[Filling]:
+        """Return the likeliest tokens in the place of the mask, best first.
+
+        Args:
+          text: spells the tokenizer's mask (`tokenizer.mask`) once; other special tokens in it are special as well.
+        Raises:
+          ValueError: the checkpoint is no masked language model, the mask is not there once, the text is too long.
+        """
+        if not isinstance(self.config.head, MaskedLM):
+            raise ValueError("this checkpoint is no masked language model; fill needs one")
+        encoded = self.tokenizer.encode([text], self.config.max_seq_len, special=True)
+        ids = encoded[0].ids
+        places = [index for index, token in enumerate(ids) if token == self.tokenizer.mask_id]
+        if len(places) != 1:
+            raise ValueError(f"the text has the mask {self.tokenizer.mask!r} {len(places)} times; write it once")
+        logits = self._logits(self.params, self._pad(encoded, 1))[0, places[0]]
+        probabilities = np.asarray(jax.nn.softmax(logits))
+        best = np.argsort(-probabilities[: self.tokenizer.size], kind="stable")[:top]
+        return [self._filling(ids, places[0], int(token), float(probabilities[token])) for token in best]
+
+    def _filling(self, ids: list[int], place: int, token: int, probability: float) -> Filling:
+        whole = self.tokenizer.decode([*ids[:place], token, *ids[place + 1 :]])
+        return Filling(self.tokenizer.decode([token], special=True).strip(), probability, token, whole.strip())
+
+    @cached_property
+    def _hidden(self) -> Callable[[Params, Rows], Array]:
+        return self._program(_states)
+
+    @cached_property
+    def _logits(self) -> Callable[[Params, Rows], Array]:
+        return self._program(lambda model, rows: model.logits(_states(model, rows), rows.segments))
+
+    @cached_property
+    def _pool(self) -> Callable[..., Array]:
+        return self._program(_pooled, "pooling")
+
+    def _program(self, function: Callable[..., Array], *static: str) -> Callable[..., Array]:
+        """Return `function` of the model and a batch, compiled once for each shape."""
+        graphdef, _ = graph(self.config, self.compute)
+
+        def run(params: Params, rows: Rows, **options: str) -> Array:
+            return function(bind(graphdef, params), rows, **options)
+
+        return on_mesh_of(self.params, jax.jit(run, static_argnames=static))
+
+    def _rows(self, tokens: Array, mask: Array | None, types: Array | None) -> Rows:
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"rows of {tokens.shape[1]} tokens; the model takes {self.config.max_seq_len} (max_seq_len)"
+            )
+        segments = jnp.ones_like(tokens) if mask is None else jnp.asarray(mask, bool).astype(jnp.int32)
+        types = jnp.zeros_like(tokens) if types is None else jnp.asarray(types, jnp.int32)
+        if int(types.max()) >= self.config.n_types:
+            raise ValueError(f"token type {int(types.max())}: the model has {self.config.n_types}, counted from 0")
+        return Rows(tokens, segments, types)
+
+    def _over(
+        self, texts: Text | Sequence[Text], program: Callable[[Params, Rows], Array], *, truncate: bool, batch_size: int
+    ) -> Float[np.ndarray, "N ..."]:
+        """Run a program with one result per text over all texts, those of like length together."""
+        texts = [texts] if isinstance(texts, str | tuple) else list(texts)
+        if not texts or batch_size < 1:
+            raise ValueError(f"{len(texts)} texts in batches of {batch_size}; give at least one text and one per batch")
+        encoded = self.tokenizer.encode(texts, self.config.max_seq_len, truncate=truncate)
+        results: dict[int, np.ndarray] = {}
+        for indices in _batches(encoded, batch_size):
+            rows = self._pad([encoded[i] for i in indices], batch_size)
+            found = np.asarray(program(self.params, rows), np.float32)
+            results |= dict(zip(indices, found, strict=False))  # rows behind the last text are filling
+        return np.stack([results[i] for i in range(len(texts))])
+
+    def _pad(self, encoded: Sequence[Encoded], batch_size: int) -> Rows:
+        """Return texts as one batch, in one of few shapes: each is a program of its own."""
+        length = bucket(max(len(each.ids) for each in encoded), self.config.max_seq_len)
+        shape = (min(batch_size, 1 << (len(encoded) - 1).bit_length()), length)
+        rows = Rows(
+            np.full(shape, self.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        )
+        for index, (ids, types) in enumerate(encoded):
+            rows.tokens[index, : len(ids)] = ids
+            rows.segments[index, : len(ids)] = 1
+            if self.config.n_types > 1:  # some tokenizers count texts where the model has one type for all
+                rows.types[index, : len(ids)] = types
+        return rows
+
+
+def _states(model: TransformerEncoder, rows: Rows) -> Float[Array, "B T D"]:
+    positions = jnp.maximum(jnp.cumsum(rows.segments, axis=-1) - 1, 0)
+    return model.states(rows.tokens, rows.segments, rows.types, positions)
+
+
+def _pooled(model: TransformerEncoder, rows: Rows, pooling: Pooling) -> Float[Array, "B D"]:
+    """Return one vector per row, float32."""
+    hidden = _states(model, rows)
+    if pooling == "pooler":
+        return model.pooled(hidden, rows.segments).astype(jnp.float32)
+    if pooling == "first":
+        return first_token(hidden, rows.segments)[:, 0].astype(jnp.float32)
+    real = rows.segments.astype(jnp.float32)
+    total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), real)
+    return total / jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1.0)
+
+
+def _batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+    """Yield the indices of texts of like length, long ones first: they show what memory it takes."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.tree import map_named
+from jaxllm.layers.config import LayerNorm, Learned, Plain
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import bind
+from jaxllm.models.encoder import abstract_params, graph
+from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
+from jaxllm.training.encoder_losses import LabelledTexts, class_sums, masked_lm_sums
+
+STACK = ModelConfig(
+    vocab_size=31, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=10, norm=LayerNorm(), positions=Learned(),
+    norm_placement="post", ffn=Plain(activation="relu"), bias=True, tie_embeddings=True,
+)  # fmt: skip
+COMPUTE = ComputeConfig(dtype="float32", layers="scan", loss_chunk=4)
+TOKENS, TARGETS = np.random.default_rng(0).integers(0, 31, (2, 3, 9))
+TYPES = np.random.default_rng(1).integers(0, 2, (3, 9))
+MASK = np.arange(9)[None] < np.array([[9], [6], [4]])
+TOKEN_HEAD, LABEL_HEAD = MaskedLM(activation="relu"), Classes(labels=("a", "b", "c"))
+
+
+def built(head):
+    """Return (config, random parameters)."""
+    config, generator = EncoderConfig(stack=STACK, head=head), np.random.default_rng(2)
+    draw = lambda name, leaf: jnp.asarray(generator.normal(name.endswith("scale"), 0.4, leaf.shape), jnp.float32)
+    return config, map_named(draw, abstract_params(config))
+
+
+def log_probs(config, params):
+    module = bind(graph(config, COMPUTE)[0], params)
+    logits = np.asarray(module(jnp.asarray(TOKENS), jnp.asarray(MASK, jnp.int32), jnp.asarray(TYPES)), np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_the_masked_lm_loss_is_the_cross_entropy_of_the_logits_with_their_bias():
+    config, params = built(TOKEN_HEAD)
+    weights = (np.random.default_rng(3).random((3, 9)) < 0.5) * MASK
+    batch = Batch(TOKENS, TARGETS, weights.astype(np.float32), MASK.astype(int), np.tile(np.arange(9), (3, 1)))
+    loss, nats = jax.jit(lambda params: masked_lm_sums(params, batch, config, COMPUTE, TYPES))(params)
+    chosen = np.take_along_axis(log_probs(config, params), TARGETS[..., None], -1)[..., 0]
+    np.testing.assert_allclose([loss, nats], [-(weights * chosen).sum()] * 2, rtol=1e-5)
+
+
+def test_the_loss_of_labels():
+    config, params = built(LABEL_HEAD)
+    labels = np.array([2, 0, 1])
+    loss = jax.jit(lambda params: class_sums(params, LabelledTexts(TOKENS, MASK * 1, labels, TYPES), config, COMPUTE))
+    chosen = log_probs(config, params)[np.arange(3), labels]
+    np.testing.assert_allclose(loss(params), -chosen.sum(), rtol=1e-5)
+
+
+def test_heads_that_do_not_fit():
+    with pytest.raises(TypeError, match="head classes guesses no tokens"):
+        masked_lm_sums({}, None, EncoderConfig(stack=STACK, head=LABEL_HEAD), COMPUTE)
+    with pytest.raises(TypeError, match="head masked_lm has no labels"):
+        class_sums({}, None, EncoderConfig(stack=STACK, head=TOKEN_HEAD), COMPUTE)
