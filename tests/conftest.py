@@ -4,6 +4,7 @@ Environment variables, not `jax.config`: tests without arrays stay free of the i
 """
 
 import os
+from importlib.metadata import version
 
 import pytest
 
@@ -12,6 +13,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Tests wait for the compiler; without its optimiser, half as long. Set it to 0 to test exactly what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
+    # Four times as fast again; only where it is known, because XLA aborts at a flag that it does not know.
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
