@@ -1,4 +1,4 @@
-"""python -m jaxllm.convert: a Hugging Face directory to a run directory, or a run to a Hugging Face directory."""
+"""python -m jaxllm.convert: a Hugging Face directory or a GGUF file to a run, or a run to a Hugging Face directory."""
 
 import argparse
 import sys
@@ -9,11 +9,12 @@ from jaxllm.core.command import command
 
 NOTES = """
 A Hugging Face directory has config.json and safetensors files; a run directory is what train and tune write. What FROM
-is decides the direction. sample, evaluate and tune read both, so that converting is for other programs' sake.
+is decides the direction. sample, evaluate and tune read all three, so that converting is for other programs' sake.
 
 examples:
   python -m jaxllm.convert runs/quickstart exported
   python -m jaxllm.convert Llama-3.2-1B runs/llama-1b
+  python -m jaxllm.convert model.Q4_K_M.gguf runs/model
 """
 
 

@@ -1,4 +1,7 @@
-"""Whole models from Hugging Face directories and into them: configuration, weights, tokenizer, chat template."""
+"""Whole models from Hugging Face directories and into them: configuration, weights, tokenizer, chat template.
+
+A GGUF file is read as the directory that it was made from.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,8 @@ import numpy as np
 
 from jaxllm import encoder_files
 from jaxllm.core import files
+from jaxllm.core.gguf_file import GgufFile, is_gguf
+from jaxllm.data import gguf_tokens
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
@@ -16,6 +21,8 @@ from jaxllm.encoder import Encoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.encoders import ENCODERS
 from jaxllm.hf.families import FAMILIES, Family
+from jaxllm.hf.gguf_config import describe
+from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import Experts, RMSNorm
@@ -24,14 +31,19 @@ from jaxllm.models.decoder import Params
 from jaxllm.training.state import param_shardings
 
 
-def read_config(directory: str | Path) -> tuple[Family, ModelConfig]:
-    """Return the family and the architecture of a Hugging Face directory.
+def read_config(model: str | Path) -> tuple[Family, ModelConfig]:
+    """Return the family and the architecture of a Hugging Face directory or a GGUF file.
 
     Raises:
       ValueError: a family that is not known, or a key that changes the model and is not understood; all of them.
     """
-    path = Path(directory) / "config.json"
-    raw = files.read_json(path)
+    if is_gguf(model):
+        return _parse(describe(GgufFile(model)), Path(model))
+    path = Path(model) / "config.json"
+    return _parse(files.read_json(path), path)
+
+
+def _parse(raw: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(raw.get("model_type"))
     if raw.get("model_type") in ENCODERS:
         raise ValueError(
@@ -45,28 +57,33 @@ def read_config(directory: str | Path) -> tuple[Family, ModelConfig]:
 
 
 def load(
-    directory: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
+    model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
 ) -> LanguageModel | Encoder:  # fmt: skip
-    """Load a Hugging Face directory, tensor by tensor straight to the devices; its model_type says what it is.
+    """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
+
+    The model_type says what it is.
 
     Args:
-      dtype: of the parameters; None: as stored.
+      dtype: of the parameters; None: as stored, and float32 for what is quantised, which holds its values exactly.
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """
-    directory = Path(directory)
-    if files.read_json(directory / "config.json").get("model_type") in ENCODERS:
-        return encoder_files.load(directory, compute=compute, mesh=mesh, dtype=dtype)
-    family, config = read_config(directory)
-    tokenizer = tokenizers.load(directory)
-    checkpoint = Checkpoint(directory)
+    if is_gguf(model):
+        file = GgufFile(model)
+        raw, tokenizer = describe(file), tokenizers.from_gguf(file)
+        family, config = _parse(raw, file.path)
+        checkpoint, stop_ids = GgufCheckpoint(file, raw), gguf_tokens.stop_ids(file.metadata)
+    elif files.read_json(Path(model) / "config.json").get("model_type") in ENCODERS:
+        return encoder_files.load(Path(model), compute=compute, mesh=mesh, dtype=dtype)
+    else:
+        family, config = read_config(model)
+        tokenizer, checkpoint, stop_ids = tokenizers.load(model), Checkpoint(model), _stop_ids(Path(model))
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(checkpoint, family.rows(config), config, shardings, dtype)
     checkpoint.close()
-    return LanguageModel(
-        config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=_stop_ids(directory)
-    )
+    chat = tokenizer.chat is not None
+    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=stop_ids)
 
 
 def _stop_ids(directory: Path) -> list[int]:

@@ -230,8 +230,8 @@ class LanguageModel:
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> "LanguageModel | Encoder":
-    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, or
-    a Hugging Face directory, which may be that of an encoder.
+    """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, a
+    Hugging Face directory, which may be that of an encoder, or a GGUF file.
 
     Args:
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.

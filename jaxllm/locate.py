@@ -1,11 +1,12 @@
-"""What a user calls MODEL: a run directory, one of its checkpoints, a directory whose run.json names the run, or a
-Hugging Face directory.
+"""What a user calls MODEL: a run directory, one of its checkpoints, a directory whose run.json names the run, a Hugging
+Face directory, or a GGUF file.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
+from jaxllm.core.gguf_file import is_gguf
 
 if TYPE_CHECKING:
     from jaxllm.models.config import ModelConfig
@@ -19,22 +20,24 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
     """
     path = Path(model)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; MODEL is a run directory or a Hugging Face directory")
+        raise ValueError(f"{path} does not exist; MODEL is a run directory, a Hugging Face directory or a GGUF file")
     if path.parent.name == "checkpoints" and path.name.isdigit():
         return path.parent.parent, int(path.name)
     if not (path / "recipe.yaml").is_file() and (path / "run.json").is_file():
         path = path / files.read_json(path / "run.json")["model"]
     if not (path / "recipe.yaml").is_file():
+        ggufs = [each.name for each in sorted(path.glob("*.gguf"))]
+        hint = f"; of its GGUF files name one: {', '.join(ggufs)}" if ggufs else ""
         raise ValueError(
             f"{path} is no run directory (no recipe.yaml) and no Hugging Face directory (no config.json); give what "
-            "train or tune has written, or a directory with config.json and safetensors files"
+            f"train or tune has written, or a directory with config.json and safetensors files, or a GGUF file{hint}"
         )
     return path, None
 
 
 def is_huggingface(model: str | Path) -> bool:
-    """Whether MODEL is a Hugging Face directory."""
-    return (Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists()
+    """Whether MODEL is a Hugging Face directory, or a GGUF file, which is read as one."""
+    return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
 
 
 def model_config(model: str | Path) -> "ModelConfig":

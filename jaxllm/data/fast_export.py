@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.data.fast_pieces import FastPieces
@@ -87,13 +88,21 @@ def _model(pieces: BytePieces | SentencePieces, special: dict[str, int]) -> dict
         return {"type": "Unigram", "unk_id": pieces.id_of("unk"), "byte_fallback": True, "vocab": vocabulary}
     ids = {word: token for token, word in enumerate(words)}
     unknown = pieces.id_of("unk")
-    return bpe | {"vocab": ids, "merges": _merges(ids), "unk_token": None if unknown is None else words[unknown]}
+    return bpe | {
+        "vocab": ids,
+        "merges": merges_of(ids, words),
+        "unk_token": None if unknown is None else words[unknown],
+    }
 
 
-def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Return every pair whose union is a piece, in the order of the pieces, as SentencePiece's BPE joins them."""
+def merges_of(ids: Mapping[str, int], order: Iterable[str]) -> list[tuple[str, str]]:
+    """Return every pair whose union is a piece, as SentencePiece's BPE joins them.
+
+    Args:
+      order: the pieces, the first to be joined first.
+    """
     merges: list[tuple[str, str]] = []
-    for word in sorted(ids, key=ids.__getitem__):
+    for word in order:
         cuts = [(word[:i], word[i:]) for i in range(1, len(word))]
         known = [cut for cut in cuts if cut[0] in ids and cut[1] in ids]
         merges += sorted(known, key=lambda cut: (ids[cut[0]], ids[cut[1]]))

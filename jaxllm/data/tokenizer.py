@@ -5,11 +5,14 @@ template).
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jaxllm.core import files
+from jaxllm.core.gguf_file import GgufFile, is_gguf
+from jaxllm.data import gguf_tokens
 from jaxllm.data.chat import BOS, EOS, ROLE_TOKENS, ChatTemplate
 from jaxllm.data.fast_pieces import FastPieces, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
@@ -141,7 +144,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Load a tokenizer directory, a dataset or run that holds one, a Hugging Face directory, or any `.model` file.
+    """Load a tokenizer directory, a dataset or run that holds one, a Hugging Face directory, a GGUF file, or any
+    `.model` file.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -149,6 +153,8 @@ def load(path: str | Path) -> Tokenizer:
         eos.
     """
     path = Path(path)
+    if is_gguf(path):
+        return from_gguf(GgufFile(path))
     if path.is_file():
         return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
     if (path / "tokenizer").is_dir():
@@ -196,7 +202,27 @@ def _from_huggingface(directory: Path) -> Tokenizer:
             f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt, or a SentencePiece .model file"
         )
-    pieces = FastPieces(source)
+    if (directory / "chat_template.jinja").is_file():
+        config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
+
+
+def from_gguf(file: GgufFile) -> Tokenizer:
+    """Return the tokenizer in the metadata of a GGUF file.
+
+    Raises:
+      ValueError: there is none, or one that would not give the ids of the original.
+    """
+    source, config = gguf_tokens.describe(file.metadata, str(file.path))
+    return _from_fast(FastPieces(source), config, file.path)
+
+
+def _from_fast(pieces: FastPieces, config: Mapping[str, Any], origin: Path) -> Tokenizer:
+    """Return a tokenizer of Hugging Face's kind.
+
+    Args:
+      config: tokenizer_config.json; origin: what errors call it.
+    """
 
     def id_of(role: str) -> int | None:
         name = config.get(f"{role}_token")
@@ -207,13 +233,11 @@ def _from_huggingface(directory: Path) -> Tokenizer:
     ends = [token for name, token in pieces.special.items() if name in ("</s>", "<|endoftext|>", "<eos>", "[SEP]")]
     eos = eos if eos is not None else next(iter(ends), None)
     if eos is None:
-        raise ValueError(f"{directory / 'tokenizer_config.json'} names no eos_token among the special tokens")
+        raise ValueError(f"{origin} names no eos_token among the special tokens")
     ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
-    if (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     names = {token: name for name, token in pieces.special.items()}
     bos_token = names[bos] if bos is not None else ""
     chat = None if template is None else ChatTemplate(template, tuple(pieces.special), bos_token, names[eos])

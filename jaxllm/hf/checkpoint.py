@@ -29,6 +29,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
       ValueError: no safetensors files, a file that is missing or damaged, a tensor that no file has.
     """
 
+    config_name = "config.json"  # what must fit the tensors
+
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._files = ExitStack()
@@ -64,6 +66,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._homes[name].get_tensor(name)
+
+    def called(self, name: str) -> str:
+        """Return what the files call a tensor: here its name."""
+        return name
 
     def stored(self, name: str) -> Stored:
         """Return shape and dtype of a tensor without reading it."""

@@ -1,4 +1,7 @@
-"""Reading a config.json so that no key is overlooked: each is translated, known to change nothing, or an error."""
+"""Reading a config.json so that no key is overlooked: each is translated, known to change nothing, or an error.
+
+The metadata of a GGUF file is read in the same way.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,12 +31,15 @@ MEANINGLESS = (
 class Fields:
     """A config.json that remembers which keys were read, and what was wrong with them.
 
+    Args:
+      source: what errors call it.
     Attributes:
       problems: what does not fit, in words; `finish` raises them all at once.
     """
 
-    def __init__(self, raw: Mapping[str, Any]):
+    def __init__(self, raw: Mapping[str, Any], source: str = "config.json"):
         self._raw = raw
+        self._source = source
         self._read: set[str] = set()
         self.problems: list[str] = []
 
@@ -58,7 +64,7 @@ class Fields:
           ValueError: it is not there.
         """
         if key not in self:
-            raise ValueError(f"config.json has no {key}; it is not complete")
+            raise ValueError(f"{self._source} has no {key}; it is not complete")
         return self.take(key)
 
     def expect(self, key: str, *allowed: Any) -> None:
@@ -89,6 +95,6 @@ class Fields:
         problems = self.problems + [f"{key}={self._raw[key]!r}: unknown, and it may change the model" for key in unread]
         if problems:
             raise ValueError(
-                f"{name} cannot be read exactly:\n  " + "\n  ".join(problems) + "\nRemove a key from config.json only "
-                "if you know that it changes nothing; else this model is not supported"
+                f"{name} cannot be read exactly:\n  " + "\n  ".join(problems) + f"\nRemove a key from {self._source} "
+                "only if you know that it changes nothing; else this model is not supported"
             )

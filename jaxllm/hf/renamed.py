@@ -15,11 +15,15 @@ class Renamed(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]):
-        self.directory = checkpoint.directory
+        self.directory, self.config_name = checkpoint.directory, checkpoint.config_name
         self._checkpoint, self._names = checkpoint, dict(names)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._checkpoint[self._names[name]]
+
+    def called(self, name: str) -> str:
+        """Return what errors call a tensor: its new name."""
+        return name
 
     def stored(self, name: str) -> Stored:
         """Return shape and dtype of a tensor without reading it."""

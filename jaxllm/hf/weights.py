@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.renamed import Renamed
 from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stacked, stored_shape, take
 from jaxllm.layers.config import Experts
@@ -22,7 +23,7 @@ from jaxllm.models.encoder_config import EncoderConfig
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
 AnyConfig = ModelConfig | EncoderConfig
-Tensors = Checkpoint | Renamed
+Tensors = Checkpoint | Renamed | GgufCheckpoint
 
 
 def sizes_of(config: AnyConfig) -> Sizes:
@@ -60,8 +61,9 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, 
             found[name] = bare
     tied = HEADS & there if config.tie_embeddings else set()  # a copy of the table, in some files
     table = next(name for row in rows if row.ours.split("/")[-2:] == ["embed", "table"] for name in names(row, sizes))
-    problems = [f"{name}: missing" for name in wanted if name not in found]
-    problems += [f"{name}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
+    called = checkpoint.called
+    problems = [f"{called(name)}: missing" for name in wanted if name not in found]
+    problems += [f"{called(name)}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
     problems += _misshaped(checkpoint, found, rows, config)
     problems += [
         f"{name}: differs from {table}, and config.json has tie_word_embeddings: true; set it to false"
@@ -70,8 +72,9 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, 
     if problems:
         shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
         raise ValueError(
-            f"{checkpoint.directory}: the tensors do not fit config.json:\n  " + "\n  ".join(shown) + "\nUse the files "
-            "that belong together; a model changed by hand needs a config.json that says so"
+            f"{checkpoint.directory}: the tensors do not fit {checkpoint.config_name}:\n  "
+            + "\n  ".join(shown)
+            + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.config_name}"
         )
     return found
 
@@ -84,7 +87,7 @@ def _misshaped(checkpoint: Tensors, found: dict[str, str], rows: list[Row], conf
             expected = finish(row, np.broadcast_to(np.int8(0), expected), sizes).shape
         for name in names(row, sizes):
             if name in found and (stored := checkpoint.stored(found[name]).shape) != expected:
-                yield f"{name}: shape {list(stored)}, expected {list(expected)}"
+                yield f"{checkpoint.called(name)}: shape {list(stored)}, expected {list(expected)}"
 
 
 def read_params(
