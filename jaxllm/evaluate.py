@@ -34,9 +34,11 @@ def main(argv: list[str] | None = None) -> int | None:
 
     import jaxllm
     from jaxllm.evaluation.applications import evaluate_applications
+    from jaxllm.locate import model_config
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
+    model_config(arguments.model)  # refuses what writes no text
     model = jaxllm.load(arguments.model)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
@@ -82,12 +84,17 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
 
     from jaxllm.data.loader import DataConfig, Source
     from jaxllm.data.packing import PackingConfig
-    from jaxllm.language_model import locate
+    from jaxllm.locate import is_huggingface, locate
     from jaxllm.recipe import load_recipe
 
     if arguments.batch_size % jax.device_count():
         raise ValueError(
             f"--batch-size {arguments.batch_size} does not divide by {jax.device_count()} devices; use a multiple of it"
+        )
+    if arguments.data is None and is_huggingface(arguments.model):
+        raise ValueError(
+            f"{arguments.model} does not say what it was trained on; name a dataset with --data, prepared with "
+            f"--tokenizer {arguments.model}"
         )
     if arguments.data is None:
         data = load_recipe(locate(arguments.model)[0]).data
@@ -97,7 +104,7 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
                 f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
             )
         return data.model_copy(update={"batch_size": arguments.batch_size})
-    packing = PackingConfig(seq_len=arguments.seq_len or model.config.max_seq_len)
+    packing = PackingConfig(seq_len=arguments.seq_len or model.config.max_seq_len, long="drop")
     return DataConfig(sources=(Source(path=arguments.data),), packing=packing, batch_size=arguments.batch_size)
 
 
@@ -115,6 +122,12 @@ def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
     from jaxllm.training.step import eval_step
 
     loader = Loader(data, "validation")
+    for plan in loader.plans:
+        if plan.dropped:
+            sys.stderr.write(
+                f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are longer "
+                f"than {plan.seq_len} tokens and left out\n"
+            )
     if loader.tokenizer_fingerprint != model.tokenizer.fingerprint:
         raise ValueError(
             f"{data.sources[0].path} was tokenised with {loader.tokenizer_fingerprint}, the model has the tokenizer "

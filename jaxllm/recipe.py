@@ -90,10 +90,11 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     model, data = recipe.model, recipe.data
     problems = []
     if model.vocab_size < vocab_size:
-        problems.append(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; set it to "
-            f"{vocab_size} or more"
-        )
+        remedy = (
+            f"set it to {vocab_size} or more" if recipe.start_from is None
+            else f"prepare the data in the tokens of the model: --tokenizer {recipe.start_from}"
+        )  # fmt: skip
+        problems.append(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; {remedy}")
     if data.packing.seq_len > model.max_seq_len:
         problems.append(
             f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; "

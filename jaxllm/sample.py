@@ -1,6 +1,7 @@
 """python -m jaxllm.sample: text from a model, for one prompt, many, or a conversation."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import LanguageModel
 
-CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line"
 ANSWERING = "answering (the first answer is compiled) ..."
 NOTES = """
 Without --prompt, --prompts or --chat, the prompts are read from standard input, one per line.
@@ -222,12 +223,17 @@ def converse(
     start = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(start)
     _say(CHAT_HELP + "\n")
+    if not lm.is_chat:
+        _say("note: this model was never tuned on conversations; it continues text, and its answers mean little\n")
     for line in _lines(source or sys.stdin):
         if line == "/exit":
             return
         if line == "/reset":
             messages = list(start)
             _say("(the conversation starts over)\n")
+            continue
+        if line.startswith("/"):
+            _say(f"({line} is no command; {CHAT_HELP})\n")
             continue
         if not line:
             continue
@@ -248,14 +254,24 @@ def converse(
 
 
 def _lines(source: TextIO) -> Iterator[str]:
-    """Yield what is typed, without spaces around; Ctrl-D and Ctrl-C at the prompt end it."""
+    """Yield what is typed, without spaces around; Ctrl-D ends it, Ctrl-C drops a line. A terminal edits and recalls."""
+    typed = source is sys.stdin and source.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # Windows
+            import readline  # noqa: F401  `input` uses it
     while True:
-        _say("> ")
         try:
-            line = source.readline()
+            if typed:
+                line = input("> ")
+            else:
+                _say("> ")
+                line = source.readline()
+                if not line:
+                    raise EOFError
         except KeyboardInterrupt:
-            line = ""
-        if not line:
+            _say("\n")
+            continue
+        except EOFError:
             _say("\n")
             return
         yield line.strip()

@@ -76,8 +76,14 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
         StopRequest(mesh) as stop,
     ):
         state = run.start(checkpoints)
-        steps = total_steps(recipe, loader, run.begin.step, run.begin.sample)
-        _write_recipe(run_dir, recipe)  # the merged one of a resumed run, now that nothing of it was refused
+        steps, done = total_steps(recipe, loader, run.begin.step, run.begin.sample), run.begin.step
+        if steps < done:
+            raise ValueError(
+                f"steps={recipe.steps.root} ends before step {done}, where this run is already; give more steps to "
+                "train on, or another `out` for another run"
+            )
+        if steps > done:  # the merged recipe of a resumed run, now that nothing of it was refused
+            _write_recipe(run_dir, recipe)
         with RunLog(
             run_dir, name, recipe.monitor, steps,
             begin=run.begin, tokens_per_step=run.tokens_per_step, flops=run.flops_per_step(),
@@ -85,6 +91,8 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
             log.say(run.describe(steps))
             for note in run.notes():
                 log.say(note)
+            if steps == done:
+                log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained; steps=N goes on to step N")
             log.say(run.memory(state))
             state = _train(run, state, steps, log, stop)
             step = int(state.step)

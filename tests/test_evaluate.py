@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+import jaxllm
 from jaxllm import evaluate
+from jaxllm.data.chat import encode_chat
 from jaxllm.data.shard_writer import DatasetWriter
 from jaxllm.data.tokenizer import byte_tokenizer
 from jaxllm.language_model import LanguageModel
@@ -57,6 +59,22 @@ def test_perplexity_is_that_of_the_logits(lm, model, data, tmp_path, capsys):
     n_bytes = sum(len(text.encode()) for text in TEXTS)
     assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-4)
     assert f"over {tokens} tokens" in capsys.readouterr().out
+
+
+def test_a_huggingface_directory_needs_data_and_leaves_out_what_is_too_long_for_it(lm, tmp_path, capsys):
+    jaxllm.export(lm, tmp_path / "exported")
+    assert evaluate.main([str(tmp_path / "exported"), "--tasks", "perplexity"]) == 2
+    assert "does not say what it was trained on; name a dataset with --data" in capsys.readouterr().err
+    tokenizer = jaxllm.load(tmp_path / "exported").tokenizer
+    with DatasetWriter(tmp_path / "chat", tokenizer, "chat") as writer:
+        for split, length in (("train", 3), ("validation", 3), ("validation", 70)):
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * length}]
+            writer.add_chat(split, *encode_chat(tokenizer, turns), "t", "0")
+    flags = ["--tasks", "perplexity", "--data", str(tmp_path / "chat"), "--seq-len", "64", "--batch-size", "8"]
+    assert evaluate.main([str(tmp_path / "exported"), *flags]) is None
+    printed = capsys.readouterr()
+    assert "1 of 2 conversations" in printed.err
+    assert "over 4 tokens" in printed.out
 
 
 def test_applications_are_asked_and_shown(model, tmp_path, capsys):

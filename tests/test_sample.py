@@ -93,7 +93,7 @@ def test_standard_input_is_a_prompt(run, capsys, monkeypatch):
 class Parrot:
     """A model whose answer is how many messages it was given."""
 
-    tokenizer = byte_tokenizer()
+    tokenizer, is_chat = byte_tokenizer(), True
 
     def stream(self, messages, **options):
         if len(messages) > 5:
@@ -109,6 +109,17 @@ def test_a_conversation_remembers_resets_and_ends(capsys):
     assert [line.removeprefix("> ").removeprefix("> ") for line in out.splitlines()[1:]][:4] == [
         "2S", "4S", "(the conversation starts over)", "2S",
     ]  # fmt: skip
+
+
+def test_what_begins_like_a_command_is_not_said_to_the_model_and_one_never_tuned_is_announced(capsys):
+    arguments = SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[])
+    model = Parrot()
+    model.is_chat = False
+    sample.converse(model, arguments, Sampler(), io.StringIO("/quit\na\n"))
+    out = capsys.readouterr().out
+    assert "never tuned on conversations" in out
+    assert "(/quit is no command; /reset starts over" in out
+    assert "> 1a\n" in out
 
 
 def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys):

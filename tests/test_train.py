@@ -181,10 +181,15 @@ def test_sigterm_saves_says_how_to_resume_and_resumes_bitwise(workspace):
 
 
 def test_a_finished_run_is_not_trained_again(workspace):
-    before = (workspace / "undisturbed" / "metrics.jsonl").read_bytes()
-    status, output = run("jaxllm.train", workspace / "undisturbed")
+    paths = [workspace / "undisturbed" / name for name in ("metrics.jsonl", "recipe.yaml")]
+    before = [path.read_bytes() for path in paths]
+    status, output = run("jaxllm.train", workspace / "undisturbed", "optim.lr=1e-9")
     assert status == 0, output
-    assert (workspace / "undisturbed" / "metrics.jsonl").read_bytes() == before
+    assert "nothing is trained" in output
+    status, output = run("jaxllm.train", workspace / "undisturbed", "steps=1")
+    assert status == 2
+    assert "steps=1 ends before step" in output
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(workspace):

@@ -118,7 +118,11 @@ class Writer:
     def _flush(self) -> None:
         from safetensors.numpy import save_file
 
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+        path = self._part(len(self._shards))
+        path.touch()  # with the user's umask, which safetensors would not ask
+        mode = path.stat().st_mode
+        save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shards.append(list(self._pending))
         self._pending, self._bytes = {}, 0
 
