@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from jaxllm.sharding import distributed
 from jaxllm.sharding.distributed import PlatformConfig, default_cpu_devices
 
 TOGETHER = {"coordinator": "host:1234", "n_processes": 2, "process_index": 0, "distributed": True}
@@ -36,3 +37,12 @@ def test_processes_that_are_found_out_need_no_names():
 @pytest.mark.parametrize(("rows", "cores", "expected"), [(8, 2, 2), (6, 4, 3), (7, 4, 1), (64, 96, 8), (0, 4, 1)])
 def test_virtual_devices_divide_the_rows(rows, cores, expected):
     assert default_cpu_devices(rows, cores) == expected
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_only_if_asked(keep, monkeypatch):
+    called = []
+    monkeypatch.setattr(distributed, "_keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(distributed, "_set_cpu_devices", lambda *_: None)
+    distributed.start(PlatformConfig(compile_cache=None, keep_memory=keep))
+    assert bool(called) == keep
