@@ -184,11 +184,11 @@ class Encoder:
 
     @cached_property
     def _hidden(self) -> Callable[[Params, Rows], Array]:
-        return self._program(_states)
+        return self._program(lambda model, rows: model.text_states(*rows))
 
     @cached_property
     def _logits(self) -> Callable[[Params, Rows], Array]:
-        return self._program(lambda model, rows: model.logits(_states(model, rows), rows.segments))
+        return self._program(lambda model, rows: model.logits(model.text_states(*rows), rows.segments))
 
     @cached_property
     def _pool(self) -> Callable[..., Array]:
@@ -245,14 +245,9 @@ class Encoder:
         return rows
 
 
-def _states(model: TransformerEncoder, rows: Rows) -> Float[Array, "B T D"]:
-    positions = jnp.maximum(jnp.cumsum(rows.segments, axis=-1) - 1, 0)
-    return model.states(rows.tokens, rows.segments, rows.types, positions)
-
-
 def _pooled(model: TransformerEncoder, rows: Rows, pooling: Pooling) -> Float[Array, "B D"]:
     """Return one vector per row, float32."""
-    hidden = _states(model, rows)
+    hidden = model.text_states(*rows)
     if pooling == "pooler":
         return model.pooled(hidden, rows.segments).astype(jnp.float32)
     if pooling == "first":

@@ -74,10 +74,12 @@ def load(
         raw, tokenizer = describe(file), tokenizers.from_gguf(file)
         family, config = _parse(raw, file.path)
         checkpoint, stop_ids = GgufCheckpoint(file, raw), gguf_tokens.stop_ids(file.metadata)
-    elif files.read_json(Path(model) / "config.json").get("model_type") in ENCODERS:
-        return encoder_files.load(Path(model), compute=compute, mesh=mesh, dtype=dtype)
     else:
-        family, config = read_config(model)
+        path = Path(model) / "config.json"
+        raw = files.read_json(path)
+        if raw.get("model_type") in ENCODERS:
+            return encoder_files.load(model, compute=compute, mesh=mesh, dtype=dtype)
+        family, config = _parse(raw, path)
         tokenizer, checkpoint, stop_ids = tokenizers.load(model), Checkpoint(model), _stop_ids(Path(model))
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(checkpoint, family.rows(config), config, shardings, dtype)
@@ -149,10 +151,9 @@ def _describe(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 def _explicit(config: ModelConfig) -> dict[str, Any]:
     """What a configuration means, defaults written out; without a loss of training that config.json has no word for."""
-    explicit = {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "score_scale": config.scale}
     if isinstance(config.ffn, Experts):
-        explicit["ffn"] = config.ffn.model_copy(update={"router_z": 0.0})
-    return config.model_copy(update=explicit).model_dump()
+        config = config.model_copy(update={"ffn": config.ffn.model_copy(update={"router_z": 0.0})})
+    return config.explicit().model_dump()
 
 
 def _differences(config: ModelConfig) -> list[str]:

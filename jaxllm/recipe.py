@@ -14,7 +14,7 @@ from jaxllm.data.loader import DataConfig
 from jaxllm.locate import model_config
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.sharding.config import MeshConfig, axis_sizes
+from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
 from jaxllm.training.config import AdamW, CheckpointConfig, MonitorConfig, OptimConfig, StepConfig
 
@@ -106,12 +106,12 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
         )
     else:
         rows = data.batch_size // recipe.step.accumulate
-        sizes = axis_sizes(recipe.mesh, n_devices)
-        parts = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        parts = batch_parts(axis_sizes(recipe.mesh, n_devices))
         if rows % parts:
+            fits = -(-rows // parts) * parts * recipe.step.accumulate
             problems.append(
-                f"data.batch_size / step.accumulate = {rows} rows is not divisible by data x fsdp x expert = {parts} "
-                f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh"
+                f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = "
+                f"{parts} devices; use data.batch_size={fits}, or another mesh"
             )
     if n_processes > 1 and (n_devices // n_processes) % axis_sizes(recipe.mesh, n_devices)["tensor"]:
         problems.append(

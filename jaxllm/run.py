@@ -28,6 +28,7 @@ from jaxllm.models.accounting import (
 )
 from jaxllm.models.config import ModelConfig
 from jaxllm.recipe import Recipe
+from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.feed import place
 from jaxllm.training.loop import Action, Diverged
@@ -212,7 +213,7 @@ class Run:
     def memory(self, state: TrainState) -> str:
         """Estimate a device's share: parameters lie over fsdp x expert x tensor, optimizer state over all devices."""
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
-        rows = data.batch_size // self.recipe.step.accumulate // (shape["data"] * shape["fsdp"] * shape["expert"])
+        rows = data.batch_size // self.recipe.step.accumulate // batch_parts(shape)
         copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / param_count(model)
         split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}

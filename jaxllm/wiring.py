@@ -162,10 +162,8 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
         if not (run_dir / FILE_NAME).exists():
             _write_recipe(run_dir, recipe)
         if first and not (run_dir / "tokenizer").exists():
-            temporary = run_dir / ".tokenizer.tmp"  # a kill while copying leaves no half tokenizer
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(loader.tokenizer_dir, temporary)
-            temporary.rename(run_dir / "tokenizer")
+            with files.new_directory(run_dir / "tokenizer") as temporary:
+                shutil.copytree(loader.tokenizer_dir, temporary, dirs_exist_ok=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("the first process has made the run directory")
         yield

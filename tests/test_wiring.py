@@ -108,7 +108,7 @@ def test_a_tokenizer_that_was_copied_by_half_is_copied_anew(workspace, monkeypat
     run_dir, begun = workspace / "runs" / "two", []
 
     def cut(source, target, **_):
-        target.mkdir()
+        target.mkdir(exist_ok=True)
         (target / "half").touch()
         raise KeyboardInterrupt
 

@@ -264,8 +264,6 @@ def describe(config: EncoderConfig) -> tuple[EncoderFamily, dict[str, Any]]:
     raise ValueError(f"no family of transformers computes this encoder; known are {', '.join(ENCODERS)}: {config}")
 
 
-def _explicit(config: EncoderConfig) -> dict[str, Any]:
+def _explicit(config: EncoderConfig) -> EncoderConfig:
     """What a configuration means, defaults written out."""
-    stack = config.stack
-    explicit = {"n_kv_heads": stack.kv_heads, "head_dim": stack.head_width, "score_scale": stack.scale}
-    return config.model_copy(update={"stack": stack.model_copy(update=explicit)}).model_dump()
+    return config.model_copy(update={"stack": config.stack.explicit()})

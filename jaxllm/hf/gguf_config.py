@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from jaxllm.core.gguf_file import READ, GgufFile
+from jaxllm.hf.families import FULL, SLIDING
 from jaxllm.hf.fields import Fields
 from jaxllm.hf.gguf_weights import FREQUENCIES, read
 
 Config = dict[str, Any]
-FULL, SLIDING = "full_attention", "sliding_attention"
 GEMMA2_LARGE, GEMMA3_LARGE = 46, 62  # layers of the 27B models
 
 

@@ -26,12 +26,9 @@ class Block(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
         d_model, std = config.d_model, config.init_std
-        out_std = std if config.norm_placement == "post" else std * (2 * config.n_layers) ** -0.5
-        before, after = (
-            config.norm_placement in ("pre", "sandwich"),
-            config.norm_placement in ("out", "sandwich", "post"),
-        )
         self.post = config.norm_placement == "post"
+        out_std = std if self.post else std * (2 * config.n_layers) ** -0.5
+        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement != "pre"
         self.parallel = config.parallel
         self.attention_norm = Norm(config.norm, d_model) if before else None
         self.attention = Attention(

@@ -76,6 +76,11 @@ class ModelConfig(Config):
         """Key/value heads, K."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
+    def explicit(self) -> Self:
+        """Return the same architecture with the defaults that follow from other fields written out."""
+        written = {"n_kv_heads": self.kv_heads, "head_dim": self.head_width, "score_scale": self.scale}
+        return self.model_copy(update=written)
+
     def room(self, prompt_length: int) -> int:
         """Return how many tokens fit behind a prompt."""
         longest = self.max_seq_len

@@ -55,6 +55,13 @@ class TransformerEncoder(nnx.Module):
         x = self.embed_norm(constrain(x, "batch", "length", None))
         return self.stack.run_blocks(x, Views(self.config.stack, FullMask(segments), positions))[0]
 
+    def text_states(
+        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], types: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Return the hidden states of rows of one text each, with padding (segment 0) on either side of it."""
+        positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
+        return self.states(tokens, segments, types, positions)
+
     def logits(
         self, hidden: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:

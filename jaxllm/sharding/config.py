@@ -1,12 +1,14 @@
 """The sizes of the device mesh. Without JAX, so that --help and the checks of a recipe are quick."""
 
 import math
+from collections.abc import Mapping
 
 from pydantic import Field
 
 from jaxllm.core.config import Config
 
 AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # those that split the rows of a batch
 
 
 class MeshConfig(Config):
@@ -37,3 +39,8 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     if math.prod(sizes.values()) != device_count:
         raise ValueError(f"mesh {described} does not use {device_count} devices exactly; set mesh.data=-1 to fill up")
     return sizes
+
+
+def batch_parts(sizes: Mapping[str, int]) -> int:
+    """Return into how many parts a mesh of these axis sizes splits the rows of a batch."""
+    return math.prod(sizes[axis] for axis in BATCH_AXES)

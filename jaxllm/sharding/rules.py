@@ -10,11 +10,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxllm.sharding.config import BATCH_AXES
+
 Axes = tuple[str | None, ...]
 
 # Mesh axes in the order in which they are tried. An empty tuple means "never sharded".
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": BATCH_AXES,
     "length": (),
     "layers": (),
     "vocab": ("tensor",),

@@ -58,6 +58,6 @@ def class_sums(params: Params, batch: LabelledTexts, config: EncoderConfig, comp
     if not isinstance(config.head, Classes):
         raise TypeError(f"head {config.head.kind} has no labels; this loss needs one of kind classes")
     model: TransformerEncoder = bind(graph(config, compute)[0], params)
-    positions = jnp.maximum(jnp.cumsum(batch.segments, axis=-1) - 1, 0)
-    log_probs = jax.nn.log_softmax(model(batch.tokens, batch.segments, batch.types, positions), axis=-1)
+    hidden = model.text_states(batch.tokens, batch.segments, batch.types)
+    log_probs = jax.nn.log_softmax(model.logits(hidden, batch.segments), axis=-1)
     return -jnp.sum(jnp.take_along_axis(log_probs, jnp.expand_dims(batch.labels, -1), axis=-1))
