@@ -72,7 +72,7 @@ def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
 
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
-    distributed.start(distributed.PlatformConfig(), spread.parts(config))
+    distributed.start(distributed.PlatformConfig())
     return load(arguments.model, mesh=spread.tensor_mesh(config)), sampler
 
 

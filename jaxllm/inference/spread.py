@@ -8,18 +8,11 @@ from jaxllm.models.config import ModelConfig
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 
-# A token reads all weights once. Where they outgrow the cache of a core, two cores read them faster than one; below,
-# joining the parts costs more than it saves.
-MIN_PARAMS = 8_000_000
-
-
-def parts(config: ModelConfig) -> int:
-    """Return into how many equal parts the model may be cut for decoding: its key/value heads, or 1 if it is small."""
-    return 1 if param_count(config) < MIN_PARAMS else config.kv_heads
+MIN_PARAMS = 8_000_000  # a smaller model is read faster than its parts are joined
 
 
 def tensor_mesh(config: ModelConfig) -> Mesh | None:
     """Return a mesh of all devices that splits every product, or None: one device, or a small model."""
-    if jax.device_count() == 1 or parts(config) == 1:
+    if jax.device_count() == 1 or param_count(config) < MIN_PARAMS:
         return None
     return make_mesh(MeshConfig(data=1, tensor=-1))

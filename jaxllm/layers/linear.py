@@ -1,6 +1,7 @@
 """Parameters and projections: each declares shape, logical axes and initializer once; all else follows."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.sharding.rules import constrain
 
 PRODUCT = "projection"  # by this name rematerialisation knows what is dear to recompute
+ROW_PARTS = 4
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], std: float) -> nnx.Param:
@@ -63,7 +65,22 @@ def _product(x: Array, kernel: Array, n_inputs: int) -> Array:
     XLA on a CPU turns the first operand of such a product, and computes all that led to it in transposed order. For a
     wide dy, which automatic differentiation puts first, that costs more than the product.
     """
-    return jnp.tensordot(x, kernel, axes=n_inputs)
+    whole = functools.partial(jnp.tensordot, axes=n_inputs)
+    if x.shape[:2] == (1, 1) and jax.sharding.get_abstract_mesh().size <= 1:  # several devices split it themselves
+        return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(_row_product, n_inputs), default=whole)
+    return whole(x, kernel)
+
+
+def _row_product(n_inputs: int, x: Array, kernel: Array) -> Array:
+    """y = x W for a single row, as the sum of `ROW_PARTS` products that each read their own rows of W.
+
+    Decoding waits for weights to come from memory. XLA on a CPU reads those of one product with one core, and those of
+    a batch of products with all cores: 1.4 to 2 times as fast for 0.6 to 6 MB on two cores.
+    """
+    inputs = math.prod(kernel.shape[:n_inputs])
+    parts = math.gcd(inputs, ROW_PARTS)
+    y = jnp.einsum("pk,pkn->pn", x.reshape(parts, -1), kernel.reshape(parts, inputs // parts, -1))
+    return jnp.sum(y, axis=0).reshape(1, 1, *kernel.shape[n_inputs:])
 
 
 def _product_forward(x: Array, kernel: Array, n_inputs: int) -> tuple[Array, tuple[Array, Array]]:

@@ -50,18 +50,20 @@ def test_rope_literal_quarter_turn():
     np.testing.assert_allclose(rotate(x, angles)[0, 0, 0], [0.0, 1.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("batch", [(2, 3), (1, 1)])  # a single row has a product of its own
 @pytest.mark.parametrize(
     ("inputs", "outputs"),
     [({"embed": 4}, {"heads": 2, "head_dim": 3}), ({"heads": 2, "head_dim": 2}, {"embed": 5})],
 )
-def test_gradients_of_a_projection_are_those_of_the_product(inputs, outputs):
+def test_gradients_of_a_projection_are_those_of_the_product(inputs, outputs, batch):
     projection = Projection(nnx.Rngs(0), inputs, outputs, std=1.0)
-    x = jax.random.normal(jax.random.key(1), (2, 3, *inputs.values()))
+    x = jax.random.normal(jax.random.key(1), (*batch, *inputs.values()))
     kernel = projection.kernel[...]
 
     structure, _ = nnx.split(projection)
     ours = lambda x, kernel: jnp.sum(jnp.sin(nnx.merge(structure, {"kernel": kernel})(x)))
     plain = lambda x, kernel: jnp.sum(jnp.sin(jnp.tensordot(x, kernel, axes=len(inputs))))
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
     expected = jax.grad(plain, (0, 1))(x, kernel)
     for a, b in zip(jax.grad(ours, (0, 1))(x, kernel), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

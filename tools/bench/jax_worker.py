@@ -12,7 +12,6 @@ from workers import measured, serve
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
-from jaxllm.inference import spread
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -22,7 +21,7 @@ from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.feed import place
 from jaxllm.training.optim import AdamW, optimizer
 from jaxllm.training.schedules import Cosine, learning_rate
-from jaxllm.training.state import init_state, param_shardings
+from jaxllm.training.state import init_state
 from jaxllm.training.step import StepConfig, compile_step
 
 
@@ -71,10 +70,8 @@ def training(settings: dict) -> dict[str, Callable[..., dict]]:
 def decoding(settings: dict) -> dict[str, Callable[..., dict]]:
     """Handlers that decode greedily with the decoder behind `jaxllm.LanguageModel`: token ids, no stop tokens."""
     model = ModelConfig(**settings["shape"])
-    distributed.start(distributed.PlatformConfig(), spread.parts(model))
-    mesh = spread.tensor_mesh(model)
-    shardings = None if mesh is None else param_shardings(model, mesh)
-    params = jax.jit(functools.partial(init_params, model, 0), out_shardings=shardings)()
+    distributed.start(distributed.PlatformConfig())
+    params = jax.jit(functools.partial(init_params, model, 0))()
     decoder = Decoder(model, params, ComputeConfig().resolve(jax.default_backend(), model.n_layers))
 
     def run(prompt: list[int], new_tokens: int) -> dict:
