@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -10,7 +11,7 @@ from jaxllm.layers import cache as kv
 from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.kernels import Scores, attend, attend_cache
 from jaxllm.layers.linear import Projection
-from jaxllm.layers.masks import CacheMask, Mask
+from jaxllm.layers.masks import CacheMask, CrossMask, Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rotate
 from jaxllm.sharding.rules import constrain
@@ -73,6 +74,20 @@ class Attention(nnx.Module):
             elif isinstance(mask, CacheMask):
                 raise TypeError("CacheMask needs a cache; pass one, or a mask of whole rows")
             return self.o(attend(q, k, v, mask, self.scores)), cache
+
+    def read(self, x: Float[Array, "B T D"], memory: kv.Memory) -> Float[Array, "B T D"]:
+        """Attend from x to the source in `memory`."""
+        with jax.named_scope("cross_attention"):
+            q, mask = self.q(x), CrossMask(memory.segments, memory.targets)
+            if isinstance(memory.states, kv.LayerCache):
+                return self.o(attend_cache(q, memory.states, mask, self.scores))
+            return self.o(attend(q, self.k(memory.states), self.v(memory.states), mask, self.scores))
+
+    def remember(self, memory: kv.Memory) -> kv.Memory:
+        """Return the source as the keys and values that this layer reads."""
+        rows = lambda x: rearrange(x, "B S K H -> (B K) S H")
+        states = kv.LayerCache(rows(self.k(memory.states)), rows(self.v(memory.states)))
+        return memory._replace(states=states)
 
 
 def _normalise(norm: Norm, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:

@@ -7,6 +7,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class Memory(NamedTuple):
+    """What a decoder attends to beside itself: the source as hidden states, or as one layer's keys and values of them.
+
+    Attributes:
+      segments: of the source's tokens, int32 [B, S]; 0 = padding.
+      targets: of the tokens that attend to it, int32 [B, T]; None: all of segment 1.
+    """
+
+    states: "Float[Array, 'B S D'] | LayerCache"
+    segments: Int[Array, "B S"]
+    targets: Int[Array, "B T"] | None = None
+
+
 class LayerCache(NamedTuple):
     """One layer's keys and values.
 
@@ -14,10 +27,12 @@ class LayerCache(NamedTuple):
       keys, values: [R, S, H], with the rows and heads of the batch in one axis R = B * K: each (row, head) is a matrix
         that a product reads as it lies. Any other order makes XLA copy the whole cache for every token.
         Zero where nothing was written yet.
+      memory: keys and values of the source, for layers that attend to one.
     """
 
     keys: Float[Array, "R S H"]
     values: Float[Array, "R S H"]
+    memory: Memory | None = None
 
 
 Cache = tuple[LayerCache, ...]  # one entry per layer: separate buffers, which a decode loop updates in place
@@ -44,4 +59,4 @@ def update(
         new = jnp.swapaxes(new, 1, 2).reshape(batch * n_kv_heads, length, head_dim)
         return jax.vmap(write)(buffer, new, start)
 
-    return LayerCache(add(cache.keys, keys), add(cache.values, values))
+    return cache._replace(keys=add(cache.keys, keys), values=add(cache.values, values))

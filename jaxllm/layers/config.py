@@ -87,6 +87,7 @@ class Learned(Config):
     """A trained vector per position, added to the token embedding (GPT-2). Source: Vaswani et al. 2017, section 3.5."""
 
     kind: Literal["learned"] = "learned"
+    offset: int = Field(0, ge=0, description="row of the first position; those before are not used (BART: 2)")
 
 
 class NoPositions(Config):
@@ -95,7 +96,27 @@ class NoPositions(Config):
     kind: Literal["none"] = "none"
 
 
-PositionConfig = Annotated[Rope | Learned | NoPositions, Field(discriminator="kind")]
+class Sinusoids(Config):
+    """sin(p / 10000^(2i/D)) and cos of the same are added to the embeddings. Source: Vaswani et al. 2017, section 3.5."""
+
+    kind: Literal["sinusoids"] = "sinusoids"
+    interleaved: bool = Field(True, description="sine and cosine in turns; false = all sines first (Marian)")
+
+
+class RelativeBias(Config):
+    """Scores get a learned number for the distance of key and query, one per head. Source: Raffel et al. 2020 (T5).
+
+    Half of the buckets hold one distance each, the others hold ranges that grow, up to `max_distance`.
+    """
+
+    kind: Literal["relative"] = "relative"
+    buckets: int = Field(32, ge=4, description="numbers per head; an encoder has half of them for either direction")
+    max_distance: int = Field(128, ge=2, description="from here on all distances share one number")
+
+
+PositionConfig = Annotated[
+    Rope | Learned | NoPositions | Sinusoids | RelativeBias, Field(discriminator="kind")
+]
 
 
 class SlidingWindow(Config):

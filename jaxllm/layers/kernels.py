@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jaxllm.layers.cache import LayerCache
-from jaxllm.layers.masks import CacheMask, RowMask
+from jaxllm.layers.masks import CacheMask, CrossMask, RowMask
 
 # Finite, because a row without any visible key (padding) would turn to NaN with -inf, in the gradient as well.
 HIDDEN = -1e30
@@ -54,11 +54,14 @@ def attend(
     scores = scores or Scores(q.shape[-1] ** -0.5)
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
     k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))
+    bias = getattr(mask, "bias", None)
+    bias = None if bias is None else rearrange(bias, "(K G) T S -> K G T S", K=k.shape[1])
     outputs = []
     for start, stop in query_blocks(q.shape[3]):
         seen = mask.keys(slice(start, stop), k.shape[2])
         visible = mask.dense(slice(start, stop), seen)
-        outputs.append(_attend_block(q[:, :, :, start:stop], k[:, :, seen], v[:, :, seen], visible, scores))
+        near = None if bias is None else bias[:, :, start:stop, seen]
+        outputs.append(_attend_block(q[:, :, :, start:stop], k[:, :, seen], v[:, :, seen], visible, near, scores))
     return rearrange(jnp.concatenate(outputs, axis=3), "B K G T H -> B T (K G) H")
 
 
@@ -68,47 +71,52 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_block(q: Array, k: Array, v: Array, visible: Array, scores: Scores) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend_block(q: Array, k: Array, v: Array, visible: Array, bias: Array | None, scores: Scores) -> Array:
     """Attention of one block; q is [B, K, G, T, H], k and v are [B, K, S, H], `visible` is bool [B or 1, T, S].
+
+    `bias`, float32 [K, G, T, S], is added to the scores.
 
     With s = c q k^T, e = exp(s - max), r = 1 / sum_s e and o = r (e v), the gradient is, for p = r e,
     dv = p^T do and ds = p (do v^T - sum_h(do o)): the softmax's sum over the keys becomes one over the H values of a
     head. Source: Dao et al. 2022 (FlashAttention), appendix B.2.
     """
-    return _block_forward(q, k, v, visible, scores)[0]
+    return _block_forward(q, k, v, visible, bias, scores)[0]
 
 
 def _block_forward(
-    q: Array, k: Array, v: Array, visible: Array, scores: Scores
+    q: Array, k: Array, v: Array, visible: Array, bias: Array | None, scores: Scores
 ) -> tuple[Array, tuple[Array | None, ...]]:
     s = scores.of(jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32))
     bend = None if scores.softcap is None else (1.0 - (s / scores.softcap) ** 2).astype(v.dtype)  # tanh' = 1 - tanh^2
+    s = s if bias is None else s + bias
     s = jnp.where(visible[:, None, None, :, :], s, HIDDEN)
     weights = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
     r = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
     y = (jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32) * r).astype(v.dtype)
-    return y, (q, k, v, weights, r, y, bend)
+    return y, (q, k, v, weights, r, y, bend, bias)
 
 
-def _block_backward(scores: Scores, residuals: tuple[Array | None, ...], dy: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, weights, r, y, bend = residuals
+def _block_backward(scores: Scores, residuals: tuple[Array | None, ...], dy: Array) -> tuple[Array | None, ...]:
+    q, k, v, weights, r, y, bend, bias = residuals
     dy = (dy.astype(jnp.float32) * r).astype(v.dtype)
     inner = jnp.einsum("bkgth,bkgth->bkgt", dy, y, preferred_element_type=jnp.float32)[..., None]
     dv = jnp.einsum("bkgts,bkgth->bksh", weights, dy)
     dscores = jnp.einsum("bkgth,bksh->bkgts", dy, v, preferred_element_type=jnp.float32)
-    dscores = weights * (dscores - inner) * scores.scale
+    dscores = weights * (dscores - inner)
+    dbias = None if bias is None else jnp.sum(dscores, axis=0).astype(bias.dtype)
+    dscores = dscores * scores.scale
     dscores = (dscores if bend is None else dscores * bend).astype(q.dtype)
     dq = jnp.einsum("bkgts,bksh->bkgth", dscores, k)
-    return dq, jnp.einsum("bkgts,bkgth->bksh", dscores, q), dv, None
+    return dq, jnp.einsum("bkgts,bkgth->bksh", dscores, q), dv, None, dbias
 
 
 _attend_block.defvjp(_block_forward, _block_backward)
 
 
 def attend_cache(
-    q: Float[Array, "B T N H"], cache: LayerCache, mask: CacheMask, scores: Scores | None = None
+    q: Float[Array, "B T N H"], cache: LayerCache, mask: CacheMask | CrossMask, scores: Scores | None = None
 ) -> Float[Array, "B T N H"]:
     """Return the attention output of new tokens over all that `cache` holds; `scores` as in `attend`."""
     scores = scores or Scores(q.shape[-1] ** -0.5)
@@ -119,6 +127,8 @@ def attend_cache(
     keys, values = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
     s = scores.of(jnp.einsum("rqh,rsh->rqs", q, keys, preferred_element_type=jnp.float32))
     s = s.reshape(batch, shape[2], length, shape[3], slots)
+    if isinstance(mask, CacheMask) and mask.bias is not None:
+        s = s + rearrange(mask.bias, "B (K G) T S -> B K T G S", K=shape[2])
     visible = mask.dense(slice(0, length), slice(0, slots))[:, None, :, None, :]
     probs = jax.nn.softmax(jnp.where(visible, s, HIDDEN), axis=-1).astype(q.dtype).reshape(rows, -1, slots)
     # The order of the operands is the layout of the product; jnp.einsum would swap them and transpose the cache.

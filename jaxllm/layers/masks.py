@@ -7,7 +7,7 @@ whole blocks read the facts instead.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Window = int | Int[Array, ""] | None  # tokens that are seen, the token itself included; None: all
 
@@ -18,6 +18,7 @@ class CausalMask(NamedTuple):
     Attributes:
       segments: int32 [B, T]; tokens of different segments never see each other. None: the row is one segment.
       window: how far back a token sees; an array where it differs by layer.
+      bias: added to the scores of each head.
 
     Example, segments 1 1 2 2:
 
@@ -29,6 +30,7 @@ class CausalMask(NamedTuple):
 
     segments: Int[Array, "B T"] | None = None
     window: Window = None
+    bias: Float[Array, "N T S"] | None = None
 
     def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
         """Write out the rows `queries` and the columns `keys` (slices of Python ints, stop included in each)."""
@@ -51,6 +53,7 @@ class FullMask(NamedTuple):
     Attributes:
       segments: int32 [B, T]; tokens of different segments never see each other. Padding is a segment of its own, 0, so
         that no token ever sees it and no row is without keys. None: the row is one segment, without padding.
+      bias: added to the scores of each head.
 
     Example, segments 1 1 2 0:
 
@@ -61,6 +64,7 @@ class FullMask(NamedTuple):
     """
 
     segments: Int[Array, "B T"] | None = None
+    bias: Float[Array, "N T S"] | None = None
 
     def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
         """Write out the rows `queries` and the columns `keys` (slices of Python ints, stop included in each)."""
@@ -73,16 +77,39 @@ class FullMask(NamedTuple):
         return slice(0, length)
 
 
+class CrossMask(NamedTuple):
+    """Attention of one text into another: a token of the target sees all tokens of its own segment of the source.
+
+    Attributes:
+      sources: int32 [B, S]; 0 = padding. targets: int32 [B, T]; None: all of segment 1.
+    """
+
+    sources: Int[Array, "B S"]
+    targets: Int[Array, "B T"] | None = None
+
+    def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
+        """Write out the rows `queries` and the columns `keys`."""
+        targets = jnp.ones((1, 1), jnp.int32) if self.targets is None else self.targets[:, queries]
+        visible = targets[:, :, None] == self.sources[:, None, keys]
+        return jnp.broadcast_to(visible, (visible.shape[0], queries.stop - queries.start, visible.shape[2]))
+
+    def keys(self, queries: slice, length: int) -> slice:
+        """Return the keys, out of `length`, outside of which `queries` see nothing: all may be seen."""
+        return slice(0, length)
+
+
 class CacheMask(NamedTuple):
     """Attention of new tokens into a cache: slot s of a row holds the token at position s.
 
     Attributes:
       positions: int32 [B, T] of the queries; a query sees the slots 0 ... position.
       window: how far back it sees.
+      bias: added to the scores of each head.
     """
 
     positions: Int[Array, "B T"]
     window: Window = None
+    bias: Float[Array, "B N T S"] | None = None
 
     def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
         """Write out the rows `queries` and the slots `keys`."""
@@ -90,7 +117,7 @@ class CacheMask(NamedTuple):
         return _within(self.positions[:, queries, None], slots, self.window)
 
 
-RowMask = CausalMask | FullMask  # of attention within a row
+RowMask = CausalMask | FullMask | CrossMask  # of attention between rows that are there whole
 Mask = RowMask | CacheMask
 
 

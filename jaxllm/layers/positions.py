@@ -5,9 +5,20 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.config import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
+from jaxllm.layers.config import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RelativeBias,
+    Rope,
+    RopeScaling,
+    Sinusoids,
+    YarnScaling,
+)
+from jaxllm.layers.linear import param
 
 
 def rope_angles(positions: Int[Array, "B T"], head_dim: int, rope: Rope, *, local: bool = False) -> tuple[Array, Array]:
@@ -33,6 +44,51 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, rope: Rope, *, loca
 def rotated_width(head_dim: int, rope: Rope) -> int:
     """Return how many of the dimensions of a head are rotated, R."""
     return int(head_dim * rope.fraction)
+
+
+def sinusoids(positions: Int[Array, "B T"], d_model: int, config: Sinusoids) -> Float[Array, "B T D"]:
+    """Return the vectors that are added to embeddings, float32."""
+    frequencies = 10_000.0 ** (-np.arange(0, d_model, 2, dtype=np.float64) / d_model)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies.astype(np.float32)
+    pair = jnp.sin(angles), jnp.cos(angles)
+    if config.interleaved:
+        return jnp.stack(pair, axis=-1).reshape(*positions.shape, d_model)
+    return jnp.concatenate(pair, axis=-1)
+
+
+class RelativeScores(nnx.Module):
+    """b[h, bucket(key - query)]: what each head adds to the score of a key at a distance.
+
+    Args:
+      both_ways: keys may stand behind the query (an encoder); each direction then has half of the buckets.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: RelativeBias, n_heads: int, *, both_ways: bool, std: float):
+        self.buckets = relative_buckets(config, both_ways=both_ways)
+        self.reach = config.max_distance
+        self.table = param(rngs, (config.buckets, n_heads), ("buckets", "heads"), std)
+
+    def __call__(self, queries: Int[Array, "*B T"], keys: Int[Array, "S"]) -> Float[Array, "*B N T S"]:
+        """Return the numbers for queries and keys at these positions, float32."""
+        distance = jnp.clip(keys - queries[..., None], -self.reach, self.reach)
+        bucket = jnp.asarray(self.buckets, jnp.int32)[distance + self.reach]
+        return jnp.moveaxis(self.table[...][bucket], -1, -3)
+
+
+def relative_buckets(config: RelativeBias, *, both_ways: bool) -> tuple[int, ...]:
+    """Return the bucket of each distance key - query from -max_distance to max_distance.
+
+    Example, 4 buckets, max_distance 4, one way: distances -4 ... 4 are in 3 2 2 1 0 0 0 0 0
+    """
+    distance = np.arange(-config.max_distance, config.max_distance + 1)
+    count = config.buckets // 2 if both_ways else config.buckets
+    far = np.abs(distance) if both_ways else np.maximum(-distance, 0)
+    exact = count // 2
+    with np.errstate(divide="ignore"):
+        grown = np.log(far.astype(np.float32) / exact) / math.log(config.max_distance / exact) * (count - exact)
+    ranged = np.minimum(exact + np.where(far > 0, grown, 0).astype(np.int64), count - 1)
+    bucket = np.where(far < exact, far, ranged) + (count * (distance > 0) if both_ways else 0)
+    return tuple(bucket.tolist())
 
 
 def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:

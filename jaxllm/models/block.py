@@ -4,10 +4,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layers.attention import Attention
-from jaxllm.layers.cache import LayerCache
+from jaxllm.layers.cache import LayerCache, Memory
 from jaxllm.layers.config import Experts
 from jaxllm.layers.ffn import Ffn
 from jaxllm.layers.kernels import Scores
+from jaxllm.layers.linear import constant
 from jaxllm.layers.masks import CausalMask, Mask
 from jaxllm.layers.moe import Moe, RouterSums
 from jaxllm.layers.norms import Norm
@@ -18,49 +19,61 @@ class Block(nnx.Module):
     """x += attention(norm(x)); x += ffn(norm(x)), with the norms where `config.norm_placement` has them.
 
     Post-norm is the one of them that normalises the stream itself: x = norm(x + attention(x)); x = norm(x + ffn(x)).
-    Source: Vaswani et al. 2017, section 3.1.
+    Source: Vaswani et al. 2017, section 3.1. With `config.residual_gate`, what is added to x is first multiplied by a
+    learned number that starts at zero. Source: Bachlechner et al. 2020 (ReZero).
 
     The two projections that write into the residual stream start smaller by 1 / sqrt(2 L), so that its variance does
     not grow with depth; post-norm keeps it. Source: Radford et al. 2019 (GPT-2), section 2.3.
+
+    Args:
+      cross: between the two, attend to a source (the decoder of an encoder-decoder).
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig):
-        d_model, std = config.d_model, config.init_std
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, *, cross: bool = False):
+        std = config.init_std
         self.post = config.norm_placement == "post"
         out_std = std if self.post else std * (2 * config.n_layers) ** -0.5
-        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement != "pre"
+        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("out", "sandwich", "post")
+        norm = lambda wanted: Norm(config.norm, config.d_model) if wanted else None
+        gate = lambda: constant((1,), ("norm",), 0.0) if config.residual_gate else None
         self.parallel = config.parallel
-        self.attention_norm = Norm(config.norm, d_model) if before else None
-        self.attention = Attention(
-            rngs, d_model=d_model, heads=(config.n_heads, config.kv_heads, config.head_width), bias=config.bias,
-            qk_norm=None if config.qk_norm == "none" else (config.qk_norm, config.norm),
-            scores=Scores(config.scale, config.score_softcap), std=(std, out_std),
-        )  # fmt: skip
-        self.attention_out_norm = Norm(config.norm, d_model) if after else None
-        self.ffn_norm = Norm(config.norm, d_model) if before else None
-        shape = {"d_model": d_model, "d_ff": config.d_ff, "std": std, "out_std": out_std}
+        self.attention_norm = norm(before)
+        self.attention = _attention(rngs, config, out_std)
+        self.attention_out_norm, self.attention_gate = norm(after), gate()
+        self.cross = cross
+        if cross:
+            self.cross_norm = norm(before)
+            self.cross_attention = _attention(rngs, config, out_std)
+            self.cross_out_norm, self.cross_gate = norm(after), gate()
+        self.ffn_norm = norm(before)
+        shape = {"d_model": config.d_model, "d_ff": config.d_ff, "std": std, "out_std": out_std}
         if isinstance(config.ffn, Experts):
             self.ffn = Moe(rngs, config.ffn, **shape)
         else:
             self.ffn = Ffn(rngs, config.ffn, bias=config.bias is True, **shape)
-        self.ffn_out_norm = Norm(config.norm, d_model) if after else None
+        self.ffn_out_norm, self.ffn_gate = norm(after), gate()
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Mask, angles: tuple[Array, Array] | None = None,
-        cache: LayerCache | None = None, positions: Int[Array, "B T"] | None = None,
+        cache: LayerCache | None = None, positions: Int[Array, "B T"] | None = None, memory: Memory | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterSums | None]:  # fmt: skip
-        """Return (x after the layer, its cache with the new keys and values, what its router did if it has one)."""
-        apply = lambda norm, x: x if norm is None else norm(x)
-        attended, cache = self.attention(apply(self.attention_norm, x), mask, angles, cache, positions)
-        if self.post:
-            x = self.attention_out_norm(x + attended)
-            y, sums = self._feed_forward(x, mask)
-            return self.ffn_out_norm(x + y), cache, sums
-        attended = apply(self.attention_out_norm, attended)
-        read = x if self.parallel else x + attended
-        y, sums = self._feed_forward(apply(self.ffn_norm, read), mask)
-        y = apply(self.ffn_out_norm, y)
-        return (x + attended + y if self.parallel else read + y), cache, sums
+        """Return (x after the layer, its cache with the new keys and values, what its router did if it has one).
+
+        Args:
+          memory: the source, for a layer that attends to one; the memory of `cache`, where there is a cache.
+        """
+        attended, cache = self.attention(_apply(self.attention_norm, x), mask, angles, cache, positions)
+        joined = self._join(x, attended, self.attention_out_norm, self.attention_gate)
+        if self.cross:
+            read = self.cross_attention.read(_apply(self.cross_norm, joined), memory if cache is None else cache.memory)
+            joined = self._join(joined, read, self.cross_out_norm, self.cross_gate)
+        y, sums = self._feed_forward(_apply(self.ffn_norm, x if self.parallel else joined), mask)
+        return self._join(joined, y, self.ffn_out_norm, self.ffn_gate), cache, sums
+
+    def _join(self, x: Array, y: Array, norm: Norm | None, gate: nnx.Param | None) -> Array:
+        """Add what a part of the layer puts out to the stream."""
+        y = y if gate is None else y * gate[...].astype(y.dtype)
+        return norm(x + y) if self.post else x + _apply(norm, y)
 
     def _feed_forward(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Float[Array, "B T D"], RouterSums | None]:
         return self.ffn(x, _counted(mask)) if isinstance(self.ffn, Moe) else (self.ffn(x), None)
@@ -69,3 +82,15 @@ class Block(nnx.Module):
 def _counted(mask: Mask) -> Bool[Array, "B T"] | None:
     """Return which tokens are not padding; None: no token is known to be."""
     return mask.segments != 0 if isinstance(mask, CausalMask) and mask.segments is not None else None
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _attention(rngs: nnx.Rngs, config: ModelConfig, out_std: float) -> Attention:
+    return Attention(
+        rngs, d_model=config.d_model, heads=(config.n_heads, config.kv_heads, config.head_width), bias=config.bias,
+        qk_norm=None if config.qk_norm == "none" else (config.qk_norm, config.norm),
+        scores=Scores(config.scale, config.score_softcap), std=(config.init_std, out_std),
+    )  # fmt: skip

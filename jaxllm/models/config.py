@@ -29,11 +29,15 @@ class ModelConfig(Config):
     d_ff: int = Field(ge=1, description="width of the feed-forward layer, or of each of its experts")
     max_seq_len: int = Field(ge=1, description="longest sequence the model is made for, tokens")
     norm: NormConfig = Field(RMSNorm(), description="normalisation around attention and feed-forward, before the head")
-    norm_placement: Literal["pre", "out", "sandwich", "post"] = Field(
+    norm_placement: Literal["pre", "out", "sandwich", "post", "none"] = Field(
         "pre",
         description="norms before attention and feed-forward, on what they put out (OLMo-2), both (Gemma 2), or after "
-        "the sum of either with x, and then none before the head (BERT)",
+        "the sum of either with x, and then none before the head (BERT); none = no norm at all (with residual_gate)",
     )
+    residual_gate: bool = Field(
+        False, description="multiply what attention and feed-forward add by a learned number, 0 at first (ReZero)"
+    )
+    embed_norm: bool = Field(False, description="normalise the embeddings before the first block (BART)")
     parallel: bool = Field(False, description="attention and feed-forward read the same x (GPT-NeoX)")
     positions: PositionConfig = Field(Rope(), description="position encoding")
     ffn: FfnConfig = Field(Gated(), description="feed-forward variant")
@@ -61,6 +65,8 @@ class ModelConfig(Config):
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}")
+        if self.norm_placement == "none" and not self.residual_gate:
+            raise ValueError("norm_placement=none does not train without residual_gate=true; set it, or take pre")
         if self.parallel and self.norm_placement == "post":
             raise ValueError("norm_placement=post normalises x between attention and ffn; parallel must be false")
         if isinstance(self.positions, Rope):

@@ -4,7 +4,7 @@ Blocks are stacked on a leading L axis: one parameter layout in memory, on disk 
 on the same parameters cut into layers (`unstack`), because a loop over a stacked array copies the weights per token.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core import rng
-from jaxllm.layers.cache import Cache
-from jaxllm.layers.config import Learned
+from jaxllm.layers.cache import Cache, Memory
+from jaxllm.layers.config import Learned, RelativeBias, Sinusoids
 from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
 from jaxllm.layers.moe import RouterSums
 from jaxllm.layers.norms import Norm
+from jaxllm.layers.positions import RelativeScores, sinusoids
 from jaxllm.models.block import Block
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.views import Traits, Views, layer_traits
@@ -33,26 +34,36 @@ REMAT = {
 
 
 class Transformer(nnx.Module):
-    """Decoder-only Transformer. `stacked=False` holds the blocks one by one, for decoding."""
+    """A stack of blocks with its tables: a language model, or one half of an encoder-decoder.
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, *, stacked: bool = True):
+    Args:
+      stacked: False holds the blocks one by one, for decoding.
+      part: "encoder" has no tables of tokens, "decoder" attends to a source as well.
+    """
+
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, *, stacked: bool = True,
+        part: Literal["whole", "encoder", "decoder"] = "whole",
+    ):  # fmt: skip
         self.config = config
         self.compute = compute
-        self.embed = Embed(rngs, config.vocab_size, config.d_model, std=config.init_std)
-        learned = isinstance(config.positions, Learned)
-        self.position_embed = (
-            Embed(rngs, config.max_seq_len, config.d_model, axis="length", std=config.init_std) if learned else None
-        )
+        d_model, std, encoder = config.d_model, config.init_std, part == "encoder"
+        self.embed = None if encoder else Embed(rngs, config.vocab_size, d_model, std=std)
+        places = config.positions
+        rows = config.max_seq_len + places.offset if isinstance(places, Learned) else 0
+        self.position_embed = Embed(rngs, rows, d_model, axis="length", std=std) if rows else None
+        relative = isinstance(places, RelativeBias)
+        self.relative = RelativeScores(rngs, places, config.n_heads, both_ways=encoder, std=std) if relative else None
+        self.embed_norm = Norm(config.norm, d_model) if config.embed_norm else None
+        block = lambda rngs: Block(rngs, config, cross=part == "decoder")
         if stacked:
-            build = nnx.vmap(
-                lambda rngs: Block(rngs, config), transform_metadata={nnx.PARTITION_NAME: None, "axes": "layers"}
-            )
+            build = nnx.vmap(block, transform_metadata={nnx.PARTITION_NAME: None, "axes": "layers"})
             self.blocks = nnx.split_rngs(splits=config.n_layers)(build)(rngs)
         else:
-            self.blocks = nnx.List([Block(rngs, config) for _ in range(config.n_layers)])
-        self.final_norm = None if config.norm_placement == "post" else Norm(config.norm, config.d_model)
-        table_shape = (config.vocab_size, config.d_model)
-        self.head = None if config.tie_embeddings else param(rngs, table_shape, ("vocab", "embed"), config.init_std)
+            self.blocks = nnx.List([block(rngs) for _ in range(config.n_layers)])
+        self.final_norm = None if config.norm_placement in ("post", "none") else Norm(config.norm, d_model)
+        untied = not (config.tie_embeddings or encoder)
+        self.head = param(rngs, (config.vocab_size, d_model), ("vocab", "embed"), std) if untied else None
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
@@ -63,17 +74,36 @@ class Transformer(nnx.Module):
     def _hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterSums | None]:
-        dtype = jnp.dtype(self.compute.dtype)
-        x = self.embed(tokens, dtype)
-        if self.config.embed_scale is not None:
-            x = x * jnp.asarray(self.config.embed_scale, dtype)
-        if self.position_embed is not None:
-            x = x + self.position_embed(positions, dtype)
+        x = self.embedded(self.embed(tokens, jnp.dtype(self.compute.dtype)), positions)
+        return self.run(x, positions, mask, cache)
+
+    def embedded(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return what the first block reads, of rows of a table of tokens."""
+        config = self.config
+        if config.embed_scale is not None:
+            x = x * jnp.asarray(config.embed_scale, x.dtype)
+        match config.positions:
+            case Learned(offset=offset):
+                x = x + self.position_embed(positions + offset if offset else positions, x.dtype)
+            case Sinusoids():
+                x = x + sinusoids(positions, config.d_model, config.positions).astype(x.dtype)
         x = constrain(x, "batch", "length", None)  # right after the gather, which otherwise loses the batch's sharding
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def run(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterSums | None]:  # fmt: skip
+        """Return (hidden states after the final norm, the cache with the new tokens, what the routers did)."""
+        if self.relative is not None:
+            rows = jnp.arange(positions.shape[1])
+            cached = isinstance(mask, CacheMask)
+            keys = jnp.arange(cache[0].keys.shape[1]) if cached else rows
+            mask = mask._replace(bias=self.relative(positions if cached else rows, keys))
         views = Views(self.config, mask, positions)
         sums = None
         if cache is None:
-            x, sums = self.run_blocks(x, views)
+            x, sums = self.run_blocks(x, views, memory)
         else:
             updated = []
             for block, traits, layer in zip(self.blocks, layer_traits(self.config), cache, strict=True):
@@ -82,7 +112,9 @@ class Transformer(nnx.Module):
             cache = tuple(updated)
         return (x if self.final_norm is None else self.final_norm(x)), cache, sums
 
-    def run_blocks(self, x: Array, views: Views) -> tuple[Array, RouterSums | None]:
+    def run_blocks(
+        self, x: Array, views: Views, memory: Memory | None = None
+    ) -> tuple[Array, RouterSums | None]:
         """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters.
 
         Returns:
@@ -91,7 +123,7 @@ class Transformer(nnx.Module):
 
         def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, RouterSums | None]:
             block, traits = layer
-            x, _, sums = block(x, *views.of(traits))
+            x, _, sums = block(x, *views.of(traits), memory=memory)
             return constrain(x, "batch", "length", None), sums
 
         if self.compute.remat != "none":

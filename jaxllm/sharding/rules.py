@@ -29,6 +29,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "norm": (),
     "types": (),
     "labels": (),
+    "buckets": (),
 }
 
 

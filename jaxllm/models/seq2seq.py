@@ -1,0 +1,129 @@
+"""The encoder-decoder Transformer: two stacks of the one block, of which the second also attends to the first."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxllm.core import rng
+from jaxllm.layers.cache import Cache, Memory, init_cache
+from jaxllm.layers.linear import constant
+from jaxllm.layers.masks import CacheMask, CausalMask, FullMask
+from jaxllm.models.config import ComputeConfig
+from jaxllm.models.decoder import Params, Transformer, axes_of, unstack
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
+
+
+class Seq2Seq(nnx.Module):
+    """logits = head(decoder(targets, encoder(sources))). Source: Vaswani et al. 2017, section 3.1.
+
+    `stacked=False` holds the blocks of the decoder one by one, for decoding.
+    """
+
+    def __init__(self, config: Seq2SeqConfig, compute: ComputeConfig, rngs: nnx.Rngs, *, stacked: bool = True):
+        self.config = config
+        self.compute = compute
+        self.encoder = Transformer(config.encoder, compute, rngs, part="encoder")
+        self.decoder = Transformer(config.decoder, compute, rngs, part="decoder", stacked=stacked)
+        self.logit_bias = constant((config.vocab_size,), ("vocab",), 0.0) if config.logit_bias else None
+
+    def encode(self, sources: Int[Array, "B S"], segments: Int[Array, "B S"] | None = None) -> Memory:
+        """Return what a decoder reads of sources.
+
+        Args:
+          segments: packing id per token, 0 = padding; None: each row is one text without padding.
+        """
+        positions = _positions(sources, segments)
+        x = self.encoder.embedded(self._lookup(sources), positions)
+        states, _, _ = self.encoder.run(x, positions, FullMask(segments))
+        return Memory(states, jnp.ones_like(sources) if segments is None else segments)
+
+    def states(
+        self, sources: Int[Array, "B S"], targets: Int[Array, "B T"], segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """Return the decoder's hidden states after its final norm.
+
+        Args:
+          targets: what the decoder reads: the start token, then the target without its last token.
+          segments, target_segments: packing ids; a target attends to the source of the same number. 0 = padding.
+        """
+        memory = self.encode(sources, segments)._replace(targets=target_segments)
+        positions = _positions(targets, target_segments)
+        x = self.decoder.embedded(self._lookup(targets), positions)
+        return self.decoder.run(x, positions, CausalMask(target_segments), memory=memory)[0]
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Return float32 logits of hidden states."""
+        scale = self.config.logit_scale
+        logits = self.decoder.logits(hidden if scale is None else hidden * jnp.asarray(scale, hidden.dtype))
+        return logits if self.logit_bias is None else logits + self.logit_bias[...][None, None, :]
+
+    def __call__(
+        self, sources: Int[Array, "B S"], targets: Int[Array, "B T"], segments: Int[Array, "B S"] | None = None,
+        target_segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:  # fmt: skip
+        """Return float32 next-token logits of whole targets; arguments as of `states`."""
+        return self.logits(self.states(sources, targets, segments, target_segments))
+
+    def begin(self, sources: Int[Array, "B S"], segments: Int[Array, "B S"], slots: int) -> Cache:
+        """Read the sources; return a cache of `slots` empty places for a target, with the source's keys and values."""
+        memory, config = self.encode(sources, segments), self.config.decoder
+        shape = (sources.shape[0], slots, config.kv_heads, config.head_width)
+        cache = init_cache(config.n_layers, shape, jnp.dtype(self.compute.dtype))
+        layers = zip(self.decoder.blocks, cache, strict=True)
+        return tuple(layer._replace(memory=block.cross_attention.remember(memory)) for block, layer in layers)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Write the beginnings of targets into the cache of `begin`."""
+        x = self.decoder.embedded(self._lookup(tokens), positions)
+        return self.decoder.run(x, positions, CausalMask(), cache)[:2]
+
+    def decode(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
+        x = self.decoder.embedded(self._lookup(tokens), positions)
+        return self.decoder.run(x, positions, CacheMask(positions), cache)[:2]
+
+    def _lookup(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.decoder.embed(tokens, jnp.dtype(self.compute.dtype))
+
+
+def _positions(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """Return the index of each token within its segment."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segments is None:
+        return index
+    first = jnp.concatenate([jnp.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def graph(config: Seq2SeqConfig, compute: ComputeConfig, *, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return (graph definition, abstract parameters with their logical axes); `decoder.bind` joins it to parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Seq2Seq(config, compute, nnx.Rngs(0), stacked=stacked)), nnx.Param)
+
+
+def init_params(config: Seq2SeqConfig, seed: int) -> Params:
+    """Draw the initial parameters; call under jit with out_shardings to have them born sharded."""
+    model = Seq2Seq(config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def logical_axes(config: Seq2SeqConfig) -> dict[str, Any]:
+    """Return the tree of logical axis names of `init_params`."""
+    return axes_of(graph(config, ComputeConfig())[1])
+
+
+def abstract_params(config: Seq2SeqConfig) -> Params:
+    """Return ShapeDtypeStructs of the parameters without allocating them."""
+    return jax.eval_shape(lambda: init_params(config, 0))
+
+
+def unstack_decoder(params: Params) -> Params:
+    """Cut the decoder's blocks into layers: the tree of `Seq2Seq(stacked=False)`."""
+    return {**params, "decoder": unstack(params["decoder"])}

@@ -1,0 +1,52 @@
+"""What an encoder-decoder is: two stacks over one vocabulary, and how hidden states become logits."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from jaxllm.core.config import Config
+from jaxllm.layers.config import Experts, Rope
+from jaxllm.models.config import ModelConfig
+
+
+class Seq2SeqConfig(Config):
+    """Architecture of an encoder-decoder Transformer: the original one, Marian, BART, T5.
+
+    Both halves read one table of tokens, the decoder's.
+    """
+
+    encoder: ModelConfig = Field(description="the blocks that read the source, in both directions")
+    decoder: ModelConfig = Field(description="the blocks that write the target, the tables of tokens and the head")
+    start_token: int = Field(0, ge=0, description="token that the decoder reads first")
+    logit_scale: float | None = Field(None, gt=0, description="multiplies hidden states before the head (T5 1.0)")
+    logit_bias: bool = Field(False, description="add a number per token to the logits (BART, Marian)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("vocab_size", "d_model"):
+            one, other = getattr(self.encoder, name), getattr(self.decoder, name)
+            if one != other:
+                raise ValueError(f"encoder.{name}={one}, decoder.{name}={other}: they must be equal; change one")
+        if self.start_token >= self.decoder.vocab_size:
+            raise ValueError(f"start_token={self.start_token} is not below decoder.vocab_size={self.vocab_size}")
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if isinstance(stack.ffn, Experts) or isinstance(stack.positions, Rope) or stack.window or stack.parallel:
+                raise ValueError(
+                    f"{name}: experts, rotary positions, windows and parallel layers are for decoder-only models; "
+                    "leave them out"
+                )
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table of tokens."""
+        return self.decoder.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest target, tokens."""
+        return self.decoder.max_seq_len
+
+    def room(self, prompt_length: int) -> int:
+        """Return how many tokens fit behind the beginning of a target."""
+        return self.decoder.room(prompt_length)
