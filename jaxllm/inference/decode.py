@@ -16,8 +16,10 @@ from jaxtyping import Array, Int
 
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
+from jaxllm.models import seq2seq
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params, bind, graph, unstack
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
 MIN_LENGTH = 32  # tokens; smaller buckets save nothing
@@ -25,10 +27,17 @@ CHECK_EVERY = 16  # tokens between two calls of `Limits.finished`, which runs on
 
 
 class Request(NamedTuple):
-    """One row to continue: prompt ids, and which of its several answers this is (0, 1, ...)."""
+    """One row to continue.
+
+    Attributes:
+      prompt: ids, for an encoder-decoder those of the target's beginning.
+      sample: which of its several answers this is (0, 1, ...).
+      source: ids that an encoder reads; for an encoder-decoder alone.
+    """
 
     prompt: Sequence[int]
     sample: int = 0
+    source: Sequence[int] = ()
 
 
 class Limits(NamedTuple):
@@ -66,7 +75,7 @@ class Decoder:
     """
 
     def __init__(
-        self, config: ModelConfig, params: Params, compute: ComputeConfig, *, max_rows: int = 64,
+        self, config: ModelConfig | Seq2SeqConfig, params: Params, compute: ComputeConfig, *, max_rows: int = 64,
         vocab_size: int | None = None,
     ):  # fmt: skip
         self.config = config
@@ -129,14 +138,21 @@ class Decoder:
         keys = np.zeros((batch, 2), np.uint32)
         for i, request in enumerate(requests):
             prompts[i, : lengths[i]] = request.prompt
-            keys[i] = row_key(sampler.seed, request.prompt, request.sample)
+            keys[i] = row_key(sampler.seed, [*request.source, *request.prompt], request.sample)
         spare = batch - len(requests)
         n_ids = 4 * -(-max(len(limits.stop_ids), 1) // 4)
         stop_ids = np.full(n_ids, -1, np.int32)
         stop_ids[: len(limits.stop_ids)] = limits.stop_ids
+        sources = segments = None
+        if isinstance(self.config, Seq2SeqConfig):
+            sources = np.zeros((batch, bucket(max(len(r.source) for r in requests), 1 << 30)), np.int32)
+            segments = np.zeros_like(sources)
+            for i, request in enumerate(requests):
+                sources[i, : len(request.source)] = request.source
+                segments[i, : len(request.source)] = 1
         rows = Rows(
             prompts, np.asarray(lengths + [1] * spare, np.int32), np.asarray(room + [0] * spare, np.int32),
-            keys, stop_ids, np.int32(self.vocab_size), settings(sampler),
+            keys, stop_ids, np.int32(self.vocab_size), settings(sampler), sources, segments,
         )  # fmt: skip
         return self._prefill(self.params, rows, slots=slots, new_slots=bucket(max(room), longest))
 
@@ -159,7 +175,9 @@ class Decoder:
         if limits.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={limits.max_new_tokens} must be at least 1")
         vocab_size, longest = self.config.vocab_size, self.config.max_seq_len
-        for i, (prompt, _) in enumerate(requests):
+        for i, (prompt, _, source) in enumerate(requests):
+            if isinstance(self.config, Seq2SeqConfig):
+                self._check_source(i, source)
             if not 0 < len(prompt) < longest:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens; the model takes 1 to {longest - 1}, max_seq_len - 1"
@@ -169,6 +187,14 @@ class Decoder:
                     f"prompt {i} has ids {min(prompt)} to {max(prompt)}, the vocabulary ends at {vocab_size - 1}; "
                     "encode it with the model's own tokenizer"
                 )
+
+    def _check_source(self, index: int, source: Sequence[int]) -> None:
+        vocab_size, longest = self.config.vocab_size, self.config.encoder.max_seq_len
+        if not 0 < len(source) <= longest or not 0 <= min(source) <= max(source) < vocab_size:
+            raise ValueError(
+                f"source {index} has {len(source)} tokens, ids {min(source, default=0)} to {max(source, default=0)}; "
+                f"the encoder takes 1 to {longest} (max_seq_len) of ids below {vocab_size}"
+            )
 
 
 def bucket(length: int, longest: int) -> int:
@@ -188,16 +214,20 @@ def _answers(state: State) -> list[tuple[list[int], list[float]]]:
 
 
 @cache
-def _programs(config: ModelConfig, compute: ComputeConfig) -> tuple[Callable, Callable, Callable, Callable]:
+def _programs(
+    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig
+) -> tuple[Callable, Callable, Callable, Callable]:
     """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
-    graphdef, _ = graph(config, compute, stacked=False)
+    two = isinstance(config, Seq2SeqConfig)
+    graphdef, _ = (seq2seq.graph if two else graph)(config, compute, stacked=False)
+    layered = seq2seq.unstack_decoder if two else unstack
     dtype = jnp.dtype(compute.dtype)
 
     stays = lambda leaf: leaf.ndim <= 1 or leaf.dtype == dtype
 
     @jax.jit
     def cut(params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf if stays(leaf) else leaf.astype(dtype), unstack(params))
+        return jax.tree.map(lambda leaf: leaf if stays(leaf) else leaf.astype(dtype), layered(params))
 
     def prepare(params: Params) -> Params:
         """Unstack the blocks and cast matrices to the compute dtype, as each use would; norms are float32 and stay.
@@ -205,7 +235,9 @@ def _programs(config: ModelConfig, compute: ComputeConfig) -> tuple[Callable, Ca
         A table that needs no cast stays the caller's own array: jit would return a copy of it.
         """
         same = {
-            name: part for name, part in params.items() if name != "blocks" and all(map(stays, jax.tree.leaves(part)))
+            name: part
+            for name, part in params.items()
+            if name not in ("blocks", "decoder") and all(map(stays, jax.tree.leaves(part)))
         }
         return cut({name: part for name, part in params.items() if name not in same}) | same
 

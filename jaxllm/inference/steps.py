@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from jaxllm.inference.sampling import Settings, choose
 from jaxllm.layers.cache import Cache, init_cache
 from jaxllm.models.decoder import Transformer
+from jaxllm.models.seq2seq import Seq2Seq
 from jaxllm.sharding.rules import constrain
 
 
@@ -46,6 +47,7 @@ class Rows(NamedTuple):
 
     Attributes:
       prompts: int32 [B, T], padded on the right. lengths: int32 [B], >= 1.
+      sources, segments: int32 [B, S], what an encoder reads, and which of it are tokens (1); None: decoder-only.
     """
 
     prompts: Int[Array, "B T"]
@@ -55,9 +57,11 @@ class Rows(NamedTuple):
     stop_ids: Int[Array, "I"]
     vocab_size: Int[Array, ""]
     settings: Settings
+    sources: Int[Array, "B S"] | None = None
+    segments: Int[Array, "B S"] | None = None
 
 
-def decode_step(model: Transformer, state: State) -> State:
+def decode_step(model: Transformer | Seq2Seq, state: State) -> State:
     """Put the newest token of each row into the cache and choose the next one."""
     hidden, cache = model.decode(state.token[:, None], state.position[:, None], state.cache)
     return _accept(state._replace(cache=cache), model.logits(hidden)[:, 0])
@@ -86,7 +90,7 @@ def _accept(state: State, logits: Float[Array, "B V"]) -> State:
     )
 
 
-def prefill(model: Transformer, rows: Rows, slots: int, new_slots: int) -> State:
+def prefill(model: Transformer | Seq2Seq, rows: Rows, slots: int, new_slots: int) -> State:
     """Write the prompts into a fresh cache of `slots` positions and choose the first token of each row.
 
     Padding needs no mask: it stands after the prompt, where the prompt cannot see it, and each of its cache slots is
@@ -94,8 +98,11 @@ def prefill(model: Transformer, rows: Rows, slots: int, new_slots: int) -> State
     """
     config = model.config
     batch, length = rows.prompts.shape
-    shape = (batch, slots, config.kv_heads, config.head_width)
-    cache = init_cache(config.n_layers, shape, jnp.dtype(model.compute.dtype))
+    if rows.sources is None:
+        shape = (batch, slots, config.kv_heads, config.head_width)
+        cache = init_cache(config.n_layers, shape, jnp.dtype(model.compute.dtype))
+    else:
+        cache = model.begin(rows.sources, rows.segments, slots)
     positions = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None, :], rows.lengths[:, None] - 1)
     hidden, cache = model.prefill(rows.prompts, positions, cache)
     last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], axis=1)

@@ -97,7 +97,7 @@ class NoPositions(Config):
 
 
 class Sinusoids(Config):
-    """sin(p / 10000^(2i/D)) and cos of the same are added to the embeddings. Source: Vaswani et al. 2017, section 3.5."""
+    """Embeddings get sin(p / 10000^(2i/D)) and the cosine of it added. Source: Vaswani et al. 2017, section 3.5."""
 
     kind: Literal["sinusoids"] = "sinusoids"
     interleaved: bool = Field(True, description="sine and cosine in turns; false = all sines first (Marian)")
@@ -114,9 +114,7 @@ class RelativeBias(Config):
     max_distance: int = Field(128, ge=2, description="from here on all distances share one number")
 
 
-PositionConfig = Annotated[
-    Rope | Learned | NoPositions | Sinusoids | RelativeBias, Field(discriminator="kind")
-]
+PositionConfig = Annotated[Rope | Learned | NoPositions | Sinusoids | RelativeBias, Field(discriminator="kind")]
 
 
 class SlidingWindow(Config):

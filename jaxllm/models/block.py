@@ -33,7 +33,10 @@ class Block(nnx.Module):
         std = config.init_std
         self.post = config.norm_placement == "post"
         out_std = std if self.post else std * (2 * config.n_layers) ** -0.5
-        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("out", "sandwich", "post")
+        before, after = (
+            config.norm_placement in ("pre", "sandwich"),
+            config.norm_placement in ("out", "sandwich", "post"),
+        )
         norm = lambda wanted: Norm(config.norm, config.d_model) if wanted else None
         gate = lambda: constant((1,), ("norm",), 0.0) if config.residual_gate else None
         self.parallel = config.parallel

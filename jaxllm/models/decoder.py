@@ -112,9 +112,7 @@ class Transformer(nnx.Module):
             cache = tuple(updated)
         return (x if self.final_norm is None else self.final_norm(x)), cache, sums
 
-    def run_blocks(
-        self, x: Array, views: Views, memory: Memory | None = None
-    ) -> tuple[Array, RouterSums | None]:
+    def run_blocks(self, x: Array, views: Views, memory: Memory | None = None) -> tuple[Array, RouterSums | None]:
         """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters.
 
         Returns:
