@@ -10,17 +10,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxllm.encoder import Encoder
+    from jaxllm.encoder_decoder import EncoderDecoder
     from jaxllm.huggingface import export
     from jaxllm.language_model import Generation, LanguageModel, load
 
 _HOMES = {
     "Encoder": "jaxllm.encoder",
+    "EncoderDecoder": "jaxllm.encoder_decoder",
     "export": "jaxllm.huggingface",
     "load": "jaxllm.language_model",
     "LanguageModel": "jaxllm.language_model",
     "Generation": "jaxllm.language_model",
 }
-__all__ = ["Encoder", "Generation", "LanguageModel", "__version__", "export", "load"]
+__all__ = ["Encoder", "EncoderDecoder", "Generation", "LanguageModel", "__version__", "export", "load"]
 
 
 def __getattr__(name: str):

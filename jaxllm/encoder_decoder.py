@@ -6,7 +6,6 @@ model.generate(["translate English to German: That is good."])[0].text
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,9 +97,3 @@ class EncoderDecoder:
             Generation(self.tokenizer.decode(found.tokens), *found, i // num_samples, i % num_samples)
             for i, found in enumerate(completions)
         ]
-
-    def export(self, directory: str | Path, *, dtype: str | None = None) -> None:
-        """Write a directory that transformers reads; `dtype`: of the weights, default: as they are."""
-        from jaxllm.huggingface import export
-
-        export(self, directory, dtype=dtype)

@@ -1,25 +1,30 @@
-"""Encoders from Hugging Face directories and into them: configuration, weights, tokenizer."""
+"""Encoders and encoder-decoders from Hugging Face directories and into them: configuration, weights, tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxllm.core import files
 from jaxllm.data import text_pairs
 from jaxllm.encoder import Encoder
+from jaxllm.encoder_decoder import EncoderDecoder
+from jaxllm.hf import encoders, seq2seq
 from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.encoders import ENCODERS, describe
 from jaxllm.hf.weights import read_params, write_params
+from jaxllm.models import encoder as encoder_model
+from jaxllm.models import seq2seq as seq2seq_model
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.encoder import abstract_params, logical_axes
 from jaxllm.training.state import tree_shardings
+
+FAMILIES = {**encoders.ENCODERS, **seq2seq.SEQ2SEQ}
 
 
 def load(
     directory: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-) -> Encoder:  # fmt: skip
-    """Load an encoder's directory, tensor by tensor straight to the devices; arguments as of `huggingface.load`.
+) -> Encoder | EncoderDecoder:  # fmt: skip
+    """Load a directory, tensor by tensor straight to the devices; arguments as of `huggingface.load`.
 
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
@@ -27,28 +32,47 @@ def load(
     directory = Path(directory)
     path = directory / "config.json"
     raw = files.read_json(path)
-    family, checkpoint = ENCODERS[raw["model_type"]], Checkpoint(directory)
+    family, checkpoint = FAMILIES[raw["model_type"]], Checkpoint(directory)
     config = family.parse(raw, str(path), checkpoint)
     tokenizer = text_pairs.load(directory)
-    shardings = None if mesh is None else tree_shardings(logical_axes(config), abstract_params(config), mesh)
+    two = raw["model_type"] in seq2seq.SEQ2SEQ
+    model = seq2seq_model if two else encoder_model
+    axes, shapes = model.logical_axes(config), model.abstract_params(config)
+    shardings = None if mesh is None else tree_shardings(axes, shapes, mesh)
     params = read_params(family.open(checkpoint, config), family.rows(config), config, shardings, dtype)
     checkpoint.close()
-    return Encoder(config, params, tokenizer, compute=compute)
+    if not two:
+        return Encoder(config, params, tokenizer, compute=compute)
+    path = directory / "generation_config.json"
+    asked = raw | (files.read_json(path) if path.is_file() else {})
+    ends, forced = asked.get("eos_token_id"), asked.get("forced_bos_token_id")
+    return EncoderDecoder(
+        config, params, tokenizer, compute=compute, forced=() if forced is None else (forced,),
+        stop_ids=ends if isinstance(ends, list) else [ends] if ends is not None else [],
+    )  # fmt: skip
 
 
-def export(encoder: Encoder, directory: str | Path) -> Path:
-    """Write an encoder as a directory that transformers loads: the inverse of `load`.
+def export(model: Encoder | EncoderDecoder, directory: str | Path) -> Path:
+    """Write a model as a directory that transformers loads: the inverse of `load`.
 
     Raises:
-      ValueError: no family computes what this encoder does, or the directory is not empty.
+      ValueError: no family computes what this model does, or the directory is not empty.
     """
-    family, description = describe(encoder.config)
+    config, tokenizer = model.config, model.tokenizer
+    family, description = (seq2seq if isinstance(model, EncoderDecoder) else encoders).describe(config)
+    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_id}
     with files.new_directory(directory) as temporary:
+        if isinstance(model, EncoderDecoder):
+            ends = list(model.stop_ids)
+            ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+            ids |= {"forced_bos_token_id": model.forced[0]} if model.forced else {}
+            start = {"decoder_start_token_id": config.start_token}
+            files.write_json(temporary / "generation_config.json", ids | start)
         writer = Writer(temporary)
-        write_params(encoder.params, family.rows(encoder.config), encoder.config, writer)
+        write_params(model.params, family.rows(config), config, writer)
         writer.close()
-        dtype = str(jax.tree.leaves(encoder.params)[0].dtype)
-        ids = {"pad_token_id": encoder.tokenizer.pad_id} | description  # RoBERTa's own word on it counts
-        files.write_json(temporary / "config.json", {**ids, "dtype": dtype})
-        encoder.tokenizer.save(temporary)
+        dtype = str(jax.tree.leaves(model.params)[0].dtype)
+        # RoBERTa's own word on padding counts.
+        files.write_json(temporary / "config.json", {**ids, **description, "dtype": dtype})
+        tokenizer.save(temporary)
     return Path(directory)

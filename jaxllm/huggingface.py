@@ -18,8 +18,8 @@ from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.encoder import Encoder
+from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.encoders import ENCODERS
 from jaxllm.hf.families import FAMILIES, Family
 from jaxllm.hf.gguf_config import describe
 from jaxllm.hf.gguf_weights import GgufCheckpoint
@@ -45,13 +45,14 @@ def read_config(model: str | Path) -> tuple[Family, ModelConfig]:
 
 def _parse(raw: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(raw.get("model_type"))
-    if raw.get("model_type") in ENCODERS:
+    if raw.get("model_type") in encoder_files.FAMILIES:
         raise ValueError(
-            f"{path}: {raw['model_type']} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
+            f"{path}: {raw['model_type']} has an encoder; jaxllm.load reads it, but this needs a model that writes text"
         )
     if family is None:
         raise ValueError(
-            f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}"
+            f"{path}: model_type={raw.get('model_type')!r} is not known; known are "
+            + ", ".join([*FAMILIES, *encoder_files.FAMILIES])
         )
     return family, family.parse(raw, str(path))
 
@@ -59,7 +60,7 @@ def _parse(raw: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
 def load(
     model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-) -> LanguageModel | Encoder:  # fmt: skip
+) -> LanguageModel | Encoder | EncoderDecoder:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
 
     The model_type says what it is.
@@ -77,7 +78,7 @@ def load(
     else:
         path = Path(model) / "config.json"
         raw = files.read_json(path)
-        if raw.get("model_type") in ENCODERS:
+        if raw.get("model_type") in encoder_files.FAMILIES:
             return encoder_files.load(model, compute=compute, mesh=mesh, dtype=dtype)
         family, config = _parse(raw, path)
         tokenizer, checkpoint, stop_ids = tokenizers.load(model), Checkpoint(model), _stop_ids(Path(model))
@@ -98,7 +99,7 @@ def _stop_ids(directory: Path) -> list[int]:
     return []
 
 
-def export(lm: LanguageModel | Encoder, directory: str | Path) -> Path:
+def export(lm: LanguageModel | Encoder | EncoderDecoder, directory: str | Path) -> Path:
     """Write a model as a Hugging Face directory that transformers loads.
 
     The family is the first one whose config.json, read again, gives this very architecture.
@@ -106,7 +107,7 @@ def export(lm: LanguageModel | Encoder, directory: str | Path) -> Path:
     Raises:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
-    if isinstance(lm, Encoder):
+    if isinstance(lm, Encoder | EncoderDecoder):
         return encoder_files.export(lm, directory)
     tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
     family, description = _describe(config)

@@ -3,12 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxllm.hf.checkpoint import Checkpoint
 from jaxllm.hf.families import ACTIVATIONS, NAMES
 from jaxllm.hf.fields import Fields
-from jaxllm.hf.renamed import Renamed
+from jaxllm.hf.renamed import Renamed, without_copies
 from jaxllm.hf.rows import KEYS, QUERIES, linear, norm_rows
 from jaxllm.hf.table import Row
 from jaxllm.layers.config import LayerNorm, Learned, Plain
@@ -145,16 +143,7 @@ class EncoderFamily(NamedTuple):
                 raise ValueError(f"{checkpoint.directory} has {name} twice: {renamed[name]} and {stored}; remove one")
             renamed[name] = stored
         wanted = {row.theirs for row in self.rows(config)}
-        for copy, original in self._copies(config).items():
-            if copy not in renamed or copy in wanted:
-                continue
-            stored = renamed.pop(copy)
-            other = renamed.setdefault(original, stored)  # a file may have the copy alone
-            if other != stored and not np.array_equal(checkpoint[stored], checkpoint[other]):
-                raise ValueError(
-                    f"{checkpoint.directory}: {stored} differs from {other}, and config.json has tie_word_embeddings: "
-                    "true; set it to false"
-                )
+        renamed = without_copies(checkpoint, renamed, self._copies(config), wanted)
         dropped = [*BUFFERS, *self._surplus(config)]
         kept = {
             name: stored for name, stored in renamed.items()

@@ -1,10 +1,36 @@
 """A checkpoint under the names of a table: old spellings translated, what a model does not read left out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
 from jaxllm.hf.checkpoint import Checkpoint, Stored
+
+
+def without_copies(
+    checkpoint: Checkpoint, names: Mapping[str, str], copies: Mapping[str, str], wanted: Collection[str] = ()
+) -> dict[str, str]:
+    """Return `names` without those of tensors that repeat another one.
+
+    Args:
+      names: {name in the table: name in the files}.
+      copies: {name of a copy: name of the tensor that it repeats}.
+      wanted: names of the table, which are no copies.
+    Raises:
+      ValueError: a copy differs.
+    """
+    kept = dict(names)
+    for copy, original in copies.items():
+        if copy not in kept or copy in wanted:
+            continue
+        stored = kept.pop(copy)
+        other = kept.setdefault(original, stored)  # a file may have the copy alone
+        if other != stored and not np.array_equal(checkpoint[stored], checkpoint[other]):
+            raise ValueError(
+                f"{checkpoint.directory}: {stored} differs from {other}, and config.json has tie_word_embeddings: "
+                "true; set it to false"
+            )
+    return kept
 
 
 class Renamed(Mapping[str, np.ndarray]):

@@ -12,6 +12,8 @@ import numpy as np
 from einops import rearrange
 
 Sizes = Mapping[str, int]  # of the axes that rows name
+# What a name counts: blocks, those of either half of an encoder-decoder, experts of a block.
+STACKED = ("layer", "encoder", "decoder", "expert")
 
 
 class Part(NamedTuple):
@@ -37,7 +39,7 @@ class Row(NamedTuple):
 
     Attributes:
       ours: path of the parameter, without the layer: "blocks/attention/q/kernel" is stacked on L.
-      theirs: name of the tensor; "{layer}" in it stands for the number of the layer, "{expert}" for that of the expert.
+      theirs: name of the tensor; "{layer}" in it stands for the number of the layer, and so on (`STACKED`).
       order: "theirs -> ours" in einops notation, of one layer, without the experts' axis.
       whole: order of the whole tensor before `part` is taken, for layouts that interleave the parts (GPT-NeoX).
     """
@@ -53,15 +55,15 @@ def names(row: Row, sizes: Sizes) -> list[str]:
     """Return the tensors of a parameter, layer by layer and expert by expert."""
     fields = {field for _, field, _, _ in string.Formatter().parse(row.theirs) if field}
     found = [{}]
-    for field, count in (("layer", sizes["layers"]), ("expert", sizes.get("experts", 0))):
+    for field in STACKED:
         if field in fields:
-            found = [{**each, field: i} for each in found for i in range(count)]
+            found = [{**each, field: i} for each in found for i in range(sizes[f"{field}s"])]
     return [row.theirs.format(**each) for each in found]
 
 
 def stacked(row: Row) -> int:
     """Return over how many axes a parameter is stacked: one for layers, one for experts."""
-    return ("{layer}" in row.theirs) + ("{expert}" in row.theirs)
+    return sum(f"{{{field}}}" in row.theirs for field in STACKED)
 
 
 def take(row: Row, tensor: np.ndarray, sizes: Sizes) -> np.ndarray:

@@ -15,19 +15,24 @@ from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.renamed import Renamed
 from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stacked, stored_shape, take
 from jaxllm.layers.config import Experts
-from jaxllm.models import decoder, encoder
+from jaxllm.models import decoder, encoder, seq2seq
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.decoder import Params
 from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
-AnyConfig = ModelConfig | EncoderConfig
+AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
 Tensors = Checkpoint | Renamed | GgufCheckpoint
 
 
 def sizes_of(config: AnyConfig) -> Sizes:
     """Return the lengths of the axes that rows name."""
+    if isinstance(config, Seq2SeqConfig):
+        stack = config.decoder
+        sizes = {"heads": stack.n_heads, "kv_heads": stack.kv_heads, "head_dim": stack.head_width, "one": 1}
+        return sizes | {"encoders": config.encoder.n_layers, "decoders": stack.n_layers}
     config = config.stack if isinstance(config, EncoderConfig) else config
     return {
         "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.kv_heads,
@@ -37,9 +42,13 @@ def sizes_of(config: AnyConfig) -> Sizes:
 
 
 def abstract_params(config: AnyConfig) -> Params:
-    """Return ShapeDtypeStructs of the parameters of either kind of model."""
-    model = encoder if isinstance(config, EncoderConfig) else decoder
-    return model.abstract_params(config)
+    """Return ShapeDtypeStructs of the parameters of any kind of model."""
+    match config:
+        case EncoderConfig():
+            return encoder.abstract_params(config)
+        case Seq2SeqConfig():
+            return seq2seq.abstract_params(config)
+    return decoder.abstract_params(config)
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:

@@ -89,7 +89,7 @@ def _block_forward(
 ) -> tuple[Array, tuple[Array | None, ...]]:
     s = scores.of(jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32))
     bend = None if scores.softcap is None else (1.0 - (s / scores.softcap) ** 2).astype(v.dtype)  # tanh' = 1 - tanh^2
-    s = s if bias is None else s + bias
+    s = s if bias is None else s + bias[None]
     s = jnp.where(visible[:, None, None, :, :], s, HIDDEN)
     weights = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True))
     r = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)

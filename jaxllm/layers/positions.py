@@ -49,7 +49,7 @@ def rotated_width(head_dim: int, rope: Rope) -> int:
 def sinusoids(positions: Int[Array, "B T"], d_model: int, config: Sinusoids) -> Float[Array, "B T D"]:
     """Return the vectors that are added to embeddings, float32."""
     frequencies = 10_000.0 ** (-np.arange(0, d_model, 2, dtype=np.float64) / d_model)
-    angles = positions.astype(jnp.float32)[:, :, None] * frequencies.astype(np.float32)
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies.astype(np.float32)[None, None]
     pair = jnp.sin(angles), jnp.cos(angles)
     if config.interleaved:
         return jnp.stack(pair, axis=-1).reshape(*positions.shape, d_model)
@@ -70,7 +70,8 @@ class RelativeScores(nnx.Module):
 
     def __call__(self, queries: Int[Array, "*B T"], keys: Int[Array, "S"]) -> Float[Array, "*B N T S"]:
         """Return the numbers for queries and keys at these positions, float32."""
-        distance = jnp.clip(keys - queries[..., None], -self.reach, self.reach)
+        ahead = jnp.broadcast_to(keys, (*queries.shape, keys.shape[0])) - queries[..., None]
+        distance = jnp.clip(ahead, -self.reach, self.reach)
         bucket = jnp.asarray(self.buckets, jnp.int32)[distance + self.reach]
         return jnp.moveaxis(self.table[...][bucket], -1, -3)
 

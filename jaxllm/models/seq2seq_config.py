@@ -47,6 +47,11 @@ class Seq2SeqConfig(Config):
         """Longest target, tokens."""
         return self.decoder.max_seq_len
 
+    @property
+    def tie_embeddings(self) -> bool:
+        """Whether the table of tokens is the output matrix."""
+        return self.decoder.tie_embeddings
+
     def room(self, prompt_length: int) -> int:
         """Return how many tokens fit behind the beginning of a target."""
         return self.decoder.room(prompt_length)
