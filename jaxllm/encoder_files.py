@@ -7,6 +7,7 @@ import jax
 
 from jaxllm.core import files
 from jaxllm.data import text_pairs
+from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.hf import encoders, seq2seq
@@ -34,8 +35,9 @@ def load(
     raw = files.read_json(path)
     family, checkpoint = FAMILIES[raw["model_type"]], Checkpoint(directory)
     config = family.parse(raw, str(path), checkpoint)
-    tokenizer = text_pairs.load(directory)
     two = raw["model_type"] in seq2seq.SEQ2SEQ
+    pieces = two and not (directory / "tokenizer.json").is_file()
+    tokenizer = TextPieces(directory) if pieces else text_pairs.load(directory)
     model = seq2seq_model if two else encoder_model
     axes, shapes = model.logical_axes(config), model.abstract_params(config)
     shardings = None if mesh is None else tree_shardings(axes, shapes, mesh)

@@ -234,7 +234,7 @@ def test_an_encoder_that_no_family_computes_is_refused(encoders, tmp_path):
 
 def test_commands_that_write_text_say_what_it_is(encoders, tmp_path):
     path = jaxllm.export(encoders["tokens"], tmp_path / "out")
-    with pytest.raises(ValueError, match="bert is an encoder"):
+    with pytest.raises(ValueError, match="bert has an encoder"):
         model_config(path)
 
 

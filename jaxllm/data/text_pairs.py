@@ -24,6 +24,14 @@ class Encoded(NamedTuple):
     types: list[int]
 
 
+def too_long(index: int, length: int, longest: int) -> ValueError:
+    """Return the error for a text that a model cannot read whole."""
+    return ValueError(
+        f"text {index} has {length} tokens and the model takes {longest} (max_seq_len); shorten it, or pass "
+        "truncate=True to read its beginning alone"
+    )
+
+
 class PairTokenizer:
     """A tokenizer.json whose post-processor puts special tokens around one text or two.
 
@@ -82,10 +90,7 @@ class PairTokenizer:
             self._model.no_truncation()
         for index, each in enumerate(found):
             if len(each.ids) > longest:
-                raise ValueError(
-                    f"text {index} has {len(each.ids)} tokens and the model takes {longest} (max_seq_len); shorten it, "
-                    "or pass truncate=True to read its beginning alone"
-                )
+                raise too_long(index, len(each.ids), longest)
         return [Encoded(each.ids, each.type_ids) for each in found]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

@@ -39,7 +39,7 @@ def cross_entropy(
         logits, log_z = _logits(hidden, table, cap)
         return _add(sums, logits, log_z, targets, weights, z), None
 
-    return jax.lax.scan(body, _zeros(), _chunks((hidden, targets, weights), chunk))[0]
+    return jax.lax.scan(body, _zeros(), chunks((hidden, targets, weights), chunk))[0]
 
 
 def _forward(hidden, table, targets, weights, z, chunk, cap):
@@ -64,7 +64,7 @@ def _forward(hidden, table, targets, weights, z, chunk, cap):
         return (sums, table_gradient), jnp.einsum("btv,vd->btd", gradient, full_table)
 
     start = (_zeros(), jnp.zeros(table.shape[::-1], jnp.float32))
-    (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, _chunks((hidden, targets, weights), chunk))
+    (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, chunks((hidden, targets, weights), chunk))
     rows, length, width = hidden.shape
     hidden_gradient = jnp.swapaxes(hidden_gradient, 0, 1).reshape(rows, -1, width)[:, :length]
     return sums, (hidden_gradient, table_gradient.T.astype(table.dtype))
@@ -88,7 +88,7 @@ def _zeros() -> Sums:
     return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
 
 
-def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
+def chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
     """Cut [B, T, ...] to [n, B, c, ...], n = ceil(T / chunk) and c = ceil(T / n); B stays where it is sharded.
 
     What is missing at the end, fewer than n positions, is filled with zeros: tokens of weight 0.

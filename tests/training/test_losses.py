@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.training.losses import _chunks, cross_entropy
+from jaxllm.training.losses import chunks, cross_entropy
 
 GENERATOR = np.random.default_rng(0)
 HIDDEN = GENERATOR.normal(size=(2, 12, 8)).astype(np.float32)
@@ -35,9 +35,9 @@ def test_value_and_gradients_equal_the_formula(length, chunk, z):
 
 @pytest.mark.parametrize(("length", "count", "size"), [(1024, 2, 512), (1021, 2, 511), (1025, 3, 342), (100, 1, 100)])
 def test_a_prime_length_is_padded_and_not_cut_to_pieces(length, count, size):
-    shapes = jax.eval_shape(lambda x: _chunks((x,), 512), jax.ShapeDtypeStruct((3, length, 8), np.float32))
+    shapes = jax.eval_shape(lambda x: chunks((x,), 512), jax.ShapeDtypeStruct((3, length, 8), np.float32))
     assert shapes[0].shape == (count, 3, size, 8)
-    program = str(jax.make_jaxpr(lambda x: _chunks((x,), 512))(jax.ShapeDtypeStruct((3, length, 8), np.float32)))
+    program = str(jax.make_jaxpr(lambda x: chunks((x,), 512))(jax.ShapeDtypeStruct((3, length, 8), np.float32)))
     assert ("pad" in program) == (count * size != length)
 
 

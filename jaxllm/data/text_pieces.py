@@ -1,0 +1,91 @@
+"""Tokenizers of encoder-decoders that come as SentencePiece models: T5's, and Marian's two for two languages."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.core import files
+from jaxllm.data.text_pairs import Encoded, Text, too_long
+
+EXTRA_IDS = 100  # of T5: placeholders behind the pieces, the last id is the first of them
+
+
+class TextPieces:
+    """SentencePiece models and a numbering of their pieces; what is read ends with the end token.
+
+    Args:
+      directory: of the checkpoint, with spiece.model (T5), or source.spm, target.spm and vocab.json (Marian).
+    Raises:
+      FileNotFoundError: these files are not there.
+      ValueError: there are no tokens for padding, the end, or what is unknown.
+
+    Attributes:
+      size, pad_id: as of `PairTokenizer`.
+    """
+
+    def __init__(self, directory: str | Path):
+        from sentencepiece import SentencePieceProcessor
+
+        directory = Path(directory)
+        one = directory / "spiece.model"
+        names = ("spiece.model",) if one.is_file() else ("source.spm", "target.spm", "vocab.json")
+        self._files = {name: (directory / name).read_bytes() for name in names}
+        path = directory / "tokenizer_config.json"
+        self.settings: Mapping[str, Any] = files.read_json(path) if path.is_file() else {}
+        models = [SentencePieceProcessor(model_proto=self._files[name]) for name in names[:2] if name != "vocab.json"]
+        self._source, self._target = models[0], models[-1]
+        if one.is_file():
+            pieces, extra = self._source.get_piece_size(), self.settings.get("extra_ids", EXTRA_IDS)
+            self.ids = {self._source.id_to_piece(i): i for i in range(pieces)}
+            self.ids |= {f"<extra_id_{i}>": pieces + extra - 1 - i for i in range(extra)}
+        else:
+            self.ids = files.read_json(directory / "vocab.json")
+        if missing := [name for name in ("<pad>", "</s>", "<unk>") if name not in self.ids]:
+            raise ValueError(f"the vocabulary in {directory} lacks {', '.join(missing)}")
+        self.pad_id, self.eos_id, self._unknown = (self.ids[name] for name in ("<pad>", "</s>", "<unk>"))
+        self.size = max(self.ids.values()) + 1
+        self._pieces = {token: piece for piece, token in self.ids.items()}
+        self._skipped = {self.pad_id, self.eos_id, self._unknown}
+
+    def encode(
+        self, texts: Sequence[Text], longest: int, *, truncate: bool = False, special: bool = False
+    ) -> list[Encoded]:
+        """Return texts as ids; arguments as of `PairTokenizer.encode`.
+
+        A language that a text of Marian's begins with (">>deu<< ...") is its token.
+        """
+        found = []
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"text {index} is a pair; an encoder-decoder reads one text")
+            ids = [*self._ids(text, special=special), self.eos_id]
+            if len(ids) > longest:
+                if not truncate:
+                    raise too_long(index, len(ids), longest)
+                ids = [*ids[: longest - 1], self.eos_id]
+            found.append(Encoded(ids, [0] * len(ids)))
+        return found
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        named = r"<extra_id_\d+>|</s>|<pad>|" if special else ""
+        ids: list[int] = []
+        for part in re.split(f"({named}^>>[^<>]+<<)", text):
+            whole = bool(part) and (part.startswith(">>") or special) and part in self.ids
+            ids += (
+                [self.ids[part]]
+                if whole
+                else (self.ids.get(p, self._unknown) for p in self._source.encode_as_pieces(part))
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Return the text of `ids`, with special tokens or without."""
+        pieces = (self._pieces[int(token)] for token in ids if special or int(token) not in self._skipped)
+        return self._target.decode_pieces(list(pieces)).strip()
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files that the tokenizer was read from."""
+        for name, content in self._files.items():
+            files.write_bytes(Path(directory) / name, content)
+        files.write_json(Path(directory) / "tokenizer_config.json", dict(self.settings))

@@ -1,0 +1,176 @@
+"""Encoder-decoders as a user meets them: loaded from a directory, asked for targets, exported again."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+
+import jaxllm
+from jaxllm.core.tree import map_named, named_leaves
+from jaxllm.data.text_pieces import TextPieces
+from jaxllm.encoder_decoder import EncoderDecoder
+from jaxllm.inference.sampling import Sampler
+from jaxllm.layers.config import LayerNorm, Learned, Plain, RelativeBias, Sinusoids
+from jaxllm.locate import model_config
+from jaxllm.models.config import ModelConfig
+from jaxllm.models.seq2seq import abstract_params
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
+from jaxllm.sharding.config import MeshConfig
+from jaxllm.sharding.mesh import make_mesh
+
+LINES = ["the cat sat on the mat", "a dog ran to the house", "where is the ball?", "der Ball ist im Haus", "ein Hund"]
+TEXTS = ["the dog sat", "where is the cat on the mat of the house?"]
+
+
+def spm(**options):
+    """Return a SentencePiece model of a few lines."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 4), model_writer=out, model_type="unigram", hard_vocab_limit=False,
+        minloglevel=2, **options,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def t5_files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("t5")
+    proto = spm(vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    (directory / "spiece.model").write_bytes(proto)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 3}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def marian_files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("marian")
+    names = set()
+    for name in ("source.spm", "target.spm"):
+        (directory / name).write_bytes(proto := spm(vocab_size=50 if name == "source.spm" else 44))
+        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        names |= {model.id_to_piece(i) for i in range(3, model.get_piece_size())}
+    order = ["</s>", "<unk>", ">>deu<<", *sorted(names), "<pad>"]
+    (directory / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(order)}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"source_lang": "en", "target_lang": "de"}))
+    return directory
+
+
+def model(tokenizer, kind):
+    """Return a model of random weights for a tokenizer."""
+    shared = {"vocab_size": tokenizer.size, "d_model": 16, "n_heads": 2, "d_ff": 24, "max_seq_len": 48}
+    if kind == "t5":
+        shared |= {
+            "positions": RelativeBias(buckets=8, max_distance=10), "ffn": Plain(activation="relu"), "score_scale": 1.0,
+            "max_seq_len": 32768,
+        }  # fmt: skip
+    else:
+        shared |= {
+            "norm": LayerNorm(), "norm_placement": "post", "bias": True, "ffn": Plain(activation="gelu"),
+            "positions": Learned(offset=2) if kind == "bart" else Sinusoids(interleaved=False),
+            "embed_norm": kind == "bart",
+        }  # fmt: skip
+    stack = ModelConfig(n_layers=2, tie_embeddings=True, **shared)
+    config = Seq2SeqConfig(
+        encoder=stack, decoder=stack, start_token=tokenizer.pad_id, logit_bias=kind != "t5",
+        logit_scale=0.25 if kind == "t5" else None,
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    params = map_named(
+        lambda name, leaf: jnp.asarray(draw.normal(name.endswith("scale"), 0.3, leaf.shape), jnp.float32),
+        abstract_params(config),
+    )
+    return EncoderDecoder(config, params, tokenizer, stop_ids=[tokenizer.eos_id])
+
+
+@pytest.fixture(scope="module", params=["t5", "marian"])
+def lm(request, t5_files, marian_files):
+    return model(TextPieces(t5_files if request.param == "t5" else marian_files), request.param)
+
+
+def test_targets_do_not_depend_on_the_batch_and_are_seed_exact(lm):
+    sampler = Sampler(temperature=1.0, seed=4)
+    both = lm.generate(TEXTS, max_new_tokens=8, sampler=sampler, num_samples=2)
+    assert [(each.prompt, each.sample) for each in both] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    alone = lm.generate(TEXTS[1], max_new_tokens=8, sampler=sampler, num_samples=2)
+    assert [each.text for each in alone] == [each.text for each in both[2:]]
+    assert both[0].tokens != both[1].tokens
+
+
+def test_the_logits_of_padded_rows_are_those_of_rows_alone(lm):
+    long, short = (each.ids for each in lm.tokenizer.encode(TEXTS[::-1], 99))
+    rows = np.zeros((2, len(long)), int)
+    rows[0], rows[1, : len(short)] = long, short
+    mask = np.array([[1] * len(long), [1] * len(short) + [0] * (len(long) - len(short))])
+    targets = np.array([[lm.config.start_token, 5, 7]] * 2)
+    together = lm.logits(rows, mask, targets=targets)
+    alone = lm.logits(np.array([short]), targets=targets[:1])
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_an_export_is_loaded_again_bitwise_and_says_the_same(lm, tmp_path):
+    jaxllm.export(lm, tmp_path / "hf")
+    again = jaxllm.load(tmp_path / "hf")
+    assert isinstance(again, jaxllm.EncoderDecoder)
+    for name, leaf in named_leaves(lm.params).items():
+        np.testing.assert_array_equal(named_leaves(again.params)[name], leaf, err_msg=name)
+    assert again.generate(TEXTS, max_new_tokens=6) == lm.generate(TEXTS, max_new_tokens=6)
+    spread = jaxllm.load(tmp_path / "hf", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    assert not spread.params["decoder"]["blocks"]["ffn"]["up"]["kernel"].sharding.is_fully_replicated
+    with jax.default_matmul_precision("highest"):
+        assert [x.tokens for x in spread.generate(TEXTS)] == [x.tokens for x in lm.generate(TEXTS)]
+
+
+def test_transformers_writes_the_same_text_from_an_export(lm, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
+    torch = pytest.importorskip("torch", reason="pip install 'jaxllm[parity]' compares with torch")
+    jaxllm.export(lm, tmp_path / "hf")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
+    for text in TEXTS:
+        ids = lm.tokenizer.encode([text], 99)[0].ids
+        written = theirs.generate(torch.tensor([ids]), max_new_tokens=8, num_beams=1, do_sample=False, min_new_tokens=0)
+        assert written[0, 1:].tolist() == lm.generate(text, max_new_tokens=8)[0].tokens
+
+
+def test_ids_of_sentencepiece_files_are_those_of_transformers(t5_files, marian_files):
+    transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
+    theirs = transformers.T5Tokenizer.from_pretrained(t5_files, extra_ids=3)
+    ours = TextPieces(t5_files)
+    assert [each.ids for each in ours.encode(TEXTS, 99)] == [theirs(text)["input_ids"] for text in TEXTS]
+    asked = "the <extra_id_0> sat"
+    assert ours.encode([asked], 99, special=True)[0].ids == theirs(asked)["input_ids"]
+    theirs, ours = transformers.MarianTokenizer.from_pretrained(marian_files), TextPieces(marian_files)
+    for text in (*TEXTS, ">>deu<< where is the ball?"):
+        ids = ours.encode([text], 99)[0].ids
+        assert ids == theirs(text)["input_ids"]
+    german = theirs(text_target="der Ball ist im Haus")["input_ids"]
+    assert ours.decode(german) == theirs.decode(german, skip_special_tokens=True) == "der Ball ist im Haus"
+
+
+def test_bart_begins_with_its_forced_token(t5_files, tmp_path):
+    tokenizer = TextPieces(t5_files)
+    bart = model(tokenizer, "bart")
+    forced = EncoderDecoder(bart.config, bart.params, tokenizer, stop_ids=bart.stop_ids, forced=[7])
+    jaxllm.export(forced, tmp_path / "hf")
+    again = jaxllm.load(tmp_path / "hf")
+    assert again.forced == (7,)
+    answer = again.generate(TEXTS[0], max_new_tokens=1)[0].tokens
+    ids = tokenizer.encode([TEXTS[0]], 99)[0].ids
+    logits = bart.logits(np.array([ids]), targets=np.array([[tokenizer.pad_id, 7]]))
+    assert answer == [int(logits[0, 1].argmax())]
+
+
+def test_what_cannot_be_read_is_a_clear_error(lm, tmp_path):
+    with pytest.raises(ValueError, match="0 texts, num_samples=1"):
+        lm.generate([])
+    with pytest.raises(ValueError, match="text 0 is a pair"):
+        lm.tokenizer.encode([("a", "b")], 9)
+    with pytest.raises(ValueError, match=r"text 1 has \d+ tokens and the model takes 5"):
+        lm.tokenizer.encode(["a", TEXTS[1]], 5)
+    assert len(lm.tokenizer.encode([TEXTS[1]], 5, truncate=True)[0].ids) == 5
+    jaxllm.export(lm, tmp_path / "hf")
+    with pytest.raises(ValueError, match="has an encoder; jaxllm"):
+        model_config(tmp_path / "hf")
