@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text
 from jaxllm.inference.decode import bucket
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import Params, bind
-from jaxllm.models.encoder import TransformerEncoder, graph
+from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.models.heads import first_token
 from jaxllm.sharding.mesh import on_mesh_of

@@ -15,9 +15,8 @@ from jaxllm.data.text_pairs import PairTokenizer
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import Generation
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import Params, bind
-from jaxllm.models.seq2seq import graph
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
 

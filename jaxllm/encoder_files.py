@@ -13,10 +13,8 @@ from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.hf import encoders, seq2seq
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.weights import read_params, write_params
-from jaxllm.models import encoder as encoder_model
-from jaxllm.models import seq2seq as seq2seq_model
 from jaxllm.models.config import ComputeConfig
-from jaxllm.training.state import tree_shardings
+from jaxllm.training.state import param_shardings
 
 FAMILIES = {**encoders.ENCODERS, **seq2seq.SEQ2SEQ}
 
@@ -38,9 +36,7 @@ def load(
     two = raw["model_type"] in seq2seq.SEQ2SEQ
     pieces = two and not (directory / "tokenizer.json").is_file()
     tokenizer = TextPieces(directory) if pieces else text_pairs.load(directory)
-    model = seq2seq_model if two else encoder_model
-    axes, shapes = model.logical_axes(config), model.abstract_params(config)
-    shardings = None if mesh is None else tree_shardings(axes, shapes, mesh)
+    shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(family.open(checkpoint, config), family.rows(config), config, shardings, dtype)
     checkpoint.close()
     if not two:

@@ -26,8 +26,8 @@ from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import Experts, RMSNorm
+from jaxllm.models.build import Params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import Params
 from jaxllm.training.state import param_shardings
 
 

@@ -24,8 +24,8 @@ from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
 from jaxllm.locate import is_huggingface, locate
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.mesh import on_mesh_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from jaxllm.core import files
 from jaxllm.core.batch import Batch
 from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig
 from jaxllm.layers.norms import LayerNorm
-from jaxllm.models.decoder import abstract_params
+from jaxllm.models.build import abstract_params
 from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState

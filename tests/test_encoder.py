@@ -14,8 +14,8 @@ from jaxllm.encoder import Encoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.layers.config import Gated, LayerNorm, Learned, Plain
 from jaxllm.locate import model_config
+from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.encoder import abstract_params
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
@@ -24,7 +24,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL, "a", "cat", "sat", "on", "the", "mat", "dog", "ran", "paris", "is", "france", "of"]
 STACK = ModelConfig(
     vocab_size=20, d_model=16, n_layers=2, n_heads=2, d_ff=24, max_seq_len=40, norm=LayerNorm(eps=1e-12),
-    norm_placement="post", positions=Learned(), ffn=Plain(activation="gelu"), bias=True, tie_embeddings=True,
+    norm_placement="post", embed_norm=True, positions=Learned(), ffn=Plain(activation="gelu"), bias=True,
+    tie_embeddings=True,
 )  # fmt: skip
 TEXTS = ["a cat sat on the mat", "the dog ran", "paris is a cat of the mat on the mat of the cat of france"]
 HEADS = {
@@ -46,7 +47,9 @@ def encoders(tokenizer):
     """{head: encoder with random weights}."""
     found = {}
     for name, head in HEADS.items():
-        config = EncoderConfig(stack=STACK, position_offset=1 if name == "labels" else 0, head=head)
+        offset = 1 if name == "labels" else 0  # one row of the table is not used
+        places = {"positions": Learned(offset=offset), "max_seq_len": STACK.max_seq_len - offset}
+        config = EncoderConfig(stack=STACK.model_copy(update=places), head=head)
         generator = np.random.default_rng(0)
         draw = lambda path, leaf, generator=generator: jnp.asarray(
             generator.normal(path.endswith("scale"), 0.3, leaf.shape), jnp.float32

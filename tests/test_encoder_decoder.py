@@ -16,8 +16,8 @@ from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import LayerNorm, Learned, Plain, RelativeBias, Sinusoids
 from jaxllm.locate import model_config
+from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.seq2seq import abstract_params
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh

@@ -12,8 +12,8 @@ from jaxllm.data.chat import encode_chat
 from jaxllm.data.shard_writer import DatasetWriter
 from jaxllm.data.tokenizer import byte_tokenizer
 from jaxllm.language_model import LanguageModel
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import init_params
 
 CONFIG = ModelConfig(vocab_size=262, d_model=16, n_layers=1, n_heads=2, d_ff=32, max_seq_len=512)
 TEXTS = ("the quick brown fox", "jumps over", "小红看见一只猫。")

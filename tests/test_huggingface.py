@@ -16,8 +16,8 @@ from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import Experts, Rope
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import init_params
 from jaxllm.sample import main as sample
 
 CONFIG = ModelConfig(

@@ -9,8 +9,8 @@ from jaxllm.data.tokenizer import byte_tokenizer
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
 from jaxllm.language_model import LanguageModel, locate
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import init_params
 
 CONFIG = ModelConfig(vocab_size=262, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160)
 GREEDY, WARM = Sampler(temperature=0), Sampler(temperature=1.0, seed=3)

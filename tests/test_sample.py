@@ -13,8 +13,8 @@ from jaxllm import sample
 from jaxllm.data.tokenizer import byte_tokenizer
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import init_params
 
 CONFIG = ModelConfig(vocab_size=262, d_model=16, n_layers=1, n_heads=2, d_ff=16, max_seq_len=128)
 

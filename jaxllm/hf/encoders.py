@@ -63,9 +63,9 @@ class EncoderFamily(NamedTuple):
         head = self._read_head(fields, pooler)
         offset = fields.take("pad_token_id", 1) + 1 if self.behind_pad else 0
         n_types = fields.take("type_vocab_size", 2)
-        stack = _read_stack(fields)
+        stack = _read_stack(fields, offset)
         fields.finish(name)
-        return EncoderConfig(stack=stack, n_types=n_types, position_offset=offset, head=head)
+        return EncoderConfig(stack=stack, n_types=n_types, head=head)
 
     def _read_head(self, fields: Fields, pooler: bool) -> HeadConfig:
         heads = {f"{self.title}ForMaskedLM", f"{self.title}ForSequenceClassification", f"{self.title}Model"}
@@ -86,19 +86,20 @@ class EncoderFamily(NamedTuple):
           ValueError: this family has no words for it.
         """
         stack, head = config.stack, config.head
-        if (config.position_offset > 0) != self.behind_pad or not isinstance(stack.ffn, Plain):
+        offset = stack.positions.offset
+        if (offset > 0) != self.behind_pad or not isinstance(stack.ffn, Plain):
             raise ValueError(f"{self.model_type} counts positions from elsewhere, or has no gated feed-forward layer")
         kind = {"masked_lm": "ForMaskedLM", "classes": "ForSequenceClassification", "embeddings": "Model"}[head.kind]
         written = {
             "architectures": [self.title + kind], "model_type": self.model_type, "vocab_size": stack.vocab_size,
             "hidden_size": stack.d_model, "num_hidden_layers": stack.n_layers, "num_attention_heads": stack.n_heads,
             "intermediate_size": stack.d_ff, "hidden_act": SPELLED[stack.ffn.activation],
-            "layer_norm_eps": stack.norm.eps, "max_position_embeddings": stack.max_seq_len,
+            "layer_norm_eps": stack.norm.eps, "max_position_embeddings": stack.max_seq_len + offset,
             "type_vocab_size": config.n_types, "tie_word_embeddings": stack.tie_embeddings,
             "initializer_range": stack.init_std,
         }  # fmt: skip
         if self.behind_pad:
-            written["pad_token_id"] = config.position_offset - 1
+            written["pad_token_id"] = offset - 1
         if isinstance(head, Classes):
             written["id2label"] = {str(index): label for index, label in enumerate(head.labels)}
             written["label2id"] = {label: index for index, label in enumerate(head.labels)}
@@ -175,13 +176,14 @@ class EncoderFamily(NamedTuple):
         return (*self.surplus, *unread)
 
 
-def _read_stack(fields: Fields) -> ModelConfig:
+def _read_stack(fields: Fields, offset: int) -> ModelConfig:
     """Return the blocks and their tables, which both families describe alike."""
     return ModelConfig(
         vocab_size=fields.need("vocab_size"), d_model=fields.need("hidden_size"),
         n_layers=fields.need("num_hidden_layers"), n_heads=fields.need("num_attention_heads"),
-        d_ff=fields.need("intermediate_size"), max_seq_len=fields.need("max_position_embeddings"),
-        norm=LayerNorm(eps=fields.take("layer_norm_eps", 1e-12)), norm_placement="post", positions=Learned(),
+        d_ff=fields.need("intermediate_size"), max_seq_len=fields.need("max_position_embeddings") - offset,
+        norm=LayerNorm(eps=fields.take("layer_norm_eps", 1e-12)), norm_placement="post", embed_norm=True,
+        positions=Learned(offset=offset),
         ffn=Plain(activation=fields.among("hidden_act", ACTIVATIONS, "gelu")), bias=True,
         tie_embeddings=fields.take("tie_word_embeddings", True), init_std=fields.take("initializer_range", 0.02),
     )  # fmt: skip
@@ -207,7 +209,7 @@ def _stack_rows(config: EncoderConfig, prefix: str) -> Iterator[Row]:
     order = "length embed -> length embed"
     yield Row("stack/position_embed/table", f"{embeddings}.position_embeddings.weight", order)
     yield Row("type_embed/table", f"{embeddings}.token_type_embeddings.weight", "types embed -> types embed")
-    yield from norm_rows(config.stack, "embed_norm", f"{embeddings}.LayerNorm")
+    yield from norm_rows(config.stack, "stack/embed_norm", f"{embeddings}.LayerNorm")
     for ours, theirs, outputs in (("q", "query", QUERIES), ("k", "key", KEYS), ("v", "value", KEYS)):
         yield from linear(f"{blocks}/attention/{ours}", f"{layer}.attention.self.{theirs}", "embed", outputs, bias=True)
     yield from linear(f"{blocks}/attention/o", f"{layer}.attention.output.dense", QUERIES, "embed", bias=True)

@@ -15,15 +15,12 @@ from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.renamed import Renamed
 from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stacked, stored_shape, take
 from jaxllm.layers.config import Experts
-from jaxllm.models import decoder, encoder, seq2seq
-from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Params
+from jaxllm.models.build import AnyConfig, Params, abstract_params
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
-AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
 Tensors = Checkpoint | Renamed | GgufCheckpoint
 
 
@@ -39,16 +36,6 @@ def sizes_of(config: AnyConfig) -> Sizes:
         "head_dim": config.head_width, "embed": config.d_model, "mlp": config.d_ff, "three": 3,
         "experts": config.ffn.number if isinstance(config.ffn, Experts) else 0,
     }  # fmt: skip
-
-
-def abstract_params(config: AnyConfig) -> Params:
-    """Return ShapeDtypeStructs of the parameters of any kind of model."""
-    match config:
-        case EncoderConfig():
-            return encoder.abstract_params(config)
-        case Seq2SeqConfig():
-            return seq2seq.abstract_params(config)
-    return decoder.abstract_params(config)
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:

@@ -16,9 +16,8 @@ from jaxtyping import Array, Int
 
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
-from jaxllm.models import seq2seq
+from jaxllm.models.build import Params, bind, graph, unstack
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import Params, bind, graph, unstack
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
@@ -218,16 +217,14 @@ def _programs(
     config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig
 ) -> tuple[Callable, Callable, Callable, Callable]:
     """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
-    two = isinstance(config, Seq2SeqConfig)
-    graphdef, _ = (seq2seq.graph if two else graph)(config, compute, stacked=False)
-    layered = seq2seq.unstack_decoder if two else unstack
+    graphdef, _ = graph(config, compute, stacked=False)
     dtype = jnp.dtype(compute.dtype)
 
     stays = lambda leaf: leaf.ndim <= 1 or leaf.dtype == dtype
 
     @jax.jit
     def cut(params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf if stays(leaf) else leaf.astype(dtype), layered(params))
+        return jax.tree.map(lambda leaf: leaf if stays(leaf) else leaf.astype(dtype), unstack(params))
 
     def prepare(params: Params) -> Params:
         """Unstack the blocks and cast matrices to the compute dtype, as each use would; norms are float32 and stay.

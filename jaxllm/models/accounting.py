@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from jaxllm.core.tree import named_leaves
 from jaxllm.layers.config import Experts, Plain
 from jaxllm.layers.kernels import query_blocks
+from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import abstract_params
 
 # Dense bfloat16 peak of one device, FLOP/s, by the start of JAX's device_kind; from the makers' data sheets.
 PEAK_FLOPS = {

@@ -1,17 +1,16 @@
 """The decoder-only Transformer: one class for Llama-type and GPT-type models, in training and in decoding.
 
 Blocks are stacked on a leading L axis: one parameter layout in memory, on disk and in conversion tables. Decoding works
-on the same parameters cut into layers (`unstack`), because a loop over a stacked array copies the weights per token.
+on the same parameters cut into layers, because a loop over a stacked array copies the weights per token.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.core import rng
 from jaxllm.layers.cache import Cache, Memory
 from jaxllm.layers.config import Learned, RelativeBias, Sinusoids
 from jaxllm.layers.kernels import soft_cap
@@ -25,7 +24,6 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.views import Traits, Views, layer_traits
 from jaxllm.sharding.rules import constrain
 
-Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
 REMAT = {
     # By name: a policy for products does not see those inside of functions with gradients of their own.
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
@@ -189,44 +187,3 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
         return self.hidden(tokens, positions, CacheMask(positions), cache)
-
-
-def graph(config: ModelConfig, compute: ComputeConfig, *, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return (graph definition, abstract parameters with their logical axes); allocates nothing."""
-    build = lambda: Transformer(config, compute, nnx.Rngs(0), stacked=stacked)
-    return nnx.split(nnx.eval_shape(build), nnx.Param)
-
-
-def bind(graphdef: nnx.GraphDef, params: Params) -> Transformer:
-    """Join structure and parameters to a module; free under jit (trace time only)."""
-    return nnx.merge(graphdef, params)
-
-
-def init_params(config: ModelConfig, seed: int) -> Params:
-    """Draw the initial parameters; call under jit with out_shardings to have them born sharded."""
-    model = Transformer(config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def logical_axes(config: ModelConfig) -> dict[str, Any]:
-    """Return the tree of logical axis names of `init_params`, e.g. blocks/ffn/up/kernel: (layers, embed, mlp)."""
-    return axes_of(graph(config, ComputeConfig())[1])
-
-
-def axes_of(state: nnx.State) -> dict[str, Any]:
-    """Return the logical axis names of abstract parameters."""
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=is_variable))
-
-
-def abstract_params(config: ModelConfig) -> Params:
-    """Return ShapeDtypeStructs of the parameters without allocating them."""
-    return jax.eval_shape(lambda: init_params(config, 0))
-
-
-def unstack(params: Params) -> Params:
-    """Cut stacked block parameters into layers: the tree of `Transformer(stacked=False)`."""
-    leaves = jax.tree.leaves(params["blocks"])
-    n_layers = leaves[0].shape[0]
-    blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(n_layers)}
-    return {**params, "blocks": blocks}

@@ -1,30 +1,23 @@
 """The Transformer encoder (BERT, RoBERTa): the decoder's stack of blocks under a mask that looks both ways.
 
-The stack is a `Transformer`, entered behind its embeddings: an encoder adds token types and a norm to them, counts
-positions from an offset, and has a head of its own. There is no second attention and no second block.
+The stack is a `Transformer`, entered behind its table of tokens: an encoder adds token types, and has a head of its
+own. There is no second attention and no second block.
 """
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.core import rng
 from jaxllm.layers.linear import Embed
 from jaxllm.layers.masks import FullMask
-from jaxllm.layers.norms import Norm
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import Params, Transformer, axes_of
+from jaxllm.models.decoder import Transformer
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.heads import ClassHead, MaskedLMHead, Pooler, first_token, make_head
-from jaxllm.models.views import Views
-from jaxllm.sharding.rules import constrain
 
 
 class TransformerEncoder(nnx.Module):
-    """h = stack(norm(E[tokens] + P[positions + offset] + Y[types])). Source: Devlin et al. 2019; Liu et al. 2019."""
+    """h = stack(norm(E[tokens] + Y[types] + P[positions])). Source: Devlin et al. 2019; Liu et al. 2019."""
 
     def __init__(self, config: EncoderConfig, compute: ComputeConfig, rngs: nnx.Rngs):
         stack = config.stack
@@ -32,7 +25,6 @@ class TransformerEncoder(nnx.Module):
         self.compute = compute
         self.stack = Transformer(stack, compute, rngs)
         self.type_embed = Embed(rngs, config.n_types, stack.d_model, axis="types", std=stack.init_std)
-        self.embed_norm = Norm(stack.norm, stack.d_model)
         self.head = make_head(rngs, config.head, stack)
 
     def states(
@@ -46,14 +38,12 @@ class TransformerEncoder(nnx.Module):
           types: token types; None: all 0.
           positions: index within the text, from 0; None: 0 ... T-1.
         """
-        dtype = jnp.dtype(self.compute.dtype)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         types = jnp.zeros_like(tokens) if types is None else types
-        x = self.stack.embed(tokens, dtype) + self.type_embed(types, dtype)
-        x = x + self.stack.position_embed(positions + self.config.position_offset, dtype)
-        x = self.embed_norm(constrain(x, "batch", "length", None))
-        return self.stack.run_blocks(x, Views(self.config.stack, FullMask(segments), positions))[0]
+        dtype = jnp.dtype(self.compute.dtype)
+        x = self.stack.embedded(self.stack.embed(tokens, dtype) + self.type_embed(types, dtype), positions)
+        return self.stack.run(x, positions, FullMask(segments))[0]
 
     def text_states(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], types: Int[Array, "B T"] | None = None
@@ -94,24 +84,3 @@ class TransformerEncoder(nnx.Module):
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:  # fmt: skip
         """Return the logits of whole rows; arguments as of `states`."""
         return self.logits(self.states(tokens, segments, types, positions), segments)
-
-
-def graph(config: EncoderConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return (graph definition, abstract parameters with their logical axes); `decoder.bind` joins it to parameters."""
-    return nnx.split(nnx.eval_shape(lambda: TransformerEncoder(config, compute, nnx.Rngs(0))), nnx.Param)
-
-
-def init_params(config: EncoderConfig, seed: int) -> Params:
-    """Draw the initial parameters; call under jit with out_shardings to have them born sharded."""
-    model = TransformerEncoder(config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def logical_axes(config: EncoderConfig) -> dict[str, Any]:
-    """Return the tree of logical axis names of `init_params`."""
-    return axes_of(graph(config, ComputeConfig())[1])
-
-
-def abstract_params(config: EncoderConfig) -> Params:
-    """Return ShapeDtypeStructs of the parameters without allocating them."""
-    return jax.eval_shape(lambda: init_params(config, 0))

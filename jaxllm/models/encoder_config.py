@@ -41,36 +41,30 @@ HeadConfig = Annotated[MaskedLM | Classes | Embeddings, Field(discriminator="kin
 
 
 class EncoderConfig(Config):
-    """Architecture of a Transformer encoder: BERT, and RoBERTa with `position_offset`."""
+    """Architecture of a Transformer encoder: BERT and RoBERTa."""
 
     stack: ModelConfig = Field(description="the blocks, and the tables of tokens and positions")
     n_types: int = Field(2, ge=1, description="token types: first and second text of a pair")
-    position_offset: int = Field(0, ge=0, description="row of the position table of a text's first token (RoBERTa: 2)")
     head: HeadConfig = Field(MaskedLM(), description="what is made of hidden states")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         stack = self.stack
-        if not isinstance(stack.positions, Learned) or stack.norm_placement != "post":
+        if not isinstance(stack.positions, Learned) or stack.norm_placement != "post" or not stack.embed_norm:
             raise ValueError(
-                f"positions.kind={stack.positions.kind} and norm_placement={stack.norm_placement}: the stack of an "
-                "encoder has learned positions and norms in place post"
+                f"positions.kind={stack.positions.kind}, norm_placement={stack.norm_placement} and "
+                f"embed_norm={stack.embed_norm}: the stack of an encoder has learned, post and true"
             )
         if isinstance(stack.ffn, Experts):
             raise ValueError("ffn.kind=experts: an encoder has no loss that keeps experts in use; take gated or plain")
         if unused := [name for name in ("window", "embed_scale", "logit_softcap") if stack.model_dump()[name]]:
             raise ValueError(f"{', '.join(unused)} of the stack: an encoder does not compute it; leave it out")
-        if self.max_seq_len < 1:
-            raise ValueError(
-                f"stack.max_seq_len={self.stack.max_seq_len} rows of positions, of which the first "
-                f"position_offset={self.position_offset} are not used, leave no room for a token"
-            )
         return self
 
     @property
     def max_seq_len(self) -> int:
-        """Longest sequence, tokens: the rows of the position table behind the offset."""
-        return self.stack.max_seq_len - self.position_offset
+        """Longest sequence, tokens."""
+        return self.stack.max_seq_len
 
     @property
     def tie_embeddings(self) -> bool:

@@ -1,18 +1,15 @@
 """The encoder-decoder Transformer: two stacks of the one block, of which the second also attends to the first."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.core import rng
 from jaxllm.layers.cache import Cache, Memory, init_cache
 from jaxllm.layers.linear import constant
 from jaxllm.layers.masks import CacheMask, CausalMask, FullMask
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import Params, Transformer, axes_of, unstack
+from jaxllm.models.decoder import Transformer
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 
@@ -101,29 +98,3 @@ def _positions(tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None) ->
         return index
     first = jnp.concatenate([jnp.ones_like(segments[:, :1]), segments[:, 1:] != segments[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
-def graph(config: Seq2SeqConfig, compute: ComputeConfig, *, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return (graph definition, abstract parameters with their logical axes); `decoder.bind` joins it to parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Seq2Seq(config, compute, nnx.Rngs(0), stacked=stacked)), nnx.Param)
-
-
-def init_params(config: Seq2SeqConfig, seed: int) -> Params:
-    """Draw the initial parameters; call under jit with out_shardings to have them born sharded."""
-    model = Seq2Seq(config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def logical_axes(config: Seq2SeqConfig) -> dict[str, Any]:
-    """Return the tree of logical axis names of `init_params`."""
-    return axes_of(graph(config, ComputeConfig())[1])
-
-
-def abstract_params(config: Seq2SeqConfig) -> Params:
-    """Return ShapeDtypeStructs of the parameters without allocating them."""
-    return jax.eval_shape(lambda: init_params(config, 0))
-
-
-def unstack_decoder(params: Params) -> Params:
-    """Cut the decoder's blocks into layers: the tree of `Seq2Seq(stacked=False)`."""
-    return {**params, "decoder": unstack(params["decoder"])}

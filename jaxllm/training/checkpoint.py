@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
+from jaxllm.models.build import Params, abstract_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Params, abstract_params
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
 

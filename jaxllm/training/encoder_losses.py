@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.batch import Batch
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import Params, bind
-from jaxllm.models.encoder import TransformerEncoder, graph
+from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
 from jaxllm.training.losses import Sums, cross_entropy
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import Params, bind
-from jaxllm.models.seq2seq import Seq2Seq, graph
+from jaxllm.models.seq2seq import Seq2Seq
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.training.losses import Sums, chunks
 

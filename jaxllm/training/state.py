@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import map_named, named_leaves
+from jaxllm.models.build import AnyConfig, Params, abstract_params, init_params, logical_axes
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import Params, abstract_params, init_params, logical_axes
 from jaxllm.sharding.rules import named_sharding
 
 
@@ -32,15 +32,11 @@ class TrainState(NamedTuple):
     norm_mean: Float[Array, ""]
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+def param_shardings(config: AnyConfig, mesh: Mesh) -> Any:
     """Return the tree of NamedShardings of the parameters on `mesh`."""
-    return tree_shardings(logical_axes(config), abstract_params(config), mesh)
-
-
-def tree_shardings(axes: Any, shapes: Params, mesh: Mesh) -> Any:
-    """Return the NamedShardings of any tree of parameters from its logical axes and its shapes."""
     is_axes = lambda node: isinstance(node, tuple)
-    return jax.tree.map(lambda axes, leaf: named_sharding(mesh, axes, leaf.shape), axes, shapes, is_leaf=is_axes)
+    place = lambda axes, leaf: named_sharding(mesh, axes, leaf.shape)
+    return jax.tree.map(place, logical_axes(config), abstract_params(config), is_leaf=is_axes)
 
 
 def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:

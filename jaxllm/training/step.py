@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
 from jaxllm.models.balance import no_sums, router_loss, router_metrics
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import Params, bind, graph
 from jaxllm.sharding.rules import constrain
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.losses import cross_entropy

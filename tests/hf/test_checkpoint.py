@@ -8,8 +8,8 @@ from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.fields import Fields
 from jaxllm.hf.table import Part, Row, finish, names, put, stored_shape, take
 from jaxllm.hf.weights import match, read_params, write_params
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import init_params
 
 CONFIG = ModelConfig(
     vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, d_ff=24, max_seq_len=32

@@ -13,9 +13,8 @@ from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.encoders import ENCODERS, describe
 from jaxllm.hf.table import names, take
 from jaxllm.hf.weights import read_params, sizes_of, write_params
+from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import bind
-from jaxllm.models.encoder import graph
 from jaxllm.models.encoder_config import Embeddings
 from jaxllm.training.encoder_losses import LabelledTexts, class_sums, masked_lm_sums
 
@@ -74,7 +73,7 @@ def batch(config):
     tokens, types = generator.integers(3, 288, (3, 24)), generator.integers(0, config.n_types, (3, 24))
     mask = np.ones((3, 24), int)
     mask[1, 17:], mask[2, :7] = 0, 0
-    pad = max(config.position_offset - 1, 0)
+    pad = max(config.stack.positions.offset - 1, 0)
     return np.where(mask, tokens, pad), np.where(mask, types, 0), mask
 
 

@@ -16,8 +16,8 @@ from jaxllm.hf.fields import Fields
 from jaxllm.hf.table import names, stacked, take
 from jaxllm.hf.weights import read_params, sizes_of, write_params
 from jaxllm.layers.config import Experts
+from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import bind, graph
 from jaxllm.training.step import loss_sums
 
 WHY = "pip install 'jaxllm[parity]' compares with transformers and torch"

@@ -20,8 +20,8 @@ from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.weights import write_params
 from jaxllm.inference.sampling import Sampler
+from jaxllm.models.build import abstract_params, bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import abstract_params, bind, graph
 from jaxllm.sample import main as sample
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 

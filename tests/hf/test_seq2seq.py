@@ -16,9 +16,8 @@ from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import RelativeBias
 from jaxllm.layers.positions import relative_buckets
+from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import bind
-from jaxllm.models.seq2seq import graph
 
 WHY = "pip install 'jaxllm[parity]' compares with transformers and torch"
 torch = pytest.importorskip("torch", reason=WHY)

@@ -13,8 +13,8 @@ from jaxllm.hf.table import names, stacked, stored_shape
 from jaxllm.hf.weights import read_params, sizes_of, write_params
 from jaxllm.layers.config import Experts
 from jaxllm.models import presets
+from jaxllm.models.build import abstract_params, init_params
 from jaxllm.models.config import ModelConfig
-from jaxllm.models.decoder import abstract_params, init_params
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.state import param_shardings

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxllm.inference.decode import Decoder
+from jaxllm.models.build import bind, graph, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import bind, graph, init_params
 
 CONFIG = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=80)
 COMPUTE = ComputeConfig(dtype="float32", layers="unroll")

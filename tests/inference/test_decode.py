@@ -7,8 +7,8 @@ from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import LongRopeScaling, Rope
 from jaxllm.layers.masks import CausalMask
+from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import bind, graph
 
 COMPUTE = ComputeConfig(dtype="float32", layers="unroll")
 CONFIG = ModelConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=80)

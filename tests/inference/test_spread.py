@@ -6,8 +6,8 @@ from jaxllm.inference import spread
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.models import presets
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig
-from jaxllm.models.decoder import init_params
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.state import param_shardings

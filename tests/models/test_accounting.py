@@ -7,8 +7,8 @@ import pytest
 
 from jaxllm.core.batch import Batch
 from jaxllm.models import accounting, presets
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import init_params
 from jaxllm.training.optim import AdamW, optimizer
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import StepConfig, train_step

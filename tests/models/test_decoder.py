@@ -9,8 +9,8 @@ from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import Experts, RMSNorm, Rope, SlidingWindow
 from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
+from jaxllm.models.build import bind, graph, init_params, logical_axes, unstack
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import bind, graph, init_params, logical_axes, unstack
 from jaxllm.models.views import Views
 
 LLAMA = ModelConfig(

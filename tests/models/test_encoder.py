@@ -8,20 +8,20 @@ from jaxllm.core.tree import map_named
 from jaxllm.layers import kernels
 from jaxllm.layers.config import Experts, LayerNorm, Learned, Plain, Rope, SlidingWindow
 from jaxllm.layers.masks import FullMask
+from jaxllm.models.build import abstract_params, bind, graph, init_params, logical_axes
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import bind
-from jaxllm.models.encoder import abstract_params, graph, init_params, logical_axes
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.encoder_losses import masked_lm_sums
-from jaxllm.training.state import tree_shardings
+from jaxllm.training.state import param_shardings
 
 STACK = ModelConfig(
-    vocab_size=96, d_model=32, n_layers=2, n_heads=4, d_ff=48, max_seq_len=162, norm=LayerNorm(), positions=Learned(),
-    norm_placement="post", ffn=Plain(activation="gelu"), bias=True, tie_embeddings=True,
+    vocab_size=96, d_model=32, n_layers=2, n_heads=4, d_ff=48, max_seq_len=160, norm=LayerNorm(),
+    positions=Learned(offset=2), norm_placement="post", embed_norm=True, ffn=Plain(activation="gelu"), bias=True,
+    tie_embeddings=True,
 )  # fmt: skip
-ROBERTA = EncoderConfig(stack=STACK, position_offset=2, head=MaskedLM())
+ROBERTA = EncoderConfig(stack=STACK, head=MaskedLM())
 LABELS = ROBERTA.model_copy(update={"head": Classes(labels=("no", "yes"))})
 CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)
 TOKENS = np.random.default_rng(0).integers(0, 96, (1, 160))  # three blocks of queries: 64, 64 and 32
@@ -88,7 +88,7 @@ def test_labels_are_read_off_the_first_token_that_is_not_padding():
 
 
 def test_a_mesh_gives_the_loss_and_gradient_of_one_device():
-    config = ROBERTA.model_copy(update={"stack": STACK.model_copy(update={"max_seq_len": 18})})
+    config = ROBERTA.model_copy(update={"stack": STACK.model_copy(update={"max_seq_len": 16})})
     params = noisy_params(config)
     generator = np.random.default_rng(0)
     tokens, targets = (generator.integers(0, 96, (8, 16)) for _ in range(2))
@@ -98,7 +98,7 @@ def test_a_mesh_gives_the_loss_and_gradient_of_one_device():
     loss = jax.jit(jax.value_and_grad(lambda p, b: masked_lm_sums(p, b, config, CPU)[0]))
     expected = loss(params, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    shardings = tree_shardings(logical_axes(config), abstract_params(config), mesh)
+    shardings = param_shardings(config, mesh)
     with jax.set_mesh(mesh):
         found = loss(jax.device_put(params, shardings), batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
@@ -138,17 +138,17 @@ def test_heads_that_are_not_there():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"positions": Rope()}, r"kind=rope and norm_placement=post"),
-        ({"norm_placement": "pre"}, r"kind=learned and norm_placement=pre"),
+        ({"positions": Rope()}, r"kind=rope, norm_placement=post"),
+        ({"norm_placement": "pre"}, r"kind=learned, norm_placement=pre"),
         ({"window": SlidingWindow(size=3)}, "window of the stack"),
         ({"ffn": Experts(number=2, top_k=1)}, r"ffn\.kind=experts: an encoder has no loss"),
-        ({"max_seq_len": 2}, "leave no room for a token"),
+        ({"embed_norm": False}, "embed_norm=False"),
     ],
 )
 def test_stacks_that_an_encoder_does_not_compute(change, message):
     stack = STACK.model_copy(update=change)
     with pytest.raises(ValueError, match=message):
-        EncoderConfig(stack=stack, position_offset=2)
+        EncoderConfig(stack=stack)
 
 
 def test_post_norm_is_not_parallel():

@@ -6,14 +6,14 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import map_named
 from jaxllm.layers.config import LayerNorm, Learned, Plain
+from jaxllm.models.build import abstract_params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import bind
-from jaxllm.models.encoder import abstract_params, graph
 from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
 from jaxllm.training.encoder_losses import LabelledTexts, class_sums, masked_lm_sums
 
 STACK = ModelConfig(
-    vocab_size=31, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=10, norm=LayerNorm(), positions=Learned(),
+    vocab_size=31, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=10, norm=LayerNorm(), embed_norm=True,
+    positions=Learned(),
     norm_placement="post", ffn=Plain(activation="relu"), bias=True, tie_embeddings=True,
 )  # fmt: skip
 COMPUTE = ComputeConfig(dtype="float32", layers="scan", loss_chunk=4)

@@ -9,9 +9,8 @@ import pytest
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import LayerNorm, Plain, Sinusoids
+from jaxllm.models.build import bind, graph, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import bind
-from jaxllm.models.seq2seq import graph, init_params
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.training.seq2seq_losses import TextPairs, target_sums
 

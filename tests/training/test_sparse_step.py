@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.layers.config import Experts
+from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import init_params
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.feed import place

@@ -14,8 +14,8 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
+from jaxllm.models.build import Params, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.decoder import Params, init_params
 from jaxllm.sharding import distributed
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.feed import place

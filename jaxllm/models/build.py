@@ -1,0 +1,61 @@
+"""Any model from its configuration: structure, parameters and their axes. Which class it is, is decided here alone."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxllm.core import rng
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import Transformer
+from jaxllm.models.encoder import TransformerEncoder
+from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.models.seq2seq import Seq2Seq
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
+
+AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
+AnyModel = Transformer | TransformerEncoder | Seq2Seq
+Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
+_CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2SeqConfig: Seq2Seq}
+
+
+def graph(config: AnyConfig, compute: ComputeConfig, **how: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    """Return (graph definition, abstract parameters with their logical axes); allocates nothing.
+
+    Args:
+      how: stacked=False: the blocks that write text are cut into layers (`unstack`), for decoding.
+    """
+    build = lambda: _CLASSES[type(config)](config, compute, nnx.Rngs(0), **how)
+    return nnx.split(nnx.eval_shape(build), nnx.Param)
+
+
+def bind(graphdef: nnx.GraphDef, params: Params) -> AnyModel:
+    """Join structure and parameters to a module; free under jit (trace time only)."""
+    return nnx.merge(graphdef, params)
+
+
+def init_params(config: AnyConfig, seed: int) -> Params:
+    """Draw the initial parameters; call under jit with out_shardings to have them born sharded."""
+    model = _CLASSES[type(config)](config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def logical_axes(config: AnyConfig) -> dict[str, Any]:
+    """Return the tree of logical axis names of `init_params`, e.g. blocks/ffn/up/kernel: (layers, embed, mlp)."""
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    state = graph(config, ComputeConfig())[1]
+    return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=is_variable))
+
+
+def abstract_params(config: AnyConfig) -> Params:
+    """Return ShapeDtypeStructs of the parameters without allocating them."""
+    return jax.eval_shape(lambda: init_params(config, 0))
+
+
+def unstack(params: Params) -> Params:
+    """Cut the stacked blocks that write text into layers: the tree of a model with stacked=False."""
+    if "decoder" in params:
+        return {**params, "decoder": unstack(params["decoder"])}
+    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(n_layers)}
+    return {**params, "blocks": blocks}
