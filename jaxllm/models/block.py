@@ -75,7 +75,7 @@ class Block(nnx.Module):
 
     def _join(self, x: Array, y: Array, norm: Norm | None, gate: nnx.Param | None) -> Array:
         """Add what a part of the layer puts out to the stream."""
-        y = y if gate is None else y * gate[...].astype(y.dtype)
+        y = y if gate is None else y * gate[0].astype(y.dtype)
         return norm(x + y) if self.post else x + _apply(norm, y)
 
     def _feed_forward(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Float[Array, "B T D"], RouterSums | None]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.layers.cache import init_cache
-from jaxllm.layers.config import Experts, RMSNorm, Rope, SlidingWindow
+from jaxllm.layers.config import Experts, RelativeBias, RMSNorm, Rope, Sinusoids, SlidingWindow
 from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
 from jaxllm.models.build import bind, graph, init_params, logical_axes, unstack
@@ -27,8 +27,16 @@ MIXED = LLAMA.model_copy(
     }
 )  # fmt: skip
 SPARSE = LLAMA.model_copy(update={"ffn": Experts(number=5, top_k=2), "n_layers": 2})
+REZERO = LLAMA.model_copy(
+    update={"norm_placement": "none", "residual_gate": True, "positions": Sinusoids(), "n_layers": 2}
+)
+RELATIVE = LLAMA.model_copy(update={"positions": RelativeBias(buckets=8, max_distance=20), "embed_norm": True})
 DENSE = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED], ids=["llama", "gpt", "mixed"])
-MODELS = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED, SPARSE], ids=["llama", "gpt", "mixed", "sparse"])
+MODELS = pytest.mark.parametrize(
+    "config",
+    [LLAMA, GPT, MIXED, SPARSE, REZERO, RELATIVE],
+    ids=["llama", "gpt", "mixed", "sparse", "rezero", "relative"],
+)
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 LONG = np.random.default_rng(1).integers(0, 97, (1, 160))  # three blocks of queries: 64, 64 and 32
 
@@ -172,3 +180,21 @@ def test_initial_parameters_are_a_function_of_the_seed():
 def test_impossible_shapes(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.model_validate({**LLAMA.model_dump(), **change})
+
+
+def test_a_gated_stack_is_the_identity_until_its_gates_open():
+    params = init_params(REZERO, 0)
+    model = bind(graph(REZERO, CPU)[0], params)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    start = model.embedded(model.embed(jnp.asarray(TOKENS), jnp.float32), positions)
+    np.testing.assert_array_equal(model.states(TOKENS), start)
+    loss = lambda params: jnp.mean(jnp.sin(bind(graph(REZERO, CPU)[0], params)(TOKENS)))
+    gates = jax.grad(loss)(params)["blocks"]
+    for gate in (gates["attention_gate"], gates["ffn_gate"]):
+        assert gate.shape == (2, 1)
+        assert np.all(gate != 0)  # they can open
+
+
+def test_a_stack_without_norms_needs_gates():
+    with pytest.raises(ValueError, match="norm_placement=none does not train without residual_gate=true"):
+        ModelConfig.model_validate({**LLAMA.model_dump(), "norm_placement": "none"})
