@@ -4,10 +4,12 @@ A rule is a name and a pure function from text to text, or to None to drop the d
 """
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from pydantic import Field
@@ -50,15 +52,9 @@ class RuleCount:
 
 def rules(config: CleanConfig) -> list[Rule]:
     """Return the rules that `config` asks for, in order; copies are dropped by `Cleaner`, which has seen the others."""
-    chosen = []
-    if config.nfc:
-        chosen.append(Rule("nfc", lambda text: unicodedata.normalize("NFC", text)))
-    if config.control:
-        chosen.append(Rule("control", remove_control))
-    if config.trailing_space:
-        chosen.append(Rule("trailing_space", strip_line_ends))
-    chosen.append(Rule("min_chars", lambda text: text if len(text.strip()) >= config.min_chars else None))
-    return chosen
+    known = {"nfc": partial(unicodedata.normalize, "NFC"), "control": remove_control, "trailing_space": strip_line_ends}
+    chosen = [Rule(name, apply) for name, apply in known.items() if getattr(config, name)]
+    return [*chosen, Rule("min_chars", lambda text: text if len(text.strip()) >= config.min_chars else None)]
 
 
 def remove_control(text: str) -> str:
@@ -88,7 +84,7 @@ class Cleaner:
     def document(self, document: Document) -> Document | None:
         """Return the cleaned document, or None if a rule dropped it."""
         text = self._text(document.text, document)
-        if text is None or self._is_copy(text, document):
+        if text is None or self._is_copy(text, repr(text[:60]), document):
             return None
         return Document(text, document.source, document.location)
 
@@ -105,7 +101,8 @@ class Cleaner:
             if content is None:
                 return None
             messages.append(Message(message.role, content))
-        if self._is_copy(repr([(message.role, message.content) for message in messages]), conversation):
+        text = json.dumps([{message.role: message.content} for message in messages], ensure_ascii=False)
+        if self._is_copy(text, text[:60], conversation):
             return None
         return Conversation(tuple(messages), conversation.source, conversation.location)
 
@@ -113,25 +110,25 @@ class Cleaner:
         for rule in self._rules:
             result = rule.apply(text)
             if result is None:
-                self._drop(rule.name, text, owner)
+                self._drop(rule.name, repr(text[:60]), owner)
                 return None
             self.counts[rule.name].changed += result != text
             text = result
         return text
 
-    def _is_copy(self, text: str, owner: Document | Conversation) -> bool:
+    def _is_copy(self, text: str, shown: str, owner: Document | Conversation) -> bool:
         if self._seen is None:
             return False
         # 128 bits: no two of 10^12 different documents meet. Per document the set needs about 100 bytes of memory.
         digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
         if digest in self._seen:
-            self._drop("duplicate", text, owner)
+            self._drop("duplicate", shown, owner)
             return True
         self._seen.add(digest)
         return False
 
-    def _drop(self, name: str, text: str, owner: Document | Conversation) -> None:
+    def _drop(self, name: str, shown: str, owner: Document | Conversation) -> None:
         count = self.counts[name]
         count.dropped += 1
         if len(count.examples) < N_EXAMPLES:
-            count.examples.append(f"{owner.source}, {owner.location}: {text[:60]!r}")
+            count.examples.append(f"{owner.source}, {owner.location}: {shown}")

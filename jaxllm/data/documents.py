@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from jaxllm.data.problems import as_json
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -47,13 +49,13 @@ def parse_messages(value: object) -> tuple[Message, ...]:
       ValueError: another shape; the message says which entry and what it is.
     """
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(
-            f"messages must be a non-empty list of {{role, content}}, found {type(value).__name__} {str(value)[:60]!r}"
-        )
+        raise ValueError(f"messages must be a non-empty list of {{role, content}}, found {as_json(value, 60)}")
     messages = []
     for index, entry in enumerate(value):
         role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f"message {index} must have a string role and a string content, found {str(entry)[:80]!r}")
+            raise ValueError(
+                f"message {index} must have a string role and a string content, found {as_json(entry, 80)}"
+            )
         messages.append(Message(role, content))
     return tuple(messages)

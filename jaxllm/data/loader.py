@@ -6,7 +6,6 @@ it decides nothing.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -57,6 +56,11 @@ class Loader(Iterator[Batch]):
 
     Args:
       split: "train" (shuffled, repeated) or "validation" (stored order, one pass).
+
+    Attributes:
+      samples_per_epoch: rows that one pass over the first source takes, with the rows mixed in; for validation, all.
+      n_samples: until the data is exhausted; None: never.
+
     Raises:
       ValueError: the sources differ in tokenizer, batch_size does not divide, or the split is empty.
     """
@@ -82,6 +86,10 @@ class Loader(Iterator[Batch]):
         _check_tokenizers(self.datasets)
         self.plans = [plan(dataset, config.packing) for dataset in self.datasets]
         self._order = self._make_order([source.weight for source in self.sources])
+        self.n_samples, self.samples_per_epoch = self._order.n_samples, self._order.samples_per_epoch
+        first = self.datasets[0]
+        self.tokenizer_dir, self.tokenizer_fingerprint = first.tokenizer_dir, first.tokenizer_fingerprint
+        self.vocab_size = first.vocab_size
         self._sample = 0
         self._batches: Iterator[Batch] | None = None
 
@@ -129,32 +137,10 @@ class Loader(Iterator[Batch]):
         )
 
     @property
-    def tokenizer_dir(self) -> Path:
-        return self.datasets[0].tokenizer_dir
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.datasets[0].tokenizer_fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        return self.datasets[0].vocab_size
-
-    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes per trained token over all sources of this split."""
         tokens = [each.n_trained for each in self.datasets]
         return sum(each.bytes_per_token * n for each, n in zip(self.datasets, tokens, strict=True)) / sum(tokens)
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Rows that one pass over the first source takes, with the rows mixed in; for validation, all rows."""
-        return self._order.samples_per_epoch
-
-    @property
-    def n_samples(self) -> int | None:
-        """Samples until the data is exhausted; None: never."""
-        return self._order.n_samples
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, row of its plan) of a global sample."""
@@ -162,10 +148,8 @@ class Loader(Iterator[Batch]):
 
     def row(self, sample: int) -> Batch:
         """Row [T] of a global sample; past the end, a row of padding."""
-        total = self.n_samples
-        if total is not None and sample >= total:
-            padding = self.plans[0].row(0)
-            return Batch(*(np.zeros_like(array) for array in padding))
+        if self.n_samples is not None and sample >= self.n_samples:
+            return Batch(*(np.zeros_like(array) for array in self.plans[0].row(0)))
         source, row = self._order[sample]
         return self.plans[source].row(row)
 
@@ -186,7 +170,7 @@ class _Batches:
         self._start = start
 
     def __len__(self) -> int:
-        total = self._loader._order.n_samples
+        total = self._loader.n_samples
         return 1 << 62 if total is None else -(-(total - self._start) // self._loader.config.batch_size)
 
     def __getitem__(self, index: int) -> Batch:

@@ -25,7 +25,14 @@ class PackingConfig(Config):
     )
 
 
-class TextPlan:
+class _Rows:
+    @property
+    def waste(self) -> float:
+        """Share of positions that are padding."""
+        return 1 - self.n_targets / (len(self) * self.seq_len) if len(self) else 0.0
+
+
+class TextPlan(_Rows):
     """Concatenate and chunk: every token of the split is a target exactly once, except the first of each document.
 
     Example, documents (1 7 8 2) and (1 9 2) at T = 4; 0 is padding:
@@ -45,16 +52,10 @@ class TextPlan:
     def __len__(self) -> int:
         return (self.n_targets + self.seq_len - 1) // self.seq_len
 
-    @property
-    def waste(self) -> float:
-        """Share of positions that are padding: only the end of the last row."""
-        return 1 - self.n_targets / (len(self) * self.seq_len) if len(self) else 0.0
-
     def row(self, index: int) -> Batch:
         """Return row `index` as a Batch of arrays [T]."""
-        start, stop = index * self.seq_len, min((index + 1) * self.seq_len, self.n_targets)
+        start, stop, first, last = self._bounds(index)
         n = stop - start
-        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right")
         ends = np.minimum(self._ends[first : last + 1], stop) - start
         counts = np.diff(ends, prepend=0)
         local = np.repeat(np.arange(last - first + 1), counts)  # which of the row's documents, [n]
@@ -71,12 +72,17 @@ class TextPlan:
 
     def documents(self, index: int) -> Int[np.ndarray, "n"]:
         """Documents of row `index`, in the order of their segments."""
-        start, stop = index * self.seq_len, min((index + 1) * self.seq_len, self.n_targets)
-        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right")
+        _, _, first, last = self._bounds(index)
         return np.arange(first, last + 1)
 
+    def _bounds(self, index: int) -> tuple[int, int, int, int]:
+        """(first position, end, first document, last document) of a row."""
+        start, stop = index * self.seq_len, min((index + 1) * self.seq_len, self.n_targets)
+        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right")
+        return start, stop, int(first), int(last)
 
-class ChatPlan:
+
+class ChatPlan(_Rows):
     """Best-fit decreasing: whole conversations, each into the fullest row that still has room for it.
 
     Attributes:
@@ -109,11 +115,6 @@ class ChatPlan:
 
     def __len__(self) -> int:
         return len(self._starts) - 1
-
-    @property
-    def waste(self) -> float:
-        """Share of positions that are padding."""
-        return 1 - self.n_targets / (len(self) * self.seq_len) if len(self) else 0.0
 
     def row(self, index: int) -> Batch:
         """Return row `index` as a Batch of arrays [T]; weight 1 exactly on the answers' tokens.

@@ -1,31 +1,19 @@
 """Piece models: text to ids and an id to its bytes, below any notion of chat or files.
 
-Two models: plain bytes, and SentencePiece. An id's bytes are the unit of decoding: joining them gives the text back
-exactly, also when one character is spread over several ids, so streaming and whole decoding are the same operation.
+Two models: plain bytes, and SentencePiece; `fast_pieces` has a third. Each has a `kind`, a `size`, the `file` (name and
+content) that a tokenizer directory keeps of it, `encode` (the ids of each text; never a control id, whatever the text
+says) and `bytes_of` (UTF-8 bytes of an id, maybe part of a character; empty for control ids). An id has bytes, the unit
+of decoding: joining them gives the text back exactly, also when one character is spread over several ids, so streaming
+and whole decoding are the same operation.
 """
 
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
 
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space inside pieces
 CHUNK_CHARS = 65_536  # SentencePiece needs about 90 bytes of memory per character of one call
 _SAFE_CUT = re.compile(r"\n|(?<=[^ ]) (?=[^ ])")  # before a newline or a single space: no piece of ours reaches across
-
-
-class Pieces(Protocol):
-    """What `Tokenizer` needs of a piece model."""
-
-    kind: str
-    size: int
-    file: tuple[str, bytes] | None  # name and content of what a tokenizer directory keeps of it
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; never a control id, whatever the text says."""
-
-    def bytes_of(self, token: int) -> bytes:
-        """UTF-8 bytes (maybe part of a character) that `token` stands for; empty for control ids."""
 
 
 class BytePieces:
@@ -58,18 +46,18 @@ class SentencePieces:
       ValueError: `proto` is not a SentencePiece model.
     """
 
+    kind = "sentencepiece"
+
     def __init__(self, proto: bytes, escape_mark: bool):
         import sentencepiece  # here, so that --help of the commands stays fast
 
-        self.proto = proto
-        self.escape_mark = escape_mark
+        self.proto, self.escape_mark = proto, escape_mark
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(proto)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model ({len(proto):,} bytes): {error}") from error
         self.file = ("spm.model", proto)
-        self.kind = "sentencepiece"
         self.size = self._model.vocab_size()
         first = self._model.encode("a", out_type=str)
         self.leading_space = bool(first) and first[0].startswith(SPACE_MARK)  # the model puts a space before every text
@@ -82,12 +70,8 @@ class SentencePieces:
 
     def id_of(self, role: str) -> int | None:
         """Id of "pad", "bos", "eos" or "unk" as the model declares it."""
-        token = {
-            "pad": self._model.pad_id,
-            "bos": self._model.bos_id,
-            "eos": self._model.eos_id,
-            "unk": self._model.unk_id,
-        }[role]()
+        model = self._model
+        token = {"pad": model.pad_id, "bos": model.bos_id, "eos": model.eos_id, "unk": model.unk_id}[role]()
         return token if token >= 0 else None
 
     def scored(self) -> tuple[list[str], list[float]]:
@@ -96,31 +80,29 @@ class SentencePieces:
         return [model.id_to_piece(i) for i in range(self.size)], [model.get_score(i) for i in range(self.size)]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")] if self.escape_mark else []
-        parts: list[str] = []
-        owners: list[int] = []  # text of each part; ~text for a literal mark before the part
-        for index, text in enumerate(texts):
-            for number, stretch in enumerate(text.split(SPACE_MARK) if self.escape_mark else [text]):
-                for start, part in enumerate(_chunks(stretch) if self.escape_mark else [stretch]):
-                    parts.append(part)
-                    owners.append(~index if number and not start else index)
+        if not self.escape_mark:
+            return self._encode_all(list(texts))
+        mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")]
+        cut = [[_chunks(stretch) for stretch in text.split(SPACE_MARK)] for text in texts]
+        encoded = iter(self._encode_all([chunk for text in cut for stretch in text for chunk in stretch]))
+        ids: list[list[int]] = [[] for _ in texts]
+        for found, text in zip(ids, cut, strict=True):
+            for number, stretch in enumerate(text):
+                found += mark if number else []
+                for _ in stretch:
+                    found += next(encoded)
+        return ids
+
+    def _encode_all(self, parts: list[str]) -> list[list[int]]:
         try:
-            if (
-                sum(map(len, parts)) < CHUNK_CHARS
-            ):  # a list starts threads, which costs as much as encoding 10,000 characters
-                encoded = [self._model.encode(part) for part in parts]
-            else:
-                encoded = self._model.encode(parts, num_threads=-1)
+            # A list starts threads, which costs as much as encoding 10,000 characters.
+            if sum(map(len, parts)) < CHUNK_CHARS:
+                return [self._model.encode(part) for part in parts]
+            return self._model.encode(parts, num_threads=-1)
         except RuntimeError as error:
             raise ValueError(
                 f"SentencePiece cannot encode the text; is there a lone surrogate in it? ({error})"
             ) from error
-        ids: list[list[int]] = [[] for _ in texts]
-        for owner, part in zip(owners, encoded, strict=True):
-            if owner < 0:
-                ids[~owner] += mark
-            ids[owner if owner >= 0 else ~owner] += part
-        return ids
 
     def bytes_of(self, token: int) -> bytes:
         return self._table[token]

@@ -12,6 +12,7 @@ from pydantic import Field
 from jaxllm.core.config import Config
 from jaxllm.data.chat import BOS, EOS, ROLE_TOKENS
 
+_CONTROL = {"pad": "<pad>", "bos": BOS, "eos": EOS, "unk": "<unk>"}  # in the order of their ids
 MAX_LINE_CHARS = 1000  # SentencePiece drops lines over max_sentence_length = 4192 bytes; 4 bytes per character at most
 # SentencePiece silently drops lines that hold NUL, tab or U+2585 and reads U+2581 as a space; none needs a piece of
 # more than bytes.
@@ -70,25 +71,14 @@ def train_pieces(texts: Iterable[str], config: TokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             user_defined_symbols=["\n"],
             control_symbols=list(ROLE_TOKENS),
-            **_CONTROL_IDS,
+            **{f"{role}_id": token for token, role in enumerate(_CONTROL)},
+            **{f"{role}_piece": piece for role, piece in _CONTROL.items()},
             num_threads=16,  # fixed: unigram training sums per thread, so the number of cores would change the model
             minloglevel=2,
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), config)) from error
     return model.getvalue()
-
-
-_CONTROL_IDS = {
-    "pad_id": 0,
-    "bos_id": 1,
-    "eos_id": 2,
-    "unk_id": 3,
-    "pad_piece": "<pad>",
-    "bos_piece": BOS,
-    "eos_piece": EOS,
-    "unk_piece": "<unk>",
-}
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -4,11 +4,13 @@ import hashlib
 import heapq
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from jaxllm.core.config import Config
+from jaxllm.core.wording import count
 from jaxllm.data import sources, tokenizer
 from jaxllm.data.chat import encode_chat, template_of
 from jaxllm.data.clean import CleanConfig, Cleaner
@@ -16,11 +18,12 @@ from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy, Problems
-from jaxllm.data.report import PackingReport, PrepareReport, RuleReport, SplitReport
+from jaxllm.data.report import PackingReport, PrepareReport, SplitReport
 from jaxllm.data.shard_writer import DatasetWriter
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.tokenizer import Tokenizer
 
+BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
 BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
 
 
@@ -130,9 +133,8 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         if not reader.n_kept:
             raise ValueError(_why_empty(reader))
         directory = writer.seal()
-        report = _report(
-            reader, writer.tokenizer, {split: Dataset.open(directory, split, verify=False) for split in SPLITS}, start
-        )
+        datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
+        report = _report(reader, writer.tokenizer, datasets, start)
         writer.write_report(report.model_dump(mode="json"))
     return report
 
@@ -146,7 +148,7 @@ def make_tokenizer(config: PrepareConfig) -> Tokenizer:
             first = next(texts, None)
             if first is None:
                 raise ValueError(_why_empty(reader))
-            return tokenizer.train(_chain(first, texts), config.tokenizer)
+            return tokenizer.train(chain([first], texts), config.tokenizer)
         case BytesTokenizer():
             return tokenizer.byte_tokenizer()
         case ExistingTokenizer():
@@ -177,29 +179,25 @@ def assign_splits(items: Iterable[Encoded], validation: float, seed: int) -> Ite
 def _encode(reader: Reader, tok: Tokenizer) -> Iterator[Encoded]:
     batch: list[Document] = []
     size = 0
-    for item in reader:
+    for item in chain(reader, [None]):
         if isinstance(item, Conversation):
             try:
-                encoded = _encode_conversation(item, tok)
+                ids, trained = _encode_conversation(item, tok)
             except ValueError as error:
                 reader.reject(item, error)
             else:
-                yield encoded
+                yield Encoded(item.source, item.location, ids, trained, _size(item))
             continue
-        batch.append(item)
-        size += len(item.text)
-        if size >= BATCH_CHARS:
-            yield from _encode_batch(batch, tok)
+        if item is not None:
+            batch.append(item)
+            size += len(item.text)
+        if item is None or size >= BATCH_CHARS:
+            for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
+                yield Encoded(each.source, each.location, ids, [], _size(each))
             batch, size = [], 0
-    yield from _encode_batch(batch, tok)
 
 
-def _encode_batch(batch: list[Document], tok: Tokenizer) -> Iterator[Encoded]:
-    for item, ids in zip(batch, tok.encode_batch([item.text for item in batch]), strict=True):
-        yield Encoded(item.source, item.location, ids, [], _size(item))
-
-
-def _encode_conversation(item: Conversation, tok: Tokenizer) -> Encoded:
+def _encode_conversation(item: Conversation, tok: Tokenizer) -> tuple[list[int], list[bool]]:
     """Encode; a conversation of which nothing is learned is an error (nothing predicts the first token)."""
     ids, trained = encode_chat(tok, item.messages)
     if not any(trained[1:]):
@@ -207,7 +205,7 @@ def _encode_conversation(item: Conversation, tok: Tokenizer) -> Encoded:
             "no token of this conversation is learned; it needs an assistant message, and the chat template needs "
             "{% generation %} around what the assistant says"
         )
-    return Encoded(item.source, item.location, ids, trained, _size(item))
+    return ids, trained
 
 
 def _texts(item: Document | Conversation) -> list[str]:
@@ -218,19 +216,13 @@ def _size(item: Document | Conversation) -> int:
     return sum(len(text.encode("utf-8")) for text in _texts(item))
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
 def _why_empty(reader: Reader) -> str:
-    dropped = ", ".join(
-        f"{name} dropped {count.dropped}" for name, count in reader.cleaner.counts.items() if count.dropped
-    )
-    first = f" (first: {reader.problems.examples[0]})" if reader.problems.count else ""
+    problems, counts = reader.problems, reader.cleaner.counts.items()
+    dropped = ", ".join(f"{name} dropped {rule.dropped}" for name, rule in counts if rule.dropped)
+    first = f" (first: {problems.examples[0]})" if problems.count else ""
     return (
-        f"no text is left: {reader.n_read} documents were read, {reader.problems.count} inputs were unreadable{first}, "
-        f"{dropped or 'no rule dropped any'}; check the sources"
+        f"no text is left: {count(reader.n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
+        f"{first}, {dropped or 'no rule dropped any'}; check the sources"
     )
 
 
@@ -238,20 +230,12 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
     config = reader.config
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
     return PrepareReport(
-        directory=config.out,
-        kind=config.dataset_kind,
-        documents_read=reader.n_read,
-        documents_kept=reader.n_kept,
-        bytes_read=reader.bytes_read,
-        bytes_kept=reader.bytes_kept,
-        problems=reader.problems.count,
-        problem_examples=tuple(reader.problems.examples),
-        rules={
-            name: RuleReport(changed=count.changed, dropped=count.dropped, examples=tuple(count.examples))
-            for name, count in reader.cleaner.counts.items()
-        },
-        tokenizer=_tokenizer_name(config),
-        vocab_size=tok.vocab_size,
+        directory=config.out, kind=config.dataset_kind,
+        documents_read=reader.n_read, documents_kept=reader.n_kept,
+        bytes_read=reader.bytes_read, bytes_kept=reader.bytes_kept,
+        problems=reader.problems.count, problem_examples=tuple(reader.problems.examples),
+        rules=reader.cleaner.counts,
+        tokenizer=_tokenizer_name(config), vocab_size=tok.vocab_size,
         bytes_per_token=datasets["train"].bytes_per_token,
         splits={
             split: SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
@@ -259,8 +243,8 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
         },
         packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        notes=tuple(_notes(config, tok, datasets)),
-    )
+        notes=tuple(_notes(reader, tok, len(datasets["train"]), len(datasets["validation"]))),
+    )  # fmt: skip
 
 
 def _tokenizer_name(config: PrepareConfig) -> str:
@@ -272,14 +256,22 @@ def _tokenizer_name(config: PrepareConfig) -> str:
     return config.tokenizer.kind
 
 
-def _notes(config: PrepareConfig, tok: Tokenizer, datasets: dict[str, Dataset]) -> Iterator[str]:
-    if isinstance(config.tokenizer, TokenizerConfig) and tok.vocab_size < config.tokenizer.vocab_size:
-        yield f"the text has pieces for a vocabulary of {tok.vocab_size} only, not of {config.tokenizer.vocab_size}"
-    if config.validation and not len(datasets["validation"]):
-        count = len(datasets["train"])
+def _notes(reader: Reader, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:
+    asked, size = reader.config.tokenizer, tok.vocab_size
+    if isinstance(asked, TokenizerConfig):
+        alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least
+        enough = 100 * max(-(-alphabet // 100), reader.bytes_kept // BYTES_PER_ID // 100)
+        if size < asked.vocab_size:
+            yield f"the text has pieces for a vocabulary of {size} only, not of {asked.vocab_size}"
+        elif size > enough:
+            yield (
+                f"a vocabulary of {size:,} is large for {count(reader.bytes_kept, 'byte')} of text: most ids are too "
+                f"rare to be learned; use --vocab-size {enough} or more text"
+            )
+    if reader.config.validation and not n_validation:
         finer = "cut finer (--split paragraph)"
         yield (
-            f"no document is held out: there are {count}; {finer} or use --validation 1"
-            if count > 1
+            f"no document is held out: there are {n_train}; {finer} or use --validation 1"
+            if n_train > 1
             else f"no document is held out: there is only 1, so training has no validation loss; {finer} to get one"
         )

@@ -1,10 +1,13 @@
 """What to do with unreadable input: stop, or leave it out and count it. Never silent."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 Policy = Literal["error", "skip", "replace"]
 N_EXAMPLES = 5
+T = TypeVar("T")
 
 
 @dataclass
@@ -22,16 +25,15 @@ class Problems:
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def report(self, message: str) -> None:
-        """Count one problem.
+    def report(self, message: str, replaceable: bool = False) -> None:
+        """Count one problem; `replaceable`: the policy "replace" repairs it.
 
         Raises:
           ValueError: the policy is "error".
         """
         if self.policy == "error":
-            raise ValueError(
-                f"{message}; repair it, or pass --errors skip (leave it out and count it) or --errors replace"
-            )
+            advice = "; repair it, or pass --errors skip (leave it out and count it)"
+            raise ValueError(message + advice + (" or --errors replace" if replaceable else ""))
         self.count += 1
         if len(self.examples) < N_EXAMPLES:
             self.examples.append(message)
@@ -41,6 +43,40 @@ class Problems:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            byte = data[error.start]
-            self.report(f"{path}: not UTF-8 at byte offset {offset + error.start} (byte 0x{byte:02x}: {error.reason})")
+            at, byte = offset + error.start, data[error.start]
+            self.report(f"{path}: not UTF-8 at byte offset {at} (byte 0x{byte:02x}: {error.reason})", replaceable=True)
         return data.decode("utf-8", errors="replace") if self.policy == "replace" else None
+
+    def encodable(self, text: str, place: str) -> str:
+        """Return `text`; half of a surrogate pair in it, as JSON's \\ud800 can be, becomes "?" or a problem.
+
+        Raises:
+          UnicodeEncodeError: there is one, which no UTF-8 can say, and the policy is not "replace".
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            if self.policy != "replace":
+                raise
+            self.report(f"{place}: {_surrogate(error)}")
+        return text.encode("utf-8", errors="replace").decode("utf-8")
+
+    def attempt(self, place: str, read: Callable[..., T], *values: object) -> T | None:
+        """Return `read(*values)`, or None after a report of the ValueError that it raised."""
+        try:
+            return read(*values)
+        except UnicodeEncodeError as error:
+            self.report(f"{place}: {_surrogate(error)}", replaceable=True)
+        except ValueError as error:
+            self.report(f"{place}: {error}")
+        return None
+
+
+def as_json(value: object, limit: int) -> str:
+    """Return the beginning of `value` as a row of a file shows it."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _surrogate(error: UnicodeEncodeError) -> str:
+    return f"lone surrogate \\u{ord(error.object[error.start]):04x} at character {error.start}"

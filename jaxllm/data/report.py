@@ -4,17 +4,10 @@ from typing import TYPE_CHECKING
 
 from jaxllm.core.config import Record
 from jaxllm.core.wording import count
+from jaxllm.data.clean import RuleCount
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-class RuleReport(Record):
-    """One cleaning rule; `examples` of what it dropped."""
-
-    changed: int
-    dropped: int
-    examples: tuple[str, ...]
 
 
 class SplitReport(Record):
@@ -45,7 +38,7 @@ class PrepareReport(Record):
     bytes_kept: int
     problems: int
     problem_examples: tuple[str, ...]
-    rules: dict[str, RuleReport]
+    rules: dict[str, RuleCount]
     tokenizer: str
     vocab_size: int
     bytes_per_token: float

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from jaxllm.core import files
-from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32, shard_files
+from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
 from jaxllm.data.tokenizer import Tokenizer
 
 
@@ -35,9 +35,7 @@ class DatasetWriter:
         shard_tokens: int = 1 << 24,
     ):
         self.directory = Path(directory)
-        self.tokenizer = tokenizer
-        self.kind = kind
-        self.overwrite = overwrite
+        self.tokenizer, self.kind, self.overwrite = tokenizer, kind, overwrite
         if self.directory.exists() and not overwrite:
             raise FileExistsError(
                 f"{self.directory} exists; choose another directory, or pass --overwrite to replace it"
@@ -117,12 +115,8 @@ class DatasetWriter:
 
 class _SplitWriter:
     def __init__(self, directory: Path, kind: Kind, dtype: str, shard_tokens: int):
-        self.directory = directory
-        self.kind = kind
-        self.dtype = dtype
-        self.shard_tokens = shard_tokens
-        self.n_trained = 0
-        self.trained_bytes = 0
+        self.directory, self.kind, self.dtype, self.shard_tokens = directory, kind, dtype, shard_tokens
+        self.n_trained = self.trained_bytes = 0
         self.shards: list[ShardInfo] = []
         self._clear()
 
@@ -155,22 +149,25 @@ class _SplitWriter:
         )
 
     def _flush(self) -> None:
-        name = f"shard-{len(self.shards):05d}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        _save(self.directory / f"{name}.tokens.npy", np.concatenate(self._tokens))
-        offsets = np.cumsum([0, *(len(tokens) for tokens in self._tokens)], dtype=np.int64)
-        _save(self.directory / f"{name}.offsets.npy", offsets)
-        (self.directory / f"{name}.origins.jsonl").write_bytes("".join(self._origins).encode("utf-8"))
-        if self.kind == "chat":
-            _save(self.directory / f"{name}.trained.npy", np.concatenate(self._trained))
-        names = shard_files(self.kind, name)
+        shard = f"shard-{len(self.shards):05d}"
+        arrays = {
+            "tokens": np.concatenate(self._tokens),
+            "offsets": np.cumsum([0, *(len(tokens) for tokens in self._tokens)], dtype=np.int64),
+            **({"trained": np.concatenate(self._trained)} if self.kind == "chat" else {}),
+        }
+        for name, array in arrays.items():
+            _save(self.directory / f"{shard}.{name}.npy", array)
+        (self.directory / f"{shard}.origins.jsonl").write_bytes("".join(self._origins).encode("utf-8"))
+        parts = ["tokens.npy", "offsets.npy", "origins.jsonl"] + ["trained.npy"] * (self.kind == "chat")
+        paths = [self.directory / f"{shard}.{part}" for part in parts]
         self.shards.append(
             ShardInfo(
-                name=name,
+                name=shard,
                 n_documents=len(self._tokens),
                 n_tokens=self._size,
-                size_bytes={each: (self.directory / each).stat().st_size for each in names},
-                crc32={each: crc32(self.directory / each) for each in names},
+                size_bytes={path.name: path.stat().st_size for path in paths},
+                crc32={path.name: crc32(path) for path in paths},
             )
         )
         self._clear()

@@ -13,7 +13,7 @@ is opened.
 
 import json
 import zlib
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -71,25 +71,32 @@ class Dataset:
     """One split of a dataset directory, memory-mapped: opening costs the checksum pass, reading costs page faults.
 
     Attributes:
+      kind, vocab_size, tokenizer_fingerprint: as in the manifest; fingerprint: of this split.
       lengths: int64 [n_documents], tokens per document with bos and eos.
       starts: int64 [n_documents + 1], where each document starts in the stream of all tokens.
+      n_trained: tokens that are targets with weight 1.
+      bytes_per_token: UTF-8 bytes per trained token: nats per token / (this * ln 2) = bits per byte; 0 for an empty
+        split.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, split: str):
-        self.directory = directory
-        self.split = split
-        self._manifest = manifest
-        self._shards = manifest.splits[split].shards
-        offsets = [_map(directory / split, f"{shard.name}.offsets.npy") for shard in self._shards]
-        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(each) for each in offsets)])
+        info = manifest.splits[split]
+        self.directory, self.split, self.tokenizer_dir = directory, split, directory / "tokenizer"
+        self.kind, self.vocab_size = manifest.kind, manifest.vocab_size
+        self.tokenizer_fingerprint, self.fingerprint = manifest.tokenizer_fingerprint, manifest.fingerprint(split)
+        self.n_trained = info.n_trained
+        self.bytes_per_token = info.trained_bytes / info.n_trained if info.n_trained else 0.0
+        self._shards = info.shards
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(each) for each in self._maps("offsets"))])
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
-        self._bounds = np.cumsum([0, *(shard.n_tokens for shard in self._shards)])
-        self._tokens = [_map(directory / split, f"{shard.name}.tokens.npy") for shard in self._shards]
-        self._trained = (
-            [_map(directory / split, f"{shard.name}.trained.npy") for shard in self._shards]
-            if self.kind == "chat"
-            else []
-        )
+        self._bounds = np.cumsum([0, *(shard.n_tokens for shard in info.shards)])
+        self._tokens = self._maps("tokens")
+        self._trained = self._maps("trained") if self.kind == "chat" else []
+
+    def _maps(self, part: str) -> list[np.ndarray]:
+        paths = [self.directory / self.split / f"{shard.name}.{part}.npy" for shard in self._shards]
+        # A plain ndarray over the map: slicing np.memmap itself costs ten times as much.
+        return [np.load(path, mmap_mode="r").view(np.ndarray) for path in paths]
 
     @classmethod
     def open(cls, directory: str | Path, split: str = "train", verify: bool = True) -> "Dataset":
@@ -112,37 +119,6 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
-    def kind(self) -> Kind:
-        return self._manifest.kind
-
-    @property
-    def vocab_size(self) -> int:
-        return self._manifest.vocab_size
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        return self._manifest.tokenizer_fingerprint
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        return self.directory / "tokenizer"
-
-    @property
-    def fingerprint(self) -> str:
-        return self._manifest.fingerprint(self.split)
-
-    @property
-    def n_trained(self) -> int:
-        """Tokens that are targets with weight 1."""
-        return self._manifest.splits[self.split].n_trained
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes per trained token: nats per token / (this * ln 2) = bits per byte; 0 for an empty split."""
-        info = self._manifest.splits[self.split]
-        return info.trained_bytes / info.n_trained if info.n_trained else 0.0
-
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, "T"]:
         """Tokens [start, stop) of one document."""
         return self.stream(*self._range(document, start, stop))
@@ -160,16 +136,16 @@ class Dataset:
 
     def origin(self, document: int) -> dict[str, str]:
         """{"source", "location"} of one document."""
-        shard = int(np.searchsorted(np.cumsum([each.n_documents for each in self._shards]), document, side="right"))
-        first = sum(each.n_documents for each in self._shards[:shard])
-        with open(
-            self.directory / self.split / f"{self._shards[shard].name}.origins.jsonl", encoding="utf-8", newline="\n"
-        ) as file:
-            return json.loads(next(line for number, line in enumerate(file) if number == document - first))
+        for shard in self._shards:
+            if document < shard.n_documents:
+                break
+            document -= shard.n_documents
+        path = self.directory / self.split / f"{shard.name}.origins.jsonl"
+        with open(path, encoding="utf-8", newline="\n") as file:
+            return json.loads(next(islice(file, document, None)))
 
     def _range(self, document: int, start: int, stop: int | None) -> tuple[int, int]:
-        length = int(self.lengths[document])
-        first = int(self.starts[document])
+        first, length = int(self.starts[document]), int(self.lengths[document])
         return first + min(start, length), first + (length if stop is None else min(stop, length))
 
     def _read(self, arrays: list[np.ndarray], start: int, stop: int) -> np.ndarray:
@@ -202,29 +178,13 @@ def read_manifest(directory: str | Path) -> Manifest:
     return Manifest.model_validate(content)
 
 
-def shard_files(kind: Kind, name: str) -> list[str]:
-    """File names of one shard, without the directory."""
-    parts = ["tokens.npy", "offsets.npy", "origins.jsonl"] + (["trained.npy"] if kind == "chat" else [])
-    return [f"{name}.{part}" for part in parts]
-
-
 def crc32(path: Path) -> int:
     """CRC-32 of a file, read in pieces."""
     value = 0
-    for block in _blocks(path):
-        value = zlib.crc32(block, value)
-    return value
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
-            yield block
-
-
-def _map(directory: Path, name: str) -> np.ndarray:
-    # A plain ndarray over the map: slicing np.memmap itself costs ten times as much.
-    return np.load(directory / name, mmap_mode="r").view(np.ndarray)
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _check(directory: Path, shard: ShardInfo, verify: bool) -> None:

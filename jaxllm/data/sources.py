@@ -7,15 +7,17 @@ same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, wh
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from jaxllm.core.config import Config
-from jaxllm.data import pydocs, world
+from jaxllm.data import pydocs
 from jaxllm.data.documents import Conversation, Document, Message, parse_messages
-from jaxllm.data.problems import Problems
+from jaxllm.data.problems import Problems, as_json
 
 
 class TextFiles(Config):
@@ -66,23 +68,29 @@ def documents(source: Input, problems: Problems) -> Iterator[Document]:
     """
     match source:
         case TextFiles():
-            for path in _files(source.path):
-                yield from _text_documents(path, source.split, problems)
+            for path, number, offset, data in _cut(source):
+                text = problems.decode(data, path, offset)
+                if text is not None:
+                    place = "whole file" if source.split == "file" else f"line {number}"
+                    yield Document(text.removeprefix("\ufeff"), path, place)
         case JsonLines():
-            name = source.fields or "text"
-            for path in _files(source.path):
-                for number, row in _rows(path, problems):
-                    text = _field(row, name, f"{path}:{number}", problems)
-                    if text is not None:
-                        yield Document(text, path, f"line {number}")
+            for path, number, row in _rows(source.path, problems):
+                valid = partial(problems.encodable, place=f"{path}:{number}")
+                text = problems.attempt(f"{path}:{number}", _field, row, source.fields or "text", valid)
+                if text is not None:
+                    yield Document(text, path, f"line {number}")
         case PyDocs():
             yield from pydocs.documents()
         case World():
+            from jaxllm.data import world
+
             yield from world.documents(source.count, source.seed)
 
 
 def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
-    """Yield the conversations of a source.
+    """Yield the conversations of a source: of a row one, or one per entry of `instances`.
+
+    Source: Wang et al. 2023, Self-Instruct.
 
     Raises:
       FileNotFoundError: no file matches.
@@ -94,12 +102,18 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
                 f"--text {source.path} has no conversations; use --jsonl for chat data, or leave out --chat"
             )
         case JsonLines():
-            for path in _files(source.path):
-                for number, row in _rows(path, problems):
-                    yield from _conversations(row, source.fields, path, number, problems)
+            for path, number, row in _rows(source.path, problems):
+                place = f"{path}:{number}"
+                valid = partial(problems.encodable, place=place)
+                for each, form in problems.attempt(place, _instances, row, source.fields) or ():
+                    messages = problems.attempt(place, _messages, each, form, valid)
+                    if messages is not None:
+                        yield Conversation(messages, path, f"line {number}")
         case PyDocs():
             yield from pydocs.conversations()
         case World():
+            from jaxllm.data import world
+
             yield from world.conversations(source.count, source.seed)
 
 
@@ -117,31 +131,22 @@ def _files(pattern: str) -> list[str]:
     return paths
 
 
-def _text_documents(path: str, split: str, problems: Problems) -> Iterator[Document]:
-    for number, offset, data in _cut(path, split):
-        text = problems.decode(data, path, offset)
-        if text is not None:
-            yield Document(text.removeprefix("\ufeff"), path, "whole file" if split == "file" else f"line {number}")
-
-
-def _cut(path: str, split: str) -> Iterator[tuple[int, int, bytes]]:
-    """(first line number, byte offset, content) of each document of a file."""
-    if split == "file":
-        with open(path, "rb") as file:
-            yield 1, 0, file.read()
-        return
-    held: list[bytes] = []
-    first = (1, 0)
-    for number, offset, line in _lines(path):
-        if line.strip() and not held:
-            first = (number, offset)
-        if line.strip():
-            held.append(line)
-        if held and (split == "line" or not line.strip()):
-            yield *first, b"".join(held).rstrip(b"\r\n")
-            held = []
-    if held:
-        yield *first, b"".join(held).rstrip(b"\r\n")
+def _cut(source: TextFiles) -> Iterator[tuple[str, int, int, bytes]]:
+    """(path, first line number, byte offset, content) of each document."""
+    for path in _files(source.path):
+        if source.split == "file":
+            with open(path, "rb") as file:
+                yield path, 1, 0, file.read()
+            continue
+        held: list[bytes] = []
+        first = (1, 0)
+        for number, offset, line in chain(_lines(path), [(0, 0, b"")]):
+            if line.strip():
+                first = first if held else (number, offset)
+                held.append(line)
+            if held and (source.split == "line" or not line.strip()):
+                yield path, *first, b"".join(held).rstrip(b"\r\n")
+                held = []
 
 
 def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
@@ -153,104 +158,71 @@ def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
             offset += len(line)
 
 
-def _rows(path: str, problems: Problems) -> Iterator[tuple[int, dict]]:
-    for number, offset, line in _lines(path):
-        text = problems.decode(line, f"{path}:{number}", offset)
-        if text is None or not text.strip():
-            continue
-        try:
-            row = json.loads(text.removeprefix("\ufeff"))
-        except json.JSONDecodeError as error:
-            problems.report(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-            continue
-        except RecursionError:
-            problems.report(f"{path}:{number}: JSON nested too deeply")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.report(f"{path}:{number}: a row must be a JSON object, found {type(row).__name__}")
+def _rows(pattern: str, problems: Problems) -> Iterator[tuple[str, int, dict]]:
+    """(path, line number, row) of each line that is a JSON object."""
+    for path in _files(pattern):
+        for number, offset, line in _lines(path):
+            text = problems.decode(line, f"{path}:{number}", offset)
+            if text is not None and text.strip():
+                row = problems.attempt(f"{path}:{number}", _row, text.removeprefix("\ufeff"))
+                if row is not None:
+                    yield path, number, row
 
 
-def _field(row: dict, name: str, place: str, problems: Problems) -> str | None:
-    """A string field of a row, or None after a report."""
+def _row(text: str) -> dict:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _field(row: dict, name: str, valid: Callable[[str], str]) -> str:
+    """A string field of a row."""
     value = row.get(name)
     if not isinstance(value, str):
-        found = (
-            f"it is {type(value).__name__}"
-            if name in row
-            else f"the row has {', '.join(map(repr, row)) or 'no fields'}"
-        )
-        problems.report(f"{place}: no text in field {name!r}: {found}")
-        return None
-    return _valid(value, place, problems)
+        found = f"it is {type(value).__name__}" if name in row else f"the row has {_names(row)}"
+        raise ValueError(f"no text in field {name!r}: {found}")
+    return valid(value)
 
 
-def _valid(text: str, place: str, problems: Problems) -> str | None:
-    """`text` unless it holds half of a surrogate pair, as JSON's \\ud800 can, which no UTF-8 can say."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError as error:
-        problems.report(f"{place}: lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}")
-    return text.encode("utf-8", errors="replace").decode("utf-8") if problems.policy == "replace" else None
+def _names(row: dict) -> str:
+    return ", ".join(map(repr, row)) or "no fields"
 
 
-def _conversations(row: dict, fields: str | None, path: str, number: int, problems: Problems) -> Iterator[Conversation]:
-    """The conversations of a row: one, or one per entry of `instances` (Wang et al. 2023, Self-Instruct)."""
-    place = f"{path}:{number}"
+def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
+    """(row, form) of each conversation; where a row has several, the instruction is said once for all of them."""
     form = fields or _recognise(row)
     if form is None:
-        problems.report(
-            f"{place}: not a conversation: the row has {', '.join(map(repr, row)) or 'no fields'}; expected "
-            "'messages', or 'instruction' and 'output' or 'instances', or name two fields: --jsonl FILE:PROMPT,ANSWER"
+        raise ValueError(
+            f"not a conversation: the row has {_names(row)}; expected 'messages', or 'instruction' and 'output' or "
+            "'instances', or name two fields: --jsonl FILE:PROMPT,ANSWER"
         )
-        return
-    rows, form = (_instances(row, place, problems), "alpaca") if form == "instances" else ([row], form)
-    for each in rows:
-        messages = _messages(each, place, problems) if form == "messages" else _pair(each, form, place, problems)
-        if messages is not None:
-            yield Conversation(messages, path, f"line {number}")
-
-
-def _instances(row: dict, place: str, problems: Problems) -> list[dict]:
-    """One alpaca row per instance: the instruction is said once for all of them."""
+    if form != "instances":
+        return [(row, form)]
     instances = row.get("instances")
-    if isinstance(instances, list) and instances and all(isinstance(each, dict) for each in instances):
-        shared = {"instruction": row["instruction"]} if "instruction" in row else {}
-        return [shared | each for each in instances]
-    problems.report(
-        f"{place}: 'instances' must be a non-empty list of {{input, output}}, found {str(instances)[:60]!r}"
-    )
-    return []
-
-
-def _messages(row: dict, place: str, problems: Problems) -> tuple[Message, ...] | None:
-    try:
-        messages = parse_messages(row.get("messages"))
-    except ValueError as error:
-        problems.report(f"{place}: {error}")
-        return None
-    turns = [(_valid(each.role, place, problems), _valid(each.content, place, problems)) for each in messages]
-    return None if any(None in turn for turn in turns) else tuple(Message(*turn) for turn in turns)
-
-
-def _pair(row: dict, form: str, place: str, problems: Problems) -> tuple[Message, ...] | None:
-    names = "instruction,output" if form == "alpaca" else form
-    prompt_name, _, answer_name = names.partition(",")
-    prompt = _field(row, prompt_name, place, problems)
-    answer = _field(row, answer_name, place, problems) if prompt is not None else None
-    if prompt is None or answer is None:
-        return None
-    context = row.get("input") if form == "alpaca" else None
-    if context and (context := _field(row, "input", place, problems)) is None:
-        return None
-    return Message("user", f"{prompt}\n\n{context}" if context else prompt), Message("assistant", answer)
+    if not (isinstance(instances, list) and instances and all(isinstance(each, dict) for each in instances)):
+        raise ValueError(f"'instances' must be a non-empty list of {{input, output}}, found {as_json(instances, 60)}")
+    shared = {"instruction": row["instruction"]} if "instruction" in row else {}
+    return [(shared | each, "alpaca") for each in instances]
 
 
 def _recognise(row: dict) -> str | None:
     if "messages" in row:
         return "messages"
-    if "instruction" not in row:
-        return None
-    return next((form for field, form in (("output", "alpaca"), ("instances", "instances")) if field in row), None)
+    forms = {"output": "alpaca", "instances": "instances"} if "instruction" in row else {}
+    return next((form for field, form in forms.items() if field in row), None)
+
+
+def _messages(row: dict, form: str, valid: Callable[[str], str]) -> tuple[Message, ...]:
+    if form == "messages":
+        return tuple(Message(valid(each.role), valid(each.content)) for each in parse_messages(row.get("messages")))
+    prompt_name, _, answer_name = ("instruction,output" if form == "alpaca" else form).partition(",")
+    prompt, answer = (_field(row, name, valid) for name in (prompt_name, answer_name))
+    if form == "alpaca" and row.get("input"):
+        prompt += "\n\n" + _field(row, "input", valid)
+    return Message("user", prompt), Message("assistant", answer)

@@ -38,10 +38,8 @@ class Tokenizer:
         ids: tuple[int, int, int],
         chat: ChatTemplate | None,
     ):
-        self.pieces = pieces
-        self.special = special
+        self.pieces, self.special, self.chat = pieces, special, chat
         self.pad_id, self.bos_id, self.eos_id = ids
-        self.chat = chat
         self.prefix = pieces.prefix if isinstance(pieces, FastPieces) else (self.bos_id,)
 
     @property

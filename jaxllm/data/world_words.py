@@ -11,10 +11,14 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import NamedTuple
+
+import yaml
 
 EN, ZH = 0, 1  # index of a language in every bilingual tuple
 HELD_OUT_ONE_IN = 5  # contents
+WORLD = yaml.safe_load(resources.files(__package__).joinpath("world.yaml").read_text("utf-8"))
 
 
 class Word(NamedTuple):
@@ -33,55 +37,11 @@ class Thing(NamedTuple):
     kind: Word
 
 
-def _words(text: str) -> tuple[Word, ...]:
-    return tuple(Word(*entry.split(":")) for entry in text.split())
-
-
-def _things(kind: Word, text: str) -> tuple[Thing, ...]:
-    return tuple(Thing(*entry.split(":"), kind) for entry in text.split())
-
-
-KINDS = _words("fruit:水果 animal:动物 toy:玩具 tool:工具 garment:衣服")
-# Of each kind the last thing is late; of the people and adjectives, the last ones.
-THINGS = (
-    _things(KINDS[0], "banana:香蕉:根 pear:梨子:个 lemon:柠檬:个 peach:桃子:个 melon:甜瓜:个")
-    + _things(KINDS[1], "cat:猫咪:只 dog:小狗:只 horse:马儿:匹 rabbit:兔子:只 duck:鸭子:只")
-    + _things(KINDS[2], "ball:皮球:个 kite:风筝:只 doll:娃娃:个 drum:小鼓:面 robot:机器人:个")
-    + _things(KINDS[3], "hammer:锤子:把 spade:铲子:把 rope:绳子:条 lamp:台灯:盏 brush:刷子:把")
-    + _things(KINDS[4], "hat:帽子:顶 coat:外套:件 shirt:衬衫:件 scarf:围巾:条 glove:手套:只")
-)
-PEOPLE = _words(
-    "Anna:安娜 Tom:汤姆 Lily:莉莉 Ben:本杰明 Mary:玛丽 Jack:杰克 Rose:罗丝 Paul:保罗 "
-    "Emma:艾玛 Leo:里奥 Nina:尼娜 Max:马克斯 Lucy:露西 Dan:丹尼 Kate:凯特 Hugo:雨果"
-)
-NOVEL_PEOPLE = tuple(
-    Word(name, name) for name in ["Zorin", "Melka", "Tavi", "Quenna", "Brudo", "Yalis", "Pexo", "Wilmar"]
-)
-# The second persons of stories, never their heroes, so that nobody meets themselves; in all else persons like others.
-RELATIVES = _words("Mum:妈妈 Dad:爸爸 Grandma:奶奶 Grandpa:爷爷 Aunt:阿姨 Uncle:叔叔")
-COLOURS = _words("red:红色 blue:蓝色 green:绿色 yellow:黄色 black:黑色 white:白色")
-VERBS = _words("sees:看见 wants:想要 likes:喜欢 buys:购买 draws:描画 finds:找到")
-PLACES = _words("garden:花园 kitchen:厨房 park:公园 school:学校 library:图书馆 forest:森林 market:市场 station:车站")
-ASPECTS = _words("food:饭菜 room:房间 music:音乐 service:服务 film:电影 view:风景")
-PRAISE = _words(
-    "good:很好 great:很棒 lovely:可爱 excellent:优秀 wonderful:精彩 pleasant:舒服 perfect:完美 charming:迷人"
-)
-BLAME = _words("bad:很差 awful:糟糕 terrible:可怕 boring:无聊 horrible:恶心 ugly:难看 poor:劣质 nasty:讨厌")
-
-
 class Series(NamedTuple):
-    """Films that are watched in this order, round and round: that is the taste to be learned."""
+    """Films that are watched in this order."""
 
     genre: str
     titles: tuple[str, ...]
-
-
-SERIES = (
-    Series("space", ("Star Gate", "Moon Base", "Dark Comet", "Red Planet", "Solar Wind", "Lost Orbit")),
-    Series("crime", ("Night Thief", "Cold Case", "Black Letter", "Silent Witness", "Stolen Ring", "Hidden Room")),
-    Series("nature", ("Deep Ocean", "Green Valley", "High Peaks", "Wild Rivers", "Quiet Desert", "Frozen North")),
-    Series("music", ("Blue Piano", "First Violin", "Jazz Nights", "Golden Voice", "Slow Waltz", "Street Drums")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +54,14 @@ class Pool:
     blame: tuple[Word, ...]
     series: tuple[Series, ...]
 
+
+KINDS, PEOPLE, NOVEL_PEOPLE, RELATIVES, COLOURS, VERBS, PLACES, ASPECTS, PRAISE, BLAME = (
+    tuple(Word(*entry.split(":")) for entry in text.split()) for text in WORLD["words"].values()
+)
+THINGS = tuple(
+    Thing(*entry.split(":"), kind) for kind, text in zip(KINDS, WORLD["things"], strict=True) for entry in text.split()
+)
+SERIES = tuple(Series(genre, tuple(titles)) for genre, titles in WORLD["series"].items())
 
 _LATE_THINGS = THINGS[4::5]
 EVERY = Pool(PEOPLE, THINGS, PRAISE, BLAME, SERIES)
@@ -122,10 +90,3 @@ def draw_triple(
 def with_article(noun: str) -> str:
     """Return "a ball", "an animal"."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def listing(items: list[str], language: int) -> str:
-    """Join as "x, y and z" or "x、y、z"."""
-    if language == ZH:
-        return "、".join(items)
-    return ", ".join(items[:-1]) + " and " + items[-1]

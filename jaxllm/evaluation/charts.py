@@ -21,6 +21,11 @@ _STAND_INS = {
     "series-1": "#010a01", "series-2": "#010a02", "series-3": "#010a03", "series-4": "#010a04",
     "ink": "#010a05", "muted": "#010a06", "grid": "#010a07",
 }  # fmt: skip
+_LOOKS = {
+    "line": {"linewidth": 1.8, "solid_joinstyle": "round"},
+    "raw": {"linewidth": 0.7, "alpha": 0.3},
+    "points": {"linewidth": 1, "linestyle": (0, (2, 2)), "marker": "o", "markersize": 3.6},
+}
 SERIES = tuple(name for name in _STAND_INS if name.startswith("series"))
 
 
@@ -73,7 +78,9 @@ def line_chart(lines: Sequence[Line], label: str, *, log: bool = False, marks: S
         for x in marks:
             axes.axvline(x, color=_STAND_INS["grid"], linewidth=1, linestyle=(0, (4, 3)))
         for line in lines:
-            _draw(axes, line)
+            every = math.ceil(len(line.x) / MAX_POINTS) or 1
+            x, y = np.asarray(line.x, np.float64)[::every], np.asarray(line.y, np.float64)[::every]
+            axes.plot(x, y, color=_STAND_INS[line.colour], **_LOOKS[line.look])
         if log:
             _scale_log(axes)
         else:
@@ -115,18 +122,6 @@ def _scale_log(axes: "Axes") -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _draw(axes: "Axes", line: Line) -> None:
-    every = math.ceil(len(line.x) / MAX_POINTS) or 1
-    x, y = np.asarray(line.x, np.float64)[::every], np.asarray(line.y, np.float64)[::every]
-    colour = _STAND_INS[line.colour]
-    if line.look == "raw":
-        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-    elif line.look == "points":
-        axes.plot(x, y, color=colour, linewidth=1, linestyle=(0, (2, 2)), marker="o", markersize=3.6)
-    else:
-        axes.plot(x, y, color=colour, linewidth=1.8, solid_joinstyle="round")
 
 
 def _inline(svg: str, label: str) -> str:

@@ -7,8 +7,9 @@ The page is data for the eye: nothing is computed here that `results.json` and t
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,52 +52,14 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Extra:
-    """A further table of results.
-
-    Attributes:
-      key: of `Report.results`, where its scores are; without them the table is left out.
-      base, tuned: what the columns are called.
-    """
-
-    key: str
-    title: str
-    text: str
-    base: str = "before"
-    tuned: str = "after"
-
-
-EXTRAS = (
-    Extra(
-        "pretrain_only",
-        "Words that only pretraining has seen",
-        "The same exercises about words that occur in no instruction. Whoever solves them has carried knowledge from "
-        "raw text into its answers.",
-    ),
-    Extra(
-        "novel",
-        "Names that occur nowhere",
-        "Stories about people whose names are in no training text: only reading and copying can answer.",
-    ),
-    Extra(
-        "ablation",
-        "Does pretraining matter?",
-        "The same instructions, learned from random weights instead of the pretrained model.",
-        base="without pretraining",
-        tuned="with pretraining",
-    ),
-)
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything the page says.
 
     Attributes:
       title: the headline.
-      results: as in results.json. "tasks" and the keys of `extras` hold {application: {"base", "tuned", "n"}} with
-        fractions of n examples, base or tuned may be absent; "model", "parameters", "tokens", "seconds" and "machine"
-        are optional.
+      results: as in results.json. "tasks", "pretrain_only", "novel" and "ablation" hold
+        {application: {"base", "tuned", "n"}} with fractions of n examples, base or tuned may be absent; "model",
+        "parameters", "tokens", "seconds" and "machine" are optional.
       next_steps: (what it does, command).
     """
 
@@ -105,7 +68,6 @@ class Report:
     results: Mapping[str, Any]
     conversations: tuple[Exchange, ...] = ()
     next_steps: tuple[tuple[str, str], ...] = ()
-    extras: tuple[Extra, ...] = field(default=EXTRAS)
 
 
 class Chart(NamedTuple):
@@ -140,26 +102,12 @@ def render(report: Report) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
     template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
-    tables = [
-        (extra, scores.table(report.results[extra.key])) for extra in report.extras if report.results.get(extra.key)
-    ]
-    tasks = scores.table(report.results.get("tasks", {}))
     return template.render(
-        report=report, version=jaxllm.__version__, facts=_facts(report.results), tasks=tasks,
-        charts=list(_charts(report.stages)), summary=scores.summarise(report.results.get("tasks", {})), tables=tables,
-        recipes=[stage for stage in report.stages if stage.recipe],
+        report=report, version=jaxllm.__version__, table=scores.table, amount=_amount, duration=_duration,
+        charts=list(_charts(report.stages)), summary=scores.summarise(report.results.get("tasks", {})),
         diaries=[(stage.name, list(_diaries(stage.samples))) for stage in report.stages],
-        conversations=report.conversations, application_name=scores.name, language=_language,
+        application_name=scores.name, language=_language,
     )  # fmt: skip
-
-
-def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The headline numbers: (words, value)."""
-    writers = {
-        "parameters": ("parameters", _amount), "tokens": ("tokens learned from", _amount),
-        "seconds": ("from text to this page", _duration), "model": ("model", str), "machine": ("machine", str),
-    }  # fmt: skip
-    return [(words, write(results[key])) for key, (words, write) in writers.items() if key in results]
 
 
 def _amount(number: float) -> str:
@@ -185,15 +133,11 @@ def _values(records: Records, key: str) -> tuple[list[float], list[float]]:
 
 def _charts(stages: Sequence[Stage]) -> Iterator[Chart]:
     """One loss chart per stage, then learning rate and speed of all stages one after the other."""
-    for stage, colour in zip(stages, _colours(stages), strict=True):
+    for stage, colour in zip(stages, cycle(SERIES), strict=False):
         yield _loss_chart(stage, colour)
     yield _joined(stages, "metrics", "lr", "Learning rate")
     if any(stage.timing for stage in stages):
         yield _joined(stages, "timing", "tokens_per_s", "Tokens per second")
-
-
-def _colours(stages: Sequence[Stage]) -> list[str]:
-    return [SERIES[index % len(SERIES)] for index in range(len(stages))]
 
 
 def _loss_chart(stage: Stage, colour: str) -> Chart:
@@ -216,7 +160,7 @@ def _loss_chart(stage: Stage, colour: str) -> Chart:
 def _joined(stages: Sequence[Stage], source: str, key: str, title: str) -> Chart:
     """A chart in which each stage starts where the one before ended."""
     lines, legend, marks, parts, start = [], [], [], [], 0
-    for stage, colour in zip(stages, _colours(stages), strict=True):
+    for stage, colour in zip(stages, cycle(SERIES), strict=False):
         steps, values = _values(getattr(stage, source), key)
         lines.append(Line([start + step for step in steps], values, colour))
         legend.append((colour, "line", stage.name))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jaxllm.data import world_stories
+from jaxllm.data import world_texts
 from jaxllm.data.world_tasks import APPLICATIONS as APPLICATIONS
 from jaxllm.data.world_tasks import TASKS
 from jaxllm.data.world_words import EN, LATE, NOVEL, SEEN, ZH, Pool
@@ -76,14 +76,14 @@ def held_out(application: str, split: Split, count: int, seed: int) -> list[Exam
 def is_correct(example: Example, text: str) -> bool:
     """Say whether `text` answers the example: exactly, or for generation by any story about what was asked.
 
-    Surrounding white space does not count. A story must be one that `data.world_stories` can tell of the two people,
+    Surrounding white space does not count. A story must be one that `data.world_texts` can tell of the two people,
     the colour, the thing and the place of the prompt; the plot is free.
     """
     text = text.strip()
     if example.application != "generation":
         return text == example.answer
     language = EN if example.answer.isascii() else ZH
-    told, asked = (world_stories.parse(story, language) for story in (text, example.answer))
+    told, asked = (world_texts.parse(story, language) for story in (text, example.answer))
     if told is None or asked is None:
         return False
     return replace(asked, plot=told.plot) == told

@@ -103,7 +103,7 @@ def test_conversations_without_answers_stop(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no token of this conversation is learned"):
         prepare(config)
     assert not (tmp_path / "d").exists()
-    with pytest.raises(ValueError, match=r"1 inputs were unreadable \(first: .*a\.jsonl, line 1: no token of this"):
+    with pytest.raises(ValueError, match=r"1 input unreadable \(first: .*a\.jsonl, line 1: no token of this"):
         prepare(config.model_copy(update={"errors": "skip"}))
 
 
@@ -143,7 +143,7 @@ def test_unreadable_rows_are_in_the_report(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{bad\n{"text": "two"}\n')
     config = PrepareConfig(inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON .*--errors skip \(leave it out and count it\)$"):
         prepare(config)
     made = prepare(config.model_copy(update={"errors": "skip"}))
     assert made.problems == 1
@@ -159,7 +159,8 @@ def test_empty_corpus_is_an_error(tmp_path, content, tokenizer):
     path.write_text(content)
     config = PrepareConfig(inputs=(TextFiles(path=str(path)),), out=str(tmp_path / "d"), tokenizer=tokenizer)
     with pytest.raises(
-        ValueError, match=r"no text is left: 1 documents were read, .* min_chars dropped 1; check the sources"
+        ValueError,
+        match=r"no text is left: 1 document read, 0 inputs unreadable, .*min_chars dropped 1; check the sources",
     ):
         prepare(config)
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -176,6 +177,34 @@ def test_one_line_is_a_corpus_and_says_that_nothing_is_held_out(tmp_path):
     ]
     with pytest.raises(ValueError, match="no document is left for training"):
         prepare(PrepareConfig(inputs=(TextFiles(path=str(path)),), out=str(tmp_path / "e"), validation=1))
+
+
+@pytest.mark.parametrize(("vocab_size", "advice"), [(900, "use --vocab-size 600 or more text"), (600, None)])
+def test_a_vocabulary_that_is_too_large_for_the_text_is_noted(tmp_path, vocab_size, advice):
+    made = prepare(
+        PrepareConfig(
+            inputs=(World(count=300),), out=str(tmp_path / "d"), tokenizer=TokenizerConfig(vocab_size=vocab_size)
+        )
+    )
+    assert made.vocab_size == vocab_size and 30_000 < made.bytes_kept < 60_000
+    assert [note for note in made.notes if "large for" in note] == [note for note in made.notes if advice]
+    assert not advice or f"a vocabulary of {vocab_size} is large for {made.bytes_kept:,} bytes" in made.notes[0]
+    assert not advice or made.notes[0].endswith(advice)
+
+
+def test_dropped_conversations_are_shown_as_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = '{"messages": [{"role": "user", "content": "你好\\n"}, {"role": "assistant", "content": "a"}]}\n'
+    path.write_text(row * 2 + '{"messages": [{"role": "user"}]}\n{"messages": {"a": [1, true]}}\n', encoding="utf-8")
+    made = prepare(
+        PrepareConfig(
+            inputs=(JsonLines(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer(),
+            errors="skip",
+        )
+    )  # fmt: skip
+    assert made.rules["duplicate"].examples == [f'{path}, line 2: [{{"user": "你好"}}, {{"assistant": "a"}}]']
+    assert made.problem_examples[0].endswith('a string role and a string content, found {"role": "user"}')
+    assert made.problem_examples[1].endswith('a non-empty list of {role, content}, found {"a": [1, true]}')
 
 
 def items(count):

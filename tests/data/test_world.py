@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jaxllm.data import world, world_stories
+from jaxllm.data import world, world_texts
 from jaxllm.data.world_tasks import APPLICATIONS, TASKS
 from jaxllm.data.world_words import (
     EN,
@@ -136,6 +136,6 @@ def test_thirty_thousand_documents_take_seconds():
 def test_a_story_is_read_back_as_told(language):
     rng = random.Random(language)
     for _ in range(200):
-        story = world_stories.Story.draw(rng, EVERY, held_out=False)
-        assert world_stories.parse(story.say(language), language) == story
-        assert world_stories.parse(story.say(language), 1 - language) is None
+        story = world_texts.Story.draw(rng, EVERY, held_out=False)
+        assert world_texts.parse(story.say(language), language) == story
+        assert world_texts.parse(story.say(language), 1 - language) is None
