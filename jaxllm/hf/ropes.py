@@ -7,8 +7,8 @@ from jaxllm.hf.fields import Fields
 from jaxllm.layers.config import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
 
 
-def read_rope(fields: Fields, theta: float, fraction: float | None = None, **rest: Any) -> Rope:
-    """Return the rotary positions of a config.
+def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> dict[str, Any]:
+    """Return the fields of the rotary positions of a config.
 
     Args:
       theta, fraction: what the family means by leaving them out; None: it always rotates whole heads.
@@ -25,7 +25,8 @@ def read_rope(fields: Fields, theta: float, fraction: float | None = None, **res
     if fraction is None and share != 1.0:
         fields.problems.append(f"partial_rotary_factor={share}: transformers ignores it in this family")
     scaling = read_scaling(found, fields, fields.take("max_position_embeddings", 0))
-    return Rope(theta=theta, fraction=share, scaling=scaling, **rest)
+    found = {"kind": "rope", "theta": theta, "fraction": share, "scaling": scaling}
+    return {f"positions.{field}": value for field, value in found.items()}
 
 
 def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeScaling | None:

@@ -13,33 +13,13 @@ from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.gguf_weights import GgufCheckpoint
 from jaxllm.hf.renamed import Renamed
-from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stacked, stored_shape, take
-from jaxllm.layers.config import Experts
-from jaxllm.models import decoder, encoder
-from jaxllm.models.config import ModelConfig
+from jaxllm.hf.rows import AnyConfig, abstract_params, sizes_of
+from jaxllm.hf.table import Row, by_tensor, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.decoder import Params
-from jaxllm.models.encoder_config import EncoderConfig
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
-AnyConfig = ModelConfig | EncoderConfig
 Tensors = Checkpoint | Renamed | GgufCheckpoint
-
-
-def sizes_of(config: AnyConfig) -> Sizes:
-    """Return the lengths of the axes that rows name."""
-    config = config.stack if isinstance(config, EncoderConfig) else config
-    return {
-        "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.kv_heads,
-        "head_dim": config.head_width, "embed": config.d_model, "mlp": config.d_ff, "three": 3,
-        "experts": config.ffn.number if isinstance(config.ffn, Experts) else 0,
-    }  # fmt: skip
-
-
-def abstract_params(config: AnyConfig) -> Params:
-    """Return ShapeDtypeStructs of the parameters of either kind of model."""
-    model = encoder if isinstance(config, EncoderConfig) else decoder
-    return model.abstract_params(config)
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:
