@@ -4,60 +4,76 @@ A GGUF file is read as the directory that it was made from.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import encoder_files
 from jaxllm.core import files
 from jaxllm.core.gguf_file import GgufFile, is_gguf
-from jaxllm.data import gguf_tokens
+from jaxllm.data import gguf_tokens, text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.encoder import Encoder
+from jaxllm.hf import gguf_config
 from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.encoders import ENCODERS
+from jaxllm.hf.encoders import ENCODERS, EncoderFamily
 from jaxllm.hf.families import FAMILIES, Family
-from jaxllm.hf.gguf_config import describe
-from jaxllm.hf.gguf_weights import GgufCheckpoint
+from jaxllm.hf.gguf_weights import open_tensors
+from jaxllm.hf.rows import abstract_params
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import Experts, RMSNorm
+from jaxllm.models import decoder, encoder
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.decoder import Params
-from jaxllm.training.state import param_shardings
+from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.training.state import tree_shardings
 
 
-def read_config(model: str | Path) -> tuple[Family, ModelConfig]:
-    """Return the family and the architecture of a Hugging Face directory or a GGUF file.
+class Described(NamedTuple):
+    """A model whose config.json, or metadata, was read and understood, and whose weights were not.
 
+    Attributes:
+      path: as it was given. raw: the config.json. file: of a GGUF file.
+    """
+
+    path: Path
+    raw: dict[str, Any]
+    family: Family | EncoderFamily
+    config: ModelConfig | EncoderConfig
+    file: GgufFile | None
+
+
+def describe(model: str | Path, *, encoders: bool = False) -> Described:
+    """Read what a Hugging Face directory or a GGUF file is; `load` takes the result in place of the path.
+
+    Args:
+      encoders: whether a model that writes no text will do.
     Raises:
       ValueError: a family that is not known, or a key that changes the model and is not understood; all of them.
     """
-    if is_gguf(model):
-        return _parse(describe(GgufFile(model)), Path(model))
-    path = Path(model) / "config.json"
-    return _parse(files.read_json(path), path)
-
-
-def _parse(raw: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
-    family = FAMILIES.get(raw.get("model_type"))
-    if raw.get("model_type") in ENCODERS:
+    file = GgufFile(model) if is_gguf(model) else None
+    origin = file.path if file else Path(model) / "config.json"
+    raw = gguf_config.describe(file) if file else files.read_json(origin)
+    kind = raw.get("model_type")
+    if kind in FAMILIES:
+        config = FAMILIES[kind].parse(raw, str(origin))
+        return Described(Path(model), raw, FAMILIES[kind], config, file)
+    if kind in ENCODERS and encoders:
+        config = ENCODERS[kind].parse(raw, str(origin), Checkpoint(model))
+        return Described(Path(model), raw, ENCODERS[kind], config, file)
+    if kind in ENCODERS:
         raise ValueError(
-            f"{path}: {raw['model_type']} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
+            f"{origin}: {kind} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
         )
-    if family is None:
-        raise ValueError(
-            f"{path}: model_type={raw.get('model_type')!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}"
-        )
-    return family, family.parse(raw, str(path))
+    raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}")
 
 
 def load(
-    model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
+    model: str | Path | Described, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
 ) -> LanguageModel | Encoder:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
@@ -69,33 +85,28 @@ def load(
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """
-    if is_gguf(model):
-        file = GgufFile(model)
-        raw, tokenizer = describe(file), tokenizers.from_gguf(file)
-        family, config = _parse(raw, file.path)
-        checkpoint, stop_ids = GgufCheckpoint(file, raw), gguf_tokens.stop_ids(file.metadata)
+    path, raw, family, config, file = model if isinstance(model, Described) else describe(model, encoders=True)
+    is_encoder = isinstance(family, EncoderFamily)
+    if file:
+        tokenizer, tensors = tokenizers.from_gguf(file), open_tensors(file, raw)
     else:
-        path = Path(model) / "config.json"
-        raw = files.read_json(path)
-        if raw.get("model_type") in ENCODERS:
-            return encoder_files.load(model, compute=compute, mesh=mesh, dtype=dtype)
-        family, config = _parse(raw, path)
-        tokenizer, checkpoint, stop_ids = tokenizers.load(model), Checkpoint(model), _stop_ids(Path(model))
-    shardings = None if mesh is None else param_shardings(config, mesh)
-    params = read_params(checkpoint, family.rows(config), config, shardings, dtype)
-    checkpoint.close()
-    chat = tokenizer.chat is not None
-    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=stop_ids)
+        tokenizer, tensors = (text_pairs if is_encoder else tokenizers).load(path), Checkpoint(path)
+    tensors = family.open(tensors, config) if is_encoder else tensors
+    axes = (encoder if is_encoder else decoder).logical_axes
+    shardings = None if mesh is None else tree_shardings(axes(config), abstract_params(config), mesh)
+    params = read_params(tensors, family.rows(config), config, shardings, dtype)
+    if is_encoder:
+        return Encoder(config, params, tokenizer, compute=compute)
+    ends = gguf_tokens.stop_ids(file.metadata) if file else _stop_ids(path, raw)
+    return LanguageModel(config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=ends)
 
 
-def _stop_ids(directory: Path) -> list[int]:
+def _stop_ids(directory: Path, raw: dict[str, Any]) -> list[int]:
     """Return what ends an answer by generation_config.json, or by config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        found = files.read_json(path).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    return []
+    path = directory / "generation_config.json"
+    found = files.read_json(path).get("eos_token_id") if path.is_file() else None
+    found = raw.get("eos_token_id") if found is None else found
+    return found if isinstance(found, list) else [found] if found is not None else []
 
 
 def export(lm: LanguageModel | Encoder, directory: str | Path) -> Path:
@@ -106,21 +117,25 @@ def export(lm: LanguageModel | Encoder, directory: str | Path) -> Path:
     Raises:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
-    if isinstance(lm, Encoder):
-        return encoder_files.export(lm, directory)
-    tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
-    family, description = _describe(config)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    dtype = str(jax.tree.leaves(lm.params)[0].dtype)
-    head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
+    config, params, tokenizer = lm.config, lm.params, lm.tokenizer
+    if isinstance(lm, LanguageModel):
+        config, params = _without_scale(config, params)
+    family, raw = words_for(config)
     with files.new_directory(directory) as temporary:
         writer = Writer(temporary)
         write_params(params, family.rows(config), config, writer)
         writer.close()
-        files.write_json(temporary / "config.json", head | description | ids)
-        files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
-        _write_tokenizer(tokenizer, temporary)
+        raw["dtype"] = str(jax.tree.leaves(lm.params)[0].dtype)
+        if isinstance(lm, Encoder):
+            raw = {"pad_token_id": tokenizer.pad_id} | raw  # RoBERTa's own word on it counts
+            tokenizer.save(temporary)
+        else:
+            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+            raw = {"architectures": [family.architecture], "model_type": family.model_type} | raw | ids
+            ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
+            files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
+            _write_tokenizer(tokenizer, temporary)
+        files.write_json(temporary / "config.json", raw)
     return Path(directory)
 
 
@@ -134,24 +149,35 @@ def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Pa
     return config.model_copy(update={"embed_scale": None, "tie_embeddings": False}), scaled
 
 
-def _describe(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    for family in FAMILIES.values():
+def words_for(config: ModelConfig | EncoderConfig) -> tuple[Family | EncoderFamily, dict[str, Any]]:
+    """Return the family that computes an architecture and its config.json.
+
+    Raises:
+      ValueError: there is none.
+    """
+    is_encoder = isinstance(config, EncoderConfig)
+    families = ENCODERS if is_encoder else FAMILIES
+    for family in families.values():
         try:
             written = family.write(config)
-            again = family.parse(written, family.model_type)
+            tensors = [{row.theirs for row in family.rows(config)}] if is_encoder else []
+            again = family.parse(written, family.model_type, *tensors)
         except (ValueError, AttributeError, KeyError, TypeError):
             continue  # this family has no words for something in it
-        if _explicit(again) == _explicit(config):
+        if _meaning(again) == _meaning(config):
             return family, written
-    raise ValueError(
-        f"no family of transformers computes this architecture; known are {', '.join(FAMILIES)}. What differs from "
-        f"Llama: {', '.join(_differences(config)) or 'a combination of its parts'}"
+    what = "encoder" if is_encoder else "architecture"
+    differences = (
+        f": {config}"
+        if is_encoder
+        else (f". What differs from Llama: {', '.join(_differences(config)) or 'a combination of its parts'}")
     )
+    raise ValueError(f"no family of transformers computes this {what}; known are {', '.join(families)}{differences}")
 
 
-def _explicit(config: ModelConfig) -> dict[str, Any]:
-    """What a configuration means, defaults written out; without a loss of training that config.json has no word for."""
-    if isinstance(config.ffn, Experts):
+def _meaning(config: ModelConfig | EncoderConfig) -> dict[str, Any]:
+    """Return a configuration with its defaults, without a loss of training that config.json has no word for."""
+    if isinstance(config, ModelConfig) and isinstance(config.ffn, Experts):
         config = config.model_copy(update={"ffn": config.ffn.model_copy(update={"router_z": 0.0})})
     return config.explicit().model_dump()
 

@@ -8,9 +8,8 @@ import numpy as np
 import yaml
 from flax.traverse_util import unflatten_dict
 
-from jaxllm.hf.checkpoint import Checkpoint
+from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary
-from jaxllm.hf.renamed import Renamed
 from jaxllm.hf.rows import rows_of
 from jaxllm.hf.table import Row
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, HeadConfig, MaskedLM
@@ -104,7 +103,7 @@ class EncoderFamily(NamedTuple):
             {ours: prefix + name if name.startswith(TRUNK) else name for ours, name in names.items()}, config
         )
 
-    def open(self, checkpoint: Checkpoint, config: EncoderConfig) -> Renamed:
+    def open(self, checkpoint: Tensors, config: EncoderConfig) -> Tensors:
         """Return the checkpoint under the table's names.
 
         Old spellings (gamma and beta of norms, a missing or surplus first word) are translated; constants, copies of
@@ -117,7 +116,7 @@ class EncoderFamily(NamedTuple):
         for stored in checkpoint:
             name = self._canonical(stored, config)
             if name in renamed:
-                raise ValueError(f"{checkpoint.directory} has {name} twice: {renamed[name]} and {stored}; remove one")
+                raise ValueError(f"{checkpoint.origin} has {name} twice: {renamed[name]} and {stored}; remove one")
             renamed[name] = stored
         wanted = {row.theirs for row in self.rows(config)}
         for copy, original in self._copies(config).items():
@@ -127,15 +126,15 @@ class EncoderFamily(NamedTuple):
             other = renamed.setdefault(original, stored)  # a file may have the copy alone
             if other != stored and not np.array_equal(checkpoint[stored], checkpoint[other]):
                 raise ValueError(
-                    f"{checkpoint.directory}: {stored} differs from {other}, and config.json has tie_word_embeddings: "
+                    f"{checkpoint.origin}: {stored} differs from {other}, and config.json has tie_word_embeddings: "
                     "true; set it to false"
                 )
         dropped = [*BUFFERS, *self._surplus(config)]
         kept = {
-            name: stored for name, stored in renamed.items()
+            name: checkpoint.stored[stored] for name, stored in renamed.items()
             if name in wanted or not name.removeprefix(f"{self.model_type}.").startswith(tuple(dropped))
         }  # fmt: skip
-        return Renamed(checkpoint, kept)
+        return Tensors(checkpoint.origin, kept)
 
     def _canonical(self, name: str, config: EncoderConfig) -> str:
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
@@ -179,26 +178,3 @@ def _families() -> dict[str, EncoderFamily]:
 
 
 ENCODERS: Mapping[str, EncoderFamily] = _families()
-
-
-def describe(config: EncoderConfig) -> tuple[EncoderFamily, dict[str, Any]]:
-    """Return the family that computes an architecture and its config.json.
-
-    Raises:
-      ValueError: there is none.
-    """
-    tensors = ("pooler.dense.weight",) if isinstance(config.head, Embeddings) and config.head.pooler else ()
-    for family in ENCODERS.values():
-        try:
-            written = family.write(config)
-        except (ValueError, KeyError):
-            continue
-        again = family.parse(written, family.model_type, tensors)
-        if _explicit(again) == _explicit(config):
-            return family, written
-    raise ValueError(f"no family of transformers computes this encoder; known are {', '.join(ENCODERS)}: {config}")
-
-
-def _explicit(config: EncoderConfig) -> EncoderConfig:
-    """What a configuration means, defaults written out."""
-    return config.model_copy(update={"stack": config.stack.explicit()})

@@ -10,16 +10,13 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.gguf_weights import GgufCheckpoint
-from jaxllm.hf.renamed import Renamed
+from jaxllm.hf.checkpoint import Tensors, Writer
 from jaxllm.hf.rows import AnyConfig, abstract_params, sizes_of
 from jaxllm.hf.table import Row, by_tensor, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.decoder import Params
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
-Tensors = Checkpoint | Renamed | GgufCheckpoint
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:
@@ -52,9 +49,9 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, 
     if problems:
         shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
         raise ValueError(
-            f"{checkpoint.directory}: the tensors do not fit {checkpoint.config_name}:\n  "
+            f"{checkpoint.origin}: the tensors do not fit {checkpoint.described_by}:\n  "
             + "\n  ".join(shown)
-            + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.config_name}"
+            + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.described_by}"
         )
     return found
 
@@ -63,10 +60,8 @@ def _misshaped(checkpoint: Tensors, found: dict[str, str], rows: list[Row], conf
     sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
     for row in rows:
         expected = stored_shape(row, shapes[row.ours][stacked(row) :], sizes)
-        if row.whole:
-            expected = finish(row, np.broadcast_to(np.int8(0), expected), sizes).shape
         for name in names(row, sizes):
-            if name in found and (stored := checkpoint.stored(found[name]).shape) != expected:
+            if name in found and (stored := checkpoint.stored[found[name]].shape) != expected:
                 yield f"{checkpoint.called(name)}: shape {list(stored)}, expected {list(expected)}"
 
 
@@ -89,7 +84,7 @@ def read_params(
         row, sharding = by_name[name], places.get(name)
         tensors = [found[theirs] for theirs in names(row, sizes)]
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
-        wanted = dtype or checkpoint.stored(tensors[0]).dtype
+        wanted = dtype or checkpoint.stored[tensors[0]].dtype
         if not stacked(row):
             return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
