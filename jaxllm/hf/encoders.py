@@ -1,24 +1,17 @@
 """The families of encoders: BERT and RoBERTa, each with a head for tokens, for labels, or with none."""
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from flax.traverse_util import unflatten_dict
 
 from jaxllm.hf.checkpoint import Tensors
-from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary
+from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
 from jaxllm.hf.rows import rows_of
 from jaxllm.hf.table import Row
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, HeadConfig, MaskedLM
 
-# Of Google's own checkpoints: a pooler that was never built otherwise, and a direction that an encoder does not have.
-MEANINGLESS = (
-    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
-    "pooler_type", "attention_probs_dropout_prob", "hidden_dropout_prob", "output_past", "num_labels",
-)  # fmt: skip
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # constants that old files have
 SPELLED = NAMES | {"gelu_tanh": "gelu_new"}  # as encoders usually spell it
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -51,8 +44,6 @@ class EncoderFamily(NamedTuple):
           ValueError: something in it is not understood; the message lists everything.
         """
         fields = Fields(raw)
-        for key in MEANINGLESS:
-            fields.take(key)
         pooler = any(tensor.endswith("pooler.dense.weight") for tensor in tensors)
         found = self.words.read(fields) | {"head": self._read_head(fields, pooler)}
         if self.behind_pad:
@@ -172,9 +163,6 @@ def _read_classes(fields: Fields) -> Classes:
     )
 
 
-def _families() -> dict[str, EncoderFamily]:
-    entries = yaml.safe_load(Path(__file__).with_name("encoders.yaml").read_text(encoding="utf-8"))["families"]
-    return {name: EncoderFamily(name, words=Vocabulary.of(entry), **entry) for name, entry in entries.items()}
-
-
-ENCODERS: Mapping[str, EncoderFamily] = _families()
+ENCODERS: Mapping[str, EncoderFamily] = {
+    name: EncoderFamily(name, words=Vocabulary.of(entry), **entry) for name, entry in entries("encoders.yaml").items()
+}

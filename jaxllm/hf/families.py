@@ -4,13 +4,11 @@ The entries are data, in families.yaml; here is what they share, and what a fami
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from flax.traverse_util import unflatten_dict
 
-from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary
+from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
 from jaxllm.hf.ropes import read_rope, read_scaling, write_rope
 from jaxllm.hf.rows import rows_of
 from jaxllm.hf.table import Row
@@ -227,9 +225,6 @@ OWN: Mapping[str, tuple[Own, ...]] = {
 }  # fmt: skip
 
 
-def _families() -> dict[str, Family]:
-    entries = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))["families"]
-    return {name: Family(name, words=Vocabulary.of(entry), **entry) for name, entry in entries.items()}
-
-
-FAMILIES: Mapping[str, Family] = _families()
+FAMILIES: Mapping[str, Family] = {
+    name: Family(name, words=Vocabulary.of(entry), **entry) for name, entry in entries("families.yaml").items()
+}

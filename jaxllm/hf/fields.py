@@ -3,9 +3,11 @@
 The metadata of a GGUF file is read in the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import yaml
 from flax.traverse_util import flatten_dict
 
 from jaxllm.core.config import Config
@@ -23,12 +25,11 @@ HARMLESS = frozenset(
     """
     _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map bad_words_ids bos_token_id
     cache_implementation chunk_size_feed_forward classifier_dropout cls_token_id dtype embd_pdrop embedding_dropout
-    eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label is_decoder is_encoder_decoder
-    label2id max_window_layers model_type n_ctx name_or_path output_attentions output_hidden_states
-    output_router_logits pad_token_id prefix pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop
-    residual_dropout return_dict sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version use_cache
-    unsloth_fixed unsloth_version _num_labels
+    eos_token_id finetuning_task gradient_checkpointing hidden_dropout id2label is_decoder is_encoder_decoder label2id
+    max_window_layers model_type name_or_path output_attentions output_hidden_states pad_token_id prefix pretraining_tp
+    problem_type reorder_and_upcast_attn resid_pdrop residual_dropout return_dict sep_token_id summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    torch_dtype transformers_version use_cache unsloth_fixed unsloth_version _num_labels
     """.split()  # noqa: SIM905
 )
 # Values that say what is computed anyway.
@@ -117,12 +118,14 @@ class Vocabulary(NamedTuple):
       keys: {key: (field, what absence means)}, without the second where it must be there.
       fixed: {field: value}, of every model of the family. only: {key: the one value that is computed}.
       writes: {key: name of a field, or a constant}, which are written and not read.
+      ignored: keys that change nothing in this family.
     """
 
     keys: Mapping[str, list[Any]]
     fixed: Mapping[str, Any]
     only: Mapping[str, Any]
     writes: Mapping[str, Any]
+    ignored: Collection[str]
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Self:
@@ -136,6 +139,8 @@ class Vocabulary(NamedTuple):
             found[field] = _read(fields, key, field, absent[0]) if absent else fields.need(key)
         for key, value in self.only.items():
             fields.expect(key, value)
+        for key in self.ignored:
+            fields.take(key)
         return found
 
     def write(self, config: Config) -> dict[str, Any]:
@@ -167,3 +172,8 @@ def _written(found: Mapping[str, Any], field: str, absent: Any = None) -> Any:
     if field.endswith("activation"):
         return absent if ACTIVATIONS[absent] == found[field] else NAMES[found[field]]
     return found[field]
+
+
+def entries(name: str) -> dict[str, dict[str, Any]]:
+    """Return the families of a table beside this module."""
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))["families"]

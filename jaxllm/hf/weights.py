@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Tensors, Writer
 from jaxllm.hf.rows import AnyConfig, abstract_params, sizes_of
-from jaxllm.hf.table import Row, by_tensor, finish, names, put, stacked, stored_shape, take
+from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.decoder import Params
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -105,7 +105,10 @@ def _set(stack: Array, part: Array, start: Array) -> Array:
 def write_params(params: Params, rows: list[Row], config: AnyConfig, writer: Writer) -> None:
     """Write all parameters in the checkpoint's layout, one tensor at a time."""
     leaves, sizes = named_leaves(params), sizes_of(config)
-    for group in by_tensor(rows):
+    groups: dict[str, list[Row]] = {}  # the rows that share a tensor
+    for row in rows:
+        groups.setdefault(row.theirs, []).append(row)
+    for group in groups.values():
         for index, theirs in enumerate(names(group[0], sizes)):
             parts = [_part(leaves[row.ours], row, index) for row in group]
             tensor = np.empty(stored_shape(group[0], parts[0].shape, sizes), parts[0].dtype)
