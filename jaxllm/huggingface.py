@@ -4,63 +4,83 @@ A GGUF file is read as the directory that it was made from.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import encoder_files
 from jaxllm.core import files
 from jaxllm.core.gguf_file import GgufFile, is_gguf
-from jaxllm.data import gguf_tokens
+from jaxllm.data import gguf_tokens, text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
+from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
+from jaxllm.hf import gguf_config
 from jaxllm.hf.checkpoint import Checkpoint, Writer
+from jaxllm.hf.encoders import ENCODERS, EncoderFamily
 from jaxllm.hf.families import FAMILIES, Family
-from jaxllm.hf.gguf_config import describe
-from jaxllm.hf.gguf_weights import GgufCheckpoint
+from jaxllm.hf.gguf_weights import open_tensors
+from jaxllm.hf.seq2seq import SEQ2SEQ, Seq2SeqFamily
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import Experts, RMSNorm
-from jaxllm.models.build import Params
+from jaxllm.models.build import AnyConfig, Params
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.training.state import param_shardings
 
+AnyFamily = Family | EncoderFamily | Seq2SeqFamily
+AnyLanguageModel = LanguageModel | Encoder | EncoderDecoder
+READERS: dict[str, EncoderFamily | Seq2SeqFamily] = {**ENCODERS, **SEQ2SEQ}  # of models with an encoder
 
-def read_config(model: str | Path) -> tuple[Family, ModelConfig]:
-    """Return the family and the architecture of a Hugging Face directory or a GGUF file.
 
+class Described(NamedTuple):
+    """A model whose config.json, or metadata, was read and understood, and whose weights were not.
+
+    Attributes:
+      path: as it was given. raw: the config.json. file: of a GGUF file.
+    """
+
+    path: Path
+    raw: dict[str, Any]
+    family: AnyFamily
+    config: AnyConfig
+    file: GgufFile | None
+
+
+def describe(model: str | Path, *, encoders: bool = False) -> Described:
+    """Read what a Hugging Face directory or a GGUF file is; `load` takes the result in place of the path.
+
+    Args:
+      encoders: whether a model that has an encoder will do.
     Raises:
       ValueError: a family that is not known, or a key that changes the model and is not understood; all of them.
     """
-    if is_gguf(model):
-        return _parse(describe(GgufFile(model)), Path(model))
-    path = Path(model) / "config.json"
-    return _parse(files.read_json(path), path)
-
-
-def _parse(raw: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
-    family = FAMILIES.get(raw.get("model_type"))
-    if raw.get("model_type") in encoder_files.FAMILIES:
+    file = GgufFile(model) if is_gguf(model) else None
+    origin = file.path if file else Path(model) / "config.json"
+    raw = gguf_config.describe(file) if file else files.read_json(origin)
+    kind = raw.get("model_type")
+    if kind in FAMILIES:
+        config = FAMILIES[kind].parse(raw, str(origin))
+        return Described(Path(model), raw, FAMILIES[kind], config, file)
+    if kind in READERS and encoders:
+        config = READERS[kind].parse(raw, str(origin), Checkpoint(model))
+        return Described(Path(model), raw, READERS[kind], config, file)
+    if kind in READERS:
         raise ValueError(
-            f"{path}: {raw['model_type']} has an encoder; jaxllm.load reads it, but this needs a model that writes text"
+            f"{origin}: {kind} has an encoder; jaxllm.load reads it, but this needs a model that continues text"
         )
-    if family is None:
-        raise ValueError(
-            f"{path}: model_type={raw.get('model_type')!r} is not known; known are "
-            + ", ".join([*FAMILIES, *encoder_files.FAMILIES])
-        )
-    return family, family.parse(raw, str(path))
+    raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *READERS])}")
 
 
 def load(
-    model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
+    model: str | Path | Described, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-) -> LanguageModel | Encoder | EncoderDecoder:  # fmt: skip
+) -> AnyLanguageModel:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
 
     The model_type says what it is.
@@ -70,36 +90,37 @@ def load(
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """
-    if is_gguf(model):
-        file = GgufFile(model)
-        raw, tokenizer = describe(file), tokenizers.from_gguf(file)
-        family, config = _parse(raw, file.path)
-        checkpoint, stop_ids = GgufCheckpoint(file, raw), gguf_tokens.stop_ids(file.metadata)
+    path, raw, family, config, file = model if isinstance(model, Described) else describe(model, encoders=True)
+    tensors = open_tensors(file, raw) if file else Checkpoint(path)
+    if isinstance(family, Family):
+        tokenizer = tokenizers.from_gguf(file) if file else tokenizers.load(path)
     else:
-        path = Path(model) / "config.json"
-        raw = files.read_json(path)
-        if raw.get("model_type") in encoder_files.FAMILIES:
-            return encoder_files.load(model, compute=compute, mesh=mesh, dtype=dtype)
-        family, config = _parse(raw, path)
-        tokenizer, checkpoint, stop_ids = tokenizers.load(model), Checkpoint(model), _stop_ids(Path(model))
+        pieces = isinstance(family, Seq2SeqFamily) and not (path / "tokenizer.json").is_file()
+        tokenizer, tensors = TextPieces(path) if pieces else text_pairs.load(path), family.open(tensors, config)
     shardings = None if mesh is None else param_shardings(config, mesh)
-    params = read_params(checkpoint, family.rows(config), config, shardings, dtype)
-    checkpoint.close()
-    chat = tokenizer.chat is not None
-    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=stop_ids)
+    params = read_params(tensors, family.rows(config), config, shardings, dtype)
+    if isinstance(family, EncoderFamily):
+        return Encoder(config, params, tokenizer, compute=compute)
+    asked = _generation(path, raw)
+    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(asked.get("eos_token_id"))
+    if isinstance(family, Seq2SeqFamily):
+        forced = _several(asked.get("forced_bos_token_id"))
+        return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, compute=compute)
+    return LanguageModel(config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=ends)
 
 
-def _stop_ids(directory: Path) -> list[int]:
-    """Return what ends an answer by generation_config.json, or by config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        found = files.read_json(path).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
-    return []
+def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return what generation is asked for by generation_config.json, or by config.json."""
+    path = directory / "generation_config.json"
+    found = files.read_json(path) if path.is_file() else {}
+    return raw | {key: value for key, value in found.items() if value is not None}
 
 
-def export(lm: LanguageModel | Encoder | EncoderDecoder, directory: str | Path) -> Path:
+def _several(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [ids] if ids is not None else []
+
+
+def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
     """Write a model as a Hugging Face directory that transformers loads.
 
     The family is the first one whose config.json, read again, gives this very architecture.
@@ -107,21 +128,31 @@ def export(lm: LanguageModel | Encoder | EncoderDecoder, directory: str | Path) 
     Raises:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
-    if isinstance(lm, Encoder | EncoderDecoder):
-        return encoder_files.export(lm, directory)
-    tokenizer, (config, params) = lm.tokenizer, _without_scale(lm.config, lm.params)
-    family, description = _describe(config)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    dtype = str(jax.tree.leaves(lm.params)[0].dtype)
-    head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
+    config, params, tokenizer = lm.config, lm.params, lm.tokenizer
+    if isinstance(lm, LanguageModel):
+        config, params = _without_scale(config, params)
+    family, raw = words_for(config)
     with files.new_directory(directory) as temporary:
         writer = Writer(temporary)
         write_params(params, family.rows(config), config, writer)
         writer.close()
-        files.write_json(temporary / "config.json", head | description | ids)
-        files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
-        _write_tokenizer(tokenizer, temporary)
+        raw["dtype"] = str(jax.tree.leaves(lm.params)[0].dtype)
+        if not isinstance(lm, LanguageModel):
+            ids = {"pad_token_id": tokenizer.pad_id}
+            if isinstance(lm, EncoderDecoder):
+                ids["eos_token_id"] = lm.stop_ids[0] if len(lm.stop_ids) == 1 else list(lm.stop_ids)
+                ids |= {"forced_bos_token_id": lm.forced[0]} if lm.forced else {}
+                start = {"decoder_start_token_id": config.start_token}
+                files.write_json(temporary / "generation_config.json", ids | start)
+            raw = ids | raw  # RoBERTa's own word on padding counts
+            tokenizer.save(temporary)
+        else:
+            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+            raw = {"architectures": [family.architecture], "model_type": family.model_type} | raw | ids
+            ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
+            files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
+            _write_tokenizer(tokenizer, temporary)
+        files.write_json(temporary / "config.json", raw)
     return Path(directory)
 
 
@@ -135,33 +166,43 @@ def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Pa
     return config.model_copy(update={"embed_scale": None, "tie_embeddings": False}), scaled
 
 
-def _describe(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    for family in FAMILIES.values():
+def words_for(config: AnyConfig) -> tuple[AnyFamily, dict[str, Any]]:
+    """Return the family that computes an architecture and its config.json.
+
+    Raises:
+      ValueError: there is none.
+    """
+    decoder = isinstance(config, ModelConfig)
+    families = FAMILIES if decoder else ENCODERS if isinstance(config, EncoderConfig) else SEQ2SEQ
+    for family in families.values():
         try:
             written = family.write(config)
-            again = family.parse(written, family.model_type)
+            tensors = [] if decoder else [{row.theirs for row in family.rows(config)}]
+            again = family.parse(written, family.model_type, *tensors)
         except (ValueError, AttributeError, KeyError, TypeError):
             continue  # this family has no words for something in it
-        if _explicit(again) == _explicit(config):
+        if _meaning(again) == _meaning(config):
             return family, written
+    what = "architecture" if decoder else "encoder" if isinstance(config, EncoderConfig) else "encoder-decoder"
     raise ValueError(
-        f"no family of transformers computes this architecture; known are {', '.join(FAMILIES)}. What differs from "
-        f"Llama: {', '.join(_differences(config)) or 'a combination of its parts'}"
+        f"no family of transformers computes this {what}; known are {', '.join(families)}"
+        + (f". What differs from Llama: {_differences(config)}" if decoder else f": {config}")
     )
 
 
-def _explicit(config: ModelConfig) -> dict[str, Any]:
-    """What a configuration means, defaults written out; without a loss of training that config.json has no word for."""
-    if isinstance(config.ffn, Experts):
+def _meaning(config: AnyConfig) -> dict[str, Any]:
+    """Return a configuration with its defaults, without a loss of training that config.json has no word for."""
+    if isinstance(config, ModelConfig) and isinstance(config.ffn, Experts):
         config = config.model_copy(update={"ffn": config.ffn.model_copy(update={"router_z": 0.0})})
     return config.explicit().model_dump()
 
 
-def _differences(config: ModelConfig) -> list[str]:
+def _differences(config: ModelConfig) -> str:
     plain = ModelConfig(vocab_size=1, d_model=2, n_layers=1, n_heads=1, d_ff=1, max_seq_len=1)
     sizes = {"n_kv_heads", "head_dim", "init_std", *plain.model_dump(exclude_defaults=True)}
     ours, theirs = config.model_dump(exclude=sizes), plain.model_dump()
-    return [f"{key}={ours[key]}" for key in ours if ours[key] != theirs[key]]
+    found = ", ".join(f"{key}={ours[key]}" for key in ours if ours[key] != theirs[key])
+    return found or "a combination of its parts"
 
 
 def _write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:

@@ -9,6 +9,7 @@ from jaxllm.core import files
 from jaxllm.core.gguf_file import is_gguf
 
 if TYPE_CHECKING:
+    from jaxllm.huggingface import Described
     from jaxllm.models.config import ModelConfig
 
 
@@ -40,16 +41,23 @@ def is_huggingface(model: str | Path) -> bool:
     return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
 
 
-def model_config(model: str | Path) -> "ModelConfig":
-    """Return the architecture of MODEL without reading its weights.
+def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
+    """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
     Raises:
-      ValueError: MODEL is nothing that `locate` knows, or a Hugging Face model that cannot be computed exactly.
+      ValueError: MODEL is nothing that `locate` knows, or a Hugging Face model that cannot be computed exactly or that
+        writes no text.
     """
     if is_huggingface(model):
-        from jaxllm.huggingface import read_config
+        from jaxllm.huggingface import describe
 
-        return read_config(model)[1]
+        found = describe(model)
+        return found.config, found
     from jaxllm.recipe import load_recipe
 
-    return load_recipe(locate(model)[0]).model
+    return load_recipe(locate(model)[0]).model, model
+
+
+def model_config(model: str | Path) -> "ModelConfig":
+    """Return the architecture of MODEL alone; errors as of `look`."""
+    return look(model)[0]

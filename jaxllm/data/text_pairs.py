@@ -132,24 +132,17 @@ def word_pieces(vocabulary: str | Path, settings: Mapping[str, Any]) -> str:
       ValueError: a special token is not in the vocabulary.
     Source: Wu et al. 2016 (WordPiece); Devlin et al. 2019.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.implementations import BertWordPieceTokenizer
+    from tokenizers.models import WordPiece
 
     names = {role: _name(settings.get(f"{role}_token")) or name for role, name in NAMES.items()}
-    pieces = models.WordPiece.read_file(str(vocabulary))
+    pieces = WordPiece.read_file(str(vocabulary))
     if missing := [name for name in names.values() if name not in pieces]:
         raise ValueError(f"{vocabulary} lacks {', '.join(missing)}; name the special tokens in tokenizer_config.json")
-    model = Tokenizer(models.WordPiece(pieces, unk_token=names["unk"], max_input_chars_per_word=100))
-    model.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True), strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True), clean_text=True,
-    )  # fmt: skip
-    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    model.decoder = decoders.WordPiece()
-    model.add_special_tokens(list(names.values()))
-    cls, sep = names["cls"], names["sep"]
-    model.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B:1 {sep}:1",
-        special_tokens=[(name, pieces[name]) for name in (cls, sep)],
+    model = BertWordPieceTokenizer(
+        pieces, lowercase=settings.get("do_lower_case", True), strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        **{f"{role}_token": name for role, name in names.items()},
     )  # fmt: skip
     return json.dumps(json.loads(model.to_str()), ensure_ascii=False)
 

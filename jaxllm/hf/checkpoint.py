@@ -1,9 +1,9 @@
-"""A directory of safetensors files as one mapping from tensor name to array, read one tensor at a time."""
+"""Checkpoints as mappings from tensor name to array, read one tensor at a time; safetensors files read and written."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,75 +16,101 @@ MAX_SHARD_BYTES = 4 * 2**30
 
 
 class Stored(NamedTuple):
-    """What the files say of a tensor before it is read."""
+    """A tensor of a file: what is said of it, and how it is read."""
 
     shape: tuple[int, ...]
     dtype: str
+    read: Callable[[], np.ndarray]
 
 
-class Checkpoint(Mapping[str, np.ndarray]):
+class Tensors(Mapping[str, np.ndarray]):
+    """Tensors by name, each read when it is asked for.
+
+    Args:
+      origin: the file or directory. stored: {name: tensor}.
+      called: what errors call a name. described_by: what must fit the tensors.
+    """
+
+    def __init__(
+        self, origin: Path, stored: Mapping[str, Stored], *, called: Callable[[str], str] = str,
+        described_by: str = "config.json",
+    ):  # fmt: skip
+        self.origin, self.stored, self.called, self.described_by = origin, stored, called, described_by
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+class Checkpoint(Tensors):
     """The tensors of a directory; reading one maps no other into memory.
 
     Raises:
-      ValueError: no safetensors files, a file that is missing or damaged, a tensor that no file has.
+      ValueError: no safetensors files, or a file that is missing or damaged.
     """
 
-    config_name = "config.json"  # what must fit the tensors
-
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self._files = ExitStack()
-        self._homes: dict[str, Any] = {}
-        for path in self._paths():
-            file = self._open(path)
-            self._homes |= dict.fromkeys(file.keys(), file)
+        directory = Path(directory)
+        super().__init__(directory, {name: tensor for path in _files(directory) for name, tensor in _tensors(path)})
 
-    def _paths(self) -> list[Path]:
-        if (self.directory / INDEX).is_file():
-            names = sorted(set(files.read_json(self.directory / INDEX)["weight_map"].values()))
-            paths = [self.directory / name for name in names]
-            if missing := [path.name for path in paths if not path.is_file()]:
-                raise ValueError(f"{self.directory / INDEX} names files that are not there: {', '.join(missing)}")
-            return paths
-        if (self.directory / SINGLE).is_file():
-            return [self.directory / SINGLE]
-        if pickles := sorted(self.directory.glob("*.bin")):
+
+def _files(directory: Path) -> list[Path]:
+    if (directory / INDEX).is_file():
+        names = sorted(set(files.read_json(directory / INDEX)["weight_map"].values()))
+        paths = [directory / name for name in names]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise ValueError(f"{directory / INDEX} names files that are not there: {', '.join(missing)}")
+        return paths
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if pickles := sorted(directory.glob("*.bin")):
+        raise ValueError(
+            f"{directory} has its weights only as {pickles[0].name}, a pickle, which may run any code when it is read; "
+            "convert it once where torch is installed: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW_DIR)"
+        )
+    raise ValueError(f"{directory} has no {SINGLE} and no {INDEX}")
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Stored]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; fetch it again") from error
+    for name in file.keys():  # noqa: SIM118  it is no mapping
+        view = file.get_slice(name)
+        dtype = DTYPES.get(view.get_dtype(), view.get_dtype())
+        yield name, Stored(tuple(view.get_shape()), dtype, partial(file.get_tensor, name))
+
+
+def without_copies(tensors: Tensors, names: Mapping[str, str], copies: Mapping[str, str]) -> dict[str, str]:
+    """Return `names` without those of tensors that repeat another one.
+
+    Args:
+      names: {name in the table: name in the files}.
+      copies: {name of a copy: name of the tensor that it repeats}.
+    Raises:
+      ValueError: a copy differs.
+    """
+    kept = dict(names)
+    for copy, original in copies.items():
+        if copy not in kept:
+            continue
+        stored = kept.pop(copy)
+        other = kept.setdefault(original, stored)  # a file may have the copy alone
+        if other != stored and not np.array_equal(tensors[stored], tensors[other]):
             raise ValueError(
-                f"{self.directory} has its weights only as {pickles[0].name}, a pickle, which may run any code when it "
-                "is read; convert it once where torch is installed: AutoModelForCausalLM.from_pretrained(DIR)"
-                ".save_pretrained(NEW_DIR)"
+                f"{tensors.origin}: {stored} differs from {other}, and config.json has tie_word_embeddings: true; "
+                "set it to false"
             )
-        raise ValueError(f"{self.directory} has no {SINGLE} and no {INDEX}")
-
-    def _open(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            return self._files.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; fetch it again") from error
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._homes[name].get_tensor(name)
-
-    def called(self, name: str) -> str:
-        """Return what the files call a tensor: here its name."""
-        return name
-
-    def stored(self, name: str) -> Stored:
-        """Return shape and dtype of a tensor without reading it."""
-        view = self._homes[name].get_slice(name)
-        return Stored(tuple(view.get_shape()), DTYPES.get(view.get_dtype(), view.get_dtype()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._homes)
-
-    def __len__(self) -> int:
-        return len(self._homes)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
+    return kept
 
 
 class Writer:

@@ -1,23 +1,16 @@
 """The families of encoders: BERT and RoBERTa, each with a head for tokens, for labels, or with none."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from jaxllm.hf.checkpoint import Checkpoint
-from jaxllm.hf.families import ACTIVATIONS, NAMES
-from jaxllm.hf.fields import Fields
-from jaxllm.hf.renamed import Renamed, without_copies
-from jaxllm.hf.rows import KEYS, QUERIES, linear, norm_rows
+from flax.traverse_util import unflatten_dict
+
+from jaxllm.hf.checkpoint import Tensors, without_copies
+from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
+from jaxllm.hf.rows import rows_of
 from jaxllm.hf.table import Row
-from jaxllm.layers.config import LayerNorm, Learned, Plain
-from jaxllm.models.config import ModelConfig
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, HeadConfig, MaskedLM
 
-# Of Google's own checkpoints: a pooler that was never built otherwise, and a direction that an encoder does not have.
-MEANINGLESS = (
-    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
-    "pooler_type", "attention_probs_dropout_prob", "hidden_dropout_prob", "output_past", "num_labels",
-)  # fmt: skip
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # constants that old files have
 SPELLED = NAMES | {"gelu_tanh": "gelu_new"}  # as encoders usually spell it
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
@@ -25,24 +18,20 @@ TRUNK = ("embeddings.", "encoder.", "pooler.")  # parts of the model below its h
 
 
 class EncoderFamily(NamedTuple):
-    """A model_type of transformers.
+    """A model_type of transformers, which is also the first word of its tensors' names.
 
     Attributes:
-      model_type: also the first word of its tensors' names; title: first word of its classes' names.
-      behind_pad: positions begin at pad_token_id + 1 (RoBERTa).
-      gelu: the masked-LM head has its own activation, gelu (RoBERTa), not that of the blocks.
-      lm: the masked-LM head's dense layer, norm, bias and output matrix.
-      labels: the dense layer and the output layer of the head for labels.
-      surplus: what checkpoints carry over from pretraining and no head here reads.
+      words: what it says as everyone does. title, heads, surplus, behind_pad, gelu: see encoders.yaml.
     """
 
     model_type: str
+    words: Vocabulary
     title: str
-    behind_pad: bool
-    gelu: bool
-    lm: tuple[str, str, str, str]
-    labels: tuple[str, str]
-    surplus: tuple[str, ...]
+    tensors: Mapping[str, str]
+    heads: Mapping[str, Mapping[str, str]]
+    surplus: list[str]
+    behind_pad: bool = False
+    gelu: bool = False
 
     def parse(self, raw: Mapping[str, Any], name: str, tensors: Collection[str] = ()) -> EncoderConfig:
         """Return the architecture that a config.json describes.
@@ -54,18 +43,13 @@ class EncoderFamily(NamedTuple):
           ValueError: something in it is not understood; the message lists everything.
         """
         fields = Fields(raw)
-        for key in MEANINGLESS:
-            fields.take(key)
-        fields.expect("position_embedding_type", "absolute")
-        fields.expect("is_decoder", False)
-        fields.expect("add_cross_attention", False)
         pooler = any(tensor.endswith("pooler.dense.weight") for tensor in tensors)
-        head = self._read_head(fields, pooler)
-        offset = fields.take("pad_token_id", 1) + 1 if self.behind_pad else 0
-        n_types = fields.take("type_vocab_size", 2)
-        stack = _read_stack(fields, offset)
+        found = self.words.read(fields) | {"head": self._read_head(fields, pooler)}
+        if self.behind_pad:
+            found["stack.positions.offset"] = offset = fields.take("pad_token_id", 1) + 1
+            found["stack.max_seq_len"] -= offset  # the rows of the table before it are not used
         fields.finish(name)
-        return EncoderConfig(stack=stack, n_types=n_types, head=head)
+        return EncoderConfig(**unflatten_dict(found, sep="."))
 
     def _read_head(self, fields: Fields, pooler: bool) -> HeadConfig:
         heads = {f"{self.title}ForMaskedLM", f"{self.title}ForSequenceClassification", f"{self.title}Model"}
@@ -87,19 +71,13 @@ class EncoderFamily(NamedTuple):
         """
         stack, head = config.stack, config.head
         offset = stack.positions.offset
-        if (offset > 0) != self.behind_pad or not isinstance(stack.ffn, Plain):
-            raise ValueError(f"{self.model_type} counts positions from elsewhere, or has no gated feed-forward layer")
+        if (offset > 0) != self.behind_pad:
+            raise ValueError(f"{self.model_type} counts positions from elsewhere")
         kind = {"masked_lm": "ForMaskedLM", "classes": "ForSequenceClassification", "embeddings": "Model"}[head.kind]
-        written = {
-            "architectures": [self.title + kind], "model_type": self.model_type, "vocab_size": stack.vocab_size,
-            "hidden_size": stack.d_model, "num_hidden_layers": stack.n_layers, "num_attention_heads": stack.n_heads,
-            "intermediate_size": stack.d_ff, "hidden_act": SPELLED[stack.ffn.activation],
-            "layer_norm_eps": stack.norm.eps, "max_position_embeddings": stack.max_seq_len + offset,
-            "type_vocab_size": config.n_types, "tie_word_embeddings": stack.tie_embeddings,
-            "initializer_range": stack.init_std,
-        }  # fmt: skip
+        written = {"architectures": [self.title + kind], "model_type": self.model_type, **self.words.write(config)}
+        written["hidden_act"] = SPELLED[stack.ffn.activation]
         if self.behind_pad:
-            written["pad_token_id"] = offset - 1
+            written |= {"pad_token_id": offset - 1, "max_position_embeddings": stack.max_seq_len + offset}
         if isinstance(head, Classes):
             written["id2label"] = {str(index): label for index, label in enumerate(head.labels)}
             written["label2id"] = {label: index for index, label in enumerate(head.labels)}
@@ -110,25 +88,14 @@ class EncoderFamily(NamedTuple):
         """Return where each parameter is in the checkpoint."""
         # Files of a model without a head have its tensors without the first word.
         prefix = "" if isinstance(config.head, Embeddings) else f"{self.model_type}."
-        return [*_stack_rows(config, prefix), *self._head_rows(config, prefix)]
+        names = {**self.tensors, **self.heads[config.head.kind]}
+        if not config.tie_embeddings and "stack/head" in names:
+            names["head"] = names["stack/head"]
+        return rows_of(
+            {ours: prefix + name if name.startswith(TRUNK) else name for ours, name in names.items()}, config
+        )
 
-    def _head_rows(self, config: EncoderConfig, prefix: str) -> Iterator[Row]:
-        dense = lambda ours, theirs: linear(ours, theirs, "inputs", "outputs", bias=True)
-        match config.head:
-            case MaskedLM():
-                transform, norm, bias, matrix = self.lm
-                yield from dense("head/dense", transform)
-                yield from norm_rows(config.stack, "head/norm", norm)
-                if not config.tie_embeddings:
-                    yield Row("stack/head", f"{matrix}.weight", "vocab embed -> vocab embed")
-                yield Row("head/bias", bias if config.tie_embeddings else f"{matrix}.bias", "vocab -> vocab")
-            case Classes():
-                yield from dense("head/pooler/dense", self.labels[0])
-                yield from dense("head/out", self.labels[1])
-            case Embeddings(pooler=True):
-                yield from dense("head/dense", f"{prefix}pooler.dense")
-
-    def open(self, checkpoint: Checkpoint, config: EncoderConfig) -> Renamed:
+    def open(self, checkpoint: Tensors, config: EncoderConfig) -> Tensors:
         """Return the checkpoint under the table's names.
 
         Old spellings (gamma and beta of norms, a missing or surplus first word) are translated; constants, copies of
@@ -141,16 +108,17 @@ class EncoderFamily(NamedTuple):
         for stored in checkpoint:
             name = self._canonical(stored, config)
             if name in renamed:
-                raise ValueError(f"{checkpoint.directory} has {name} twice: {renamed[name]} and {stored}; remove one")
+                raise ValueError(f"{checkpoint.origin} has {name} twice: {renamed[name]} and {stored}; remove one")
             renamed[name] = stored
         wanted = {row.theirs for row in self.rows(config)}
-        renamed = without_copies(checkpoint, renamed, self._copies(config), wanted)
+        copies = {copy: original for copy, original in self._copies(config).items() if copy not in wanted}
+        renamed = without_copies(checkpoint, renamed, copies)
         dropped = [*BUFFERS, *self._surplus(config)]
         kept = {
-            name: stored for name, stored in renamed.items()
+            name: checkpoint.stored[stored] for name, stored in renamed.items()
             if name in wanted or not name.removeprefix(f"{self.model_type}.").startswith(tuple(dropped))
         }  # fmt: skip
-        return Renamed(checkpoint, kept)
+        return Tensors(checkpoint.origin, kept)
 
     def _canonical(self, name: str, config: EncoderConfig) -> str:
         for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
@@ -164,29 +132,15 @@ class EncoderFamily(NamedTuple):
         """Return {name of a copy: name of the tensor it is tied to}."""
         if not isinstance(config.head, MaskedLM) or not config.tie_embeddings:
             return {}
-        _, _, bias, matrix = self.lm
-        table = f"{self.model_type}.embeddings.word_embeddings.weight"
-        return {f"{matrix}.weight": table, f"{matrix}.bias": bias}
+        names, table = self.heads["masked_lm"], f"{self.model_type}.embeddings.word_embeddings.weight"
+        return {f"{names['stack/head']}.weight": table, f"{names['stack/head']}.bias": f"{names['head']}.bias"}
 
     def _surplus(self, config: EncoderConfig) -> tuple[str, ...]:
         if isinstance(config.head, Embeddings):
             return ()
         # Untied, the output matrix has a bias of its own, and transformers saves the other one without reading it.
-        unread = (self.lm[2],) if isinstance(config.head, MaskedLM) and not config.tie_embeddings else ()
-        return (*self.surplus, *unread)
-
-
-def _read_stack(fields: Fields, offset: int) -> ModelConfig:
-    """Return the blocks and their tables, which both families describe alike."""
-    return ModelConfig(
-        vocab_size=fields.need("vocab_size"), d_model=fields.need("hidden_size"),
-        n_layers=fields.need("num_hidden_layers"), n_heads=fields.need("num_attention_heads"),
-        d_ff=fields.need("intermediate_size"), max_seq_len=fields.need("max_position_embeddings") - offset,
-        norm=LayerNorm(eps=fields.take("layer_norm_eps", 1e-12)), norm_placement="post", embed_norm=True,
-        positions=Learned(offset=offset),
-        ffn=Plain(activation=fields.among("hidden_act", ACTIVATIONS, "gelu")), bias=True,
-        tie_embeddings=fields.take("tie_word_embeddings", True), init_std=fields.take("initializer_range", 0.02),
-    )  # fmt: skip
+        untied = isinstance(config.head, MaskedLM) and not config.tie_embeddings
+        return (*self.surplus, *([f"{self.heads['masked_lm']['head']}.bias"] if untied else []))
 
 
 def _read_classes(fields: Fields) -> Classes:
@@ -202,59 +156,6 @@ def _read_classes(fields: Fields) -> Classes:
     )
 
 
-def _stack_rows(config: EncoderConfig, prefix: str) -> Iterator[Row]:
-    """Yield the rows below the head."""
-    embeddings, layer, blocks = f"{prefix}embeddings", f"{prefix}encoder.layer.{{layer}}", "stack/blocks"
-    yield Row("stack/embed/table", f"{embeddings}.word_embeddings.weight", "vocab embed -> vocab embed")
-    order = "length embed -> length embed"
-    yield Row("stack/position_embed/table", f"{embeddings}.position_embeddings.weight", order)
-    yield Row("type_embed/table", f"{embeddings}.token_type_embeddings.weight", "types embed -> types embed")
-    yield from norm_rows(config.stack, "stack/embed_norm", f"{embeddings}.LayerNorm")
-    for ours, theirs, outputs in (("q", "query", QUERIES), ("k", "key", KEYS), ("v", "value", KEYS)):
-        yield from linear(f"{blocks}/attention/{ours}", f"{layer}.attention.self.{theirs}", "embed", outputs, bias=True)
-    yield from linear(f"{blocks}/attention/o", f"{layer}.attention.output.dense", QUERIES, "embed", bias=True)
-    yield from norm_rows(config.stack, f"{blocks}/attention_out_norm", f"{layer}.attention.output.LayerNorm")
-    yield from linear(f"{blocks}/ffn/up", f"{layer}.intermediate.dense", "embed", "mlp", bias=True)
-    yield from linear(f"{blocks}/ffn/down", f"{layer}.output.dense", "mlp", "embed", bias=True)
-    yield from norm_rows(config.stack, f"{blocks}/ffn_out_norm", f"{layer}.output.LayerNorm")
-
-
 ENCODERS: Mapping[str, EncoderFamily] = {
-    family.model_type: family
-    for family in (
-        EncoderFamily(
-            "bert", "Bert", behind_pad=False, gelu=False,
-            lm=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias",
-                "cls.predictions.decoder"),
-            labels=("bert.pooler.dense", "classifier"), surplus=("pooler.", "cls.seq_relationship."),
-        ),
-        EncoderFamily(
-            "roberta", "Roberta", behind_pad=True, gelu=True,
-            lm=("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder"),
-            labels=("classifier.dense", "classifier.out_proj"), surplus=("pooler.",),
-        ),
-    )
-}  # fmt: skip
-
-
-def describe(config: EncoderConfig) -> tuple[EncoderFamily, dict[str, Any]]:
-    """Return the family that computes an architecture and its config.json.
-
-    Raises:
-      ValueError: there is none.
-    """
-    tensors = ("pooler.dense.weight",) if isinstance(config.head, Embeddings) and config.head.pooler else ()
-    for family in ENCODERS.values():
-        try:
-            written = family.write(config)
-        except (ValueError, KeyError):
-            continue
-        again = family.parse(written, family.model_type, tensors)
-        if _explicit(again) == _explicit(config):
-            return family, written
-    raise ValueError(f"no family of transformers computes this encoder; known are {', '.join(ENCODERS)}: {config}")
-
-
-def _explicit(config: EncoderConfig) -> EncoderConfig:
-    """What a configuration means, defaults written out."""
-    return config.model_copy(update={"stack": config.stack.explicit()})
+    name: EncoderFamily(name, words=Vocabulary.of(entry), **entry) for name, entry in entries("encoders.yaml").items()
+}

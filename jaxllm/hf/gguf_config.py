@@ -1,7 +1,7 @@
 """The metadata of a GGUF file, translated to the config.json that the model has on Hugging Face.
 
-The families (`hf.families`) read it from there; here is only what llama.cpp writes otherwise. A key that is not
-translated is an error, as it is in a config.json.
+The families (`hf.families`) read it from there; here and in gguf.yaml is only what llama.cpp writes otherwise. A key
+that is not translated is an error, as it is in a config.json.
 
 Source: convert_hf_to_gguf.py of llama.cpp, and what its models take absent keys for.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.core.gguf_file import READ, GgufFile
 from jaxllm.hf.families import FULL, SLIDING
-from jaxllm.hf.fields import Fields
+from jaxllm.hf.fields import Fields, Vocabulary, entries
 from jaxllm.hf.gguf_weights import FREQUENCIES, read
 
 Config = dict[str, Any]
@@ -37,7 +37,9 @@ def describe(file: GgufFile) -> Config:
     keys = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     fields = Fields(keys, f"the metadata {prefix}*")
     fields.problems += _problems(file)
-    config = _common(fields, file) | ARCHITECTURES[architecture](fields, file)
+    config = ARCHITECTURES[architecture].read(fields) | _common(fields, file)
+    if architecture in OWN:
+        config |= OWN[architecture](fields, file)
     fields.finish(str(file.path))
     return config
 
@@ -61,24 +63,17 @@ def _problems(file: GgufFile) -> list[str]:
 
 
 def _common(fields: Fields, file: GgufFile) -> Config:
-    """What all architectures call the same."""
+    """What all architectures say alike, and no table can."""
     width, heads = fields.need("embedding_length"), _uniform(fields, "attention.head_count")
     head_dim = fields.take("attention.key_length", width // heads)
-    for key, value in (
-        ("attention.value_length", head_dim), ("rope.dimension_count", head_dim), ("attention.causal", True),
-        ("expert_count", 0), ("expert_used_count", 0), ("pooling_type", 0),
-    ):  # fmt: skip
-        fields.expect(key, value)
+    fields.expect("attention.value_length", head_dim)
+    fields.expect("rope.dimension_count", head_dim)
     table = file.tensors.get("token_embd.weight")
     return {
         "vocab_size": fields.take("vocab_size") or (table.shape[0] if table else fields.need("vocab_size")),
-        "hidden_size": width, "num_hidden_layers": fields.need("block_count"), "num_attention_heads": heads,
-        "num_key_value_heads": _uniform(fields, "attention.head_count_kv", heads), "head_dim": head_dim,
-        "intermediate_size": _uniform(fields, "feed_forward_length"),
-        "max_position_embeddings": fields.need("context_length"),
-        "rms_norm_eps": fields.need("attention.layer_norm_rms_epsilon"),
-        "rope_theta": fields.take("rope.freq_base", 10_000.0), "rope_scaling": _scaling(fields),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "num_attention_heads": heads, "num_key_value_heads": _uniform(fields, "attention.head_count_kv", heads),
+        "head_dim": head_dim, "intermediate_size": _uniform(fields, "feed_forward_length"),
+        "rope_scaling": _scaling(fields), "tie_word_embeddings": "output.weight" not in file.tensors,
     }  # fmt: skip
 
 
@@ -94,7 +89,6 @@ def _uniform(fields: Fields, key: str, absent: int | None = None) -> int:
 
 def _scaling(fields: Fields) -> Config | None:
     """Return rope_scaling, or None."""
-    fields.take("rope.scaling.finetuned")
     factor = fields.take("rope.scaling.factor", fields.take("rope.scale_linear", 0.0))
     kind = fields.take("rope.scaling.type", "linear")
     original = fields.take("rope.scaling.original_context_length", fields.take("context_length"))
@@ -115,12 +109,11 @@ def _scaling(fields: Fields) -> Config | None:
 
 def _llama(fields: Fields, file: GgufFile) -> Config:
     """Llama, and Mistral, which differs by its window."""
-    fields.expect("tensor_data_layout", "Meta AI original pth")
-    found = {"model_type": "llama", "hidden_act": "silu"}
+    found: Config = {}
     if window := fields.take("attention.sliding_window", 0):
-        found |= {"model_type": "mistral", "sliding_window": window}
+        found = {"model_type": "mistral", "sliding_window": window}
     elif "blk.0.attn_q.bias" in file.tensors:
-        found |= {"attention_bias": True, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
+        found = {"attention_bias": True, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
     tensor = file.tensors.get(FREQUENCIES)
     if tensor is not None and tensor.data is not None:
         if fields.take("rope.scaling.factor", 0.0) not in (0.0, 1.0):
@@ -151,32 +144,16 @@ def _frequencies(fields: Fields, factors: np.ndarray) -> Config:
     }  # fmt: skip
 
 
-def _qwen(fields: Fields, file: GgufFile) -> Config:
-    return {"model_type": file.metadata["general.architecture"], "hidden_act": "silu"}
-
-
-def _gemma(fields: Fields, file: GgufFile) -> Config:
-    return {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh"}
-
-
 def _gemma2(fields: Fields, file: GgufFile) -> Config:
-    return _gemma(fields, file) | {
-        "model_type": "gemma2", "sliding_window": fields.take("attention.sliding_window", 4096),
-        "attn_logit_softcapping": fields.take("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": fields.take("final_logit_softcapping", 30.0),
-        "query_pre_attn_scalar": _query_scalar(fields, GEMMA2_LARGE),
-    }  # fmt: skip
+    return {"query_pre_attn_scalar": _query_scalar(fields, GEMMA2_LARGE)}
 
 
 def _gemma3(fields: Fields, file: GgufFile) -> Config:
     window, every = fields.take("attention.sliding_window", 0), fields.take("attention.sliding_window_pattern", 6)
     n_layers = fields.need("block_count")
     sliding = every if isinstance(every, list) else [bool((i + 1) % every) for i in range(n_layers)]
-    return _gemma(fields, file) | {
-        "model_type": "gemma3_text", "sliding_window": window or None,
-        "layer_types": [SLIDING if each and window else FULL for each in sliding],
-        "rope_local_base_freq": fields.take("rope.freq_base_swa", 10_000.0),
-        "final_logit_softcapping": fields.take("final_logit_softcapping"),
+    return {
+        "sliding_window": window or None, "layer_types": [SLIDING if each and window else FULL for each in sliding],
         "query_pre_attn_scalar": _query_scalar(fields, GEMMA3_LARGE),
     }  # fmt: skip
 
@@ -188,6 +165,5 @@ def _query_scalar(fields: Fields, large: int) -> int:
     return width // heads if is_large else fields.take("attention.key_length", width // heads)
 
 
-ARCHITECTURES: Mapping[str, Callable[[Fields, GgufFile], Config]] = {
-    "llama": _llama, "qwen2": _qwen, "qwen3": _qwen, "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3
-}  # fmt: skip
+OWN: Mapping[str, Callable[[Fields, GgufFile], Config]] = {"llama": _llama, "gemma2": _gemma2, "gemma3": _gemma3}
+ARCHITECTURES = {name: Vocabulary.of(entry) for name, entry in entries("gguf.yaml").items()}

@@ -6,7 +6,8 @@ it is undone here, so that the tables of the families (`hf.families`) know one l
 Source: convert_hf_to_gguf.py of llama.cpp.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from jaxllm.core.gguf_file import GgufFile, Tensor
-from jaxllm.hf.checkpoint import Stored
+from jaxllm.hf.checkpoint import Stored, Tensors
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CHUNK_ROWS = 4096  # dequantised at once: gguf works on copies, and this bounds them
@@ -32,71 +33,44 @@ SANDWICH = BLOCK | {  # Gemma 2 and 3 have a norm on both sides of each part
 FREQUENCIES = "rope_freqs.weight"  # of Llama 3; `hf.gguf_config` reads it
 
 
-class GgufCheckpoint(Mapping[str, np.ndarray]):
-    """A GGUF file as `hf.checkpoint.Checkpoint` shows a directory; reading one tensor makes no other.
+def open_tensors(file: GgufFile, config: Mapping[str, Any]) -> Tensors:
+    """Return the tensors of a file as `hf.checkpoint.Checkpoint` shows those of a directory.
+
+    A name that llama.cpp does not have stays as it is. What was quantised is float32.
 
     Args:
       config: what `hf.gguf_config.describe` says of the file.
     """
+    architecture = file.metadata["general.architecture"]
+    heads, offset = {}, architecture.startswith("gemma")
+    if architecture == "llama":
+        heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    parts = SANDWICH if architecture in ("gemma2", "gemma3") else BLOCK
+    ours = dict(WHOLE)
+    for layer in range(config["num_hidden_layers"]):
+        ours |= {f"blk.{layer}.{part}": f"model.layers.{layer}.{name}" for part, name in parts.items()}
+    theirs = {name: stem for stem, name in ours.items()}
+    stored = {}
+    for name, tensor in file.tensors.items():
+        if name == FREQUENCIES and architecture == "llama":
+            continue
+        part = name.rpartition(".")[0].rpartition(".")[2]
+        get = partial(_read, tensor, heads.get(part), offset and part.endswith("norm"))
+        stored[_renamed(name, ours)] = Stored(tensor.shape, DTYPES.get(tensor.kind, DTYPES["F32"]).name, get)
+    return Tensors(file.path, stored, called=partial(_renamed, names=theirs), described_by="its metadata")
 
-    config_name = "its metadata"
 
-    def __init__(self, file: GgufFile, config: Mapping[str, Any]):
-        self.directory, self._file = file.path, file
-        architecture = file.metadata["general.architecture"]
-        self._heads = {}
-        if architecture == "llama":
-            self._heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-        self._offset_norms = architecture.startswith("gemma")
-        self._parts = SANDWICH if architecture in ("gemma2", "gemma3") else BLOCK
-        skipped = {FREQUENCIES} if architecture == "llama" else set()
-        self._names = {self._translate(name): name for name in file.tensors if name not in skipped}
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    stem, dot, kind = name.rpartition(".")
+    return f"{names.get(stem, stem)}{dot}{kind}"
 
-    def _translate(self, name: str) -> str:
-        """Return Hugging Face's name of a tensor; one that llama.cpp does not have stays as it is."""
-        stem, _, kind = name.rpartition(".")
-        if stem in WHOLE:
-            return f"{WHOLE[stem]}.{kind}"
-        words = stem.split(".")
-        if len(words) != 3 or words[0] != "blk" or words[2] not in self._parts:
-            return name
-        return f"model.layers.{words[1]}.{self._parts[words[2]]}.{kind}"
 
-    def called(self, name: str) -> str:
-        """Return what the file calls, or would call, a tensor of Hugging Face's name."""
-        stem, _, kind = name.rpartition(".")
-        whole = {theirs: ours for ours, theirs in WHOLE.items()}
-        if stem in whole:
-            return f"{whole[stem]}.{kind}"
-        if not stem.startswith("model.layers."):
-            return name
-        layer, part = stem.removeprefix("model.layers.").split(".", 1)
-        parts = {theirs: ours for ours, theirs in self._parts.items()}
-        return f"blk.{layer}.{parts.get(part, part)}.{kind}"
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        stored = self._names[name]
-        tensor, part = read(self._file.tensors[stored]), stored.split(".")[-2]
-        if part in self._heads:  # pairs to rotate lie side by side there, and half a head apart here
-            order = "(heads half two) ... -> (heads two half) ..."
-            return rearrange(tensor, order, heads=self._heads[part], two=2)
-        if self._offset_norms and part.endswith("norm"):
-            return tensor.astype(np.float32) - np.float32(1)
-        return tensor
-
-    def stored(self, name: str) -> Stored:
-        """Return shape and dtype of a tensor without reading it; what was quantised is float32."""
-        tensor = self._file.tensors[self._names[name]]
-        return Stored(tensor.shape, DTYPES.get(tensor.kind, DTYPES["F32"]).name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def close(self) -> None:
-        """Do nothing: the file is unmapped with its last view."""
+def _read(tensor: Tensor, heads: int | None, offset: bool) -> np.ndarray:
+    """Return a tensor as a Hugging Face checkpoint has it."""
+    values = read(tensor)
+    if heads:  # pairs to rotate lie side by side there, and half a head apart here
+        return rearrange(values, "(heads half two) ... -> (heads two half) ...", heads=heads, two=2)
+    return values.astype(np.float32) - np.float32(1) if offset else values
 
 
 def read(tensor: Tensor) -> np.ndarray:

@@ -6,9 +6,27 @@ from typing import Any
 from jaxllm.hf.fields import Fields
 from jaxllm.layers.config import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
 
+ORIGINAL = "original_max_position_embeddings"
+# {rope_type: (scaling, {key: its field}, keys that must be there)}
+SCALINGS: dict[str, tuple[type, dict[str, str], tuple[str, ...]]] = {
+    "linear": (LinearScaling, {"factor": "factor"}, ("factor",)),
+    "llama3": (
+        Llama3Scaling, {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high"},
+        ("factor", "low_freq_factor", "high_freq_factor"),
+    ),
+    "yarn": (
+        YarnScaling, {"factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate",
+                      "attention_factor": "magnitude"}, ("factor",),
+    ),
+    "longrope": (
+        LongRopeScaling, {"short_factor": "short_factors", "long_factor": "long_factors",
+                          "attention_factor": "magnitude"}, ("short_factor", "long_factor"),
+    ),
+}  # fmt: skip
 
-def read_rope(fields: Fields, theta: float, fraction: float | None = None, **rest: Any) -> Rope:
-    """Return the rotary positions of a config.
+
+def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> dict[str, Any]:
+    """Return the fields of the rotary positions of a config.
 
     Args:
       theta, fraction: what the family means by leaving them out; None: it always rotates whole heads.
@@ -18,14 +36,14 @@ def read_rope(fields: Fields, theta: float, fraction: float | None = None, **res
     found.setdefault("rope_theta", fields.take("rope_theta", fields.take("rotary_emb_base", theta)))
     partial = fields.take("partial_rotary_factor", fields.take("rotary_pct", fraction or 1.0))
     found.setdefault("partial_rotary_factor", partial)
-    longest = fields.take("original_max_position_embeddings", 0)
-    if longest:
-        found.setdefault("original_max_position_embeddings", longest)
+    if longest := fields.take(ORIGINAL, 0):
+        found.setdefault(ORIGINAL, longest)
     theta, share = float(found.pop("rope_theta")), float(found.pop("partial_rotary_factor"))
     if fraction is None and share != 1.0:
         fields.problems.append(f"partial_rotary_factor={share}: transformers ignores it in this family")
     scaling = read_scaling(found, fields, fields.take("max_position_embeddings", 0))
-    return Rope(theta=theta, fraction=share, scaling=scaling, **rest)
+    read = {"kind": "rope", "theta": theta, "fraction": share, "scaling": scaling}
+    return {f"positions.{field}": value for field, value in read.items()}
 
 
 def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeScaling | None:
@@ -36,57 +54,35 @@ def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeSca
     """
     kind = found.pop("rope_type", found.pop("type", "default"))
     found.pop("type", None)
-    original = found.pop("original_max_position_embeddings", None)
-    scaling: RopeScaling | None = None
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
-    needed |= dict.fromkeys(("longrope", "su"), ("short_factor", "long_factor"))
-    if missing := [key for key in needed.get(kind, ()) if key not in found]:
+    original, known = found.pop(ORIGINAL, None), "longrope" if kind == "su" else kind
+    if known not in ("default", *SCALINGS):
+        fields.problems.append(f"rope_type={kind!r}: known are default, {', '.join(SCALINGS)}")
+        return None
+    scaling, names, needed = SCALINGS.get(known, (None, {}, ()))
+    if missing := [key for key in needed if key not in found]:
         fields.problems.append(f"rope_type={kind!r} without {', '.join(missing)}")
         return None
-    match kind:
-        case "default":
-            pass
-        case "linear":
-            scaling = LinearScaling(factor=found.pop("factor"))
-        case "llama3":
-            scaling = Llama3Scaling(
-                factor=found.pop("factor"), low=found.pop("low_freq_factor"), high=found.pop("high_freq_factor"),
-                original_len=original,
-            )  # fmt: skip
-        case "yarn":
-            scaling = _read_yarn(found, original or longest)
-        case "longrope" | "su":
-            scaling = _read_longrope(found, original or longest, longest)
-        case _:
-            fields.problems.append(f"rope_type={kind!r}: known are default, linear, llama3, yarn, longrope")
-            return None
-    fields.problems += [
-        f"rope_parameters.{key}={value!r}: unknown" for key, value in found.items() if value is not None
-    ]
-    return scaling
+    values = {field: found.pop(key, None) for key, field in names.items()}
+    if known != "linear":
+        values["original_len"] = original if known == "llama3" else original or longest
+    if known in ("yarn", "longrope"):
+        magnitude = (_yarn_magnitude if known == "yarn" else _longrope_magnitude)(found, values, longest)
+        values["magnitude"] = magnitude if values["magnitude"] is None else values["magnitude"]
+    unknown = {key: value for key, value in found.items() if value is not None}
+    fields.problems += [f"rope_parameters.{key}={value!r}: unknown" for key, value in unknown.items()]
+    return scaling and scaling(**{field: value for field, value in values.items() if value is not None})
 
 
-def _read_yarn(found: dict[str, Any], original: int) -> YarnScaling:
-    factor = found.pop("factor")
-    magnitude, up, down = (found.pop(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+def _yarn_magnitude(found: dict[str, Any], values: dict[str, Any], longest: int) -> float:
+    factor, up, down = values["factor"], found.pop("mscale", None), found.pop("mscale_all_dim", None)
     scale = lambda mscale: 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-    if magnitude is None:
-        magnitude = scale(up) / scale(down) if up and down else scale(1.0)
-    return YarnScaling(
-        factor=factor, original_len=original, beta_fast=found.pop("beta_fast", None) or 32.0,
-        beta_slow=found.pop("beta_slow", None) or 1.0, magnitude=magnitude,
-        truncate=found.pop("truncate", None) is not False,
-    )  # fmt: skip
+    return scale(up) / scale(down) if up and down else scale(1.0)
 
 
-def _read_longrope(found: dict[str, Any], original: int, longest: int) -> LongRopeScaling:
-    magnitude, factor = found.pop("attention_factor", None), found.pop("factor", None) or longest / original
-    if magnitude is None:
-        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return LongRopeScaling(
-        short_factors=tuple(found.pop("short_factor")), long_factors=tuple(found.pop("long_factor")),
-        original_len=original, magnitude=magnitude,
-    )  # fmt: skip
+def _longrope_magnitude(found: dict[str, Any], values: dict[str, Any], longest: int) -> float:
+    original = values["original_len"]
+    factor = found.pop("factor", None) or longest / original
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -94,23 +90,10 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     written: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.fraction != 1.0:
         written["partial_rotary_factor"] = rope.fraction
-    match rope.scaling:
-        case LinearScaling(factor=factor):
-            written |= {"rope_type": "linear", "factor": factor}
-        case Llama3Scaling() as s:
-            written |= {
-                "rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low, "high_freq_factor": s.high,
-                "original_max_position_embeddings": s.original_len,
-            }  # fmt: skip
-        case YarnScaling() as s:
-            written |= {
-                "rope_type": "yarn", "factor": s.factor, "beta_fast": s.beta_fast, "beta_slow": s.beta_slow,
-                "attention_factor": s.magnitude, "original_max_position_embeddings": s.original_len,
-                "truncate": s.truncate,
-            }  # fmt: skip
-        case LongRopeScaling() as s:
-            written |= {
-                "rope_type": "longrope", "short_factor": list(s.short_factors), "long_factor": list(s.long_factors),
-                "attention_factor": s.magnitude, "original_max_position_embeddings": s.original_len,
-            }  # fmt: skip
+    if rope.scaling is not None:
+        values = rope.scaling.model_dump(mode="json")
+        written["rope_type"] = values["kind"]
+        written |= {key: values[field] for key, field in SCALINGS[values["kind"]][1].items()}
+        if "original_len" in values:
+            written[ORIGINAL] = values["original_len"]
     return written

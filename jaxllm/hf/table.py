@@ -5,7 +5,7 @@ read backwards, so that import and export cannot disagree.
 """
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -95,14 +95,6 @@ def stored_shape(row: Row, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, .
     if row.part:
         inner[row.part.axis] = sum(row.part.lengths)
     return tuple(inner)
-
-
-def by_tensor(rows: list[Row]) -> Iterator[list[Row]]:
-    """Group the rows that share a tensor."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.theirs, []).append(row)
-    yield from groups.values()
 
 
 def _backwards(order: str) -> str:

@@ -10,32 +10,13 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.gguf_weights import GgufCheckpoint
-from jaxllm.hf.renamed import Renamed
-from jaxllm.hf.table import Row, Sizes, by_tensor, finish, names, put, stacked, stored_shape, take
-from jaxllm.layers.config import Experts
+from jaxllm.hf.checkpoint import Tensors, Writer
+from jaxllm.hf.rows import sizes_of
+from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.build import AnyConfig, Params, abstract_params
-from jaxllm.models.encoder_config import EncoderConfig
-from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 HEADS = {"lm_head.weight", "embed_out.weight"}
-Tensors = Checkpoint | Renamed | GgufCheckpoint
-
-
-def sizes_of(config: AnyConfig) -> Sizes:
-    """Return the lengths of the axes that rows name."""
-    if isinstance(config, Seq2SeqConfig):
-        stack = config.decoder
-        sizes = {"heads": stack.n_heads, "kv_heads": stack.kv_heads, "head_dim": stack.head_width, "one": 1}
-        return sizes | {"encoders": config.encoder.n_layers, "decoders": stack.n_layers}
-    config = config.stack if isinstance(config, EncoderConfig) else config
-    return {
-        "layers": config.n_layers, "heads": config.n_heads, "kv_heads": config.kv_heads,
-        "head_dim": config.head_width, "embed": config.d_model, "mlp": config.d_ff, "three": 3,
-        "experts": config.ffn.number if isinstance(config.ffn, Experts) else 0,
-    }  # fmt: skip
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:
@@ -68,9 +49,9 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, 
     if problems:
         shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
         raise ValueError(
-            f"{checkpoint.directory}: the tensors do not fit {checkpoint.config_name}:\n  "
+            f"{checkpoint.origin}: the tensors do not fit {checkpoint.described_by}:\n  "
             + "\n  ".join(shown)
-            + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.config_name}"
+            + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.described_by}"
         )
     return found
 
@@ -79,10 +60,8 @@ def _misshaped(checkpoint: Tensors, found: dict[str, str], rows: list[Row], conf
     sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
     for row in rows:
         expected = stored_shape(row, shapes[row.ours][stacked(row) :], sizes)
-        if row.whole:
-            expected = finish(row, np.broadcast_to(np.int8(0), expected), sizes).shape
         for name in names(row, sizes):
-            if name in found and (stored := checkpoint.stored(found[name]).shape) != expected:
+            if name in found and (stored := checkpoint.stored[found[name]].shape) != expected:
                 yield f"{checkpoint.called(name)}: shape {list(stored)}, expected {list(expected)}"
 
 
@@ -105,7 +84,7 @@ def read_params(
         row, sharding = by_name[name], places.get(name)
         tensors = [found[theirs] for theirs in names(row, sizes)]
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
-        wanted = dtype or checkpoint.stored(tensors[0]).dtype
+        wanted = dtype or checkpoint.stored[tensors[0]].dtype
         if not stacked(row):
             return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
@@ -126,7 +105,10 @@ def _set(stack: Array, part: Array, start: Array) -> Array:
 def write_params(params: Params, rows: list[Row], config: AnyConfig, writer: Writer) -> None:
     """Write all parameters in the checkpoint's layout, one tensor at a time."""
     leaves, sizes = named_leaves(params), sizes_of(config)
-    for group in by_tensor(rows):
+    groups: dict[str, list[Row]] = {}  # the rows that share a tensor
+    for row in rows:
+        groups.setdefault(row.theirs, []).append(row)
+    for group in groups.values():
         for index, theirs in enumerate(names(group[0], sizes)):
             parts = [_part(leaves[row.ours], row, index) for row in group]
             tensor = np.empty(stored_shape(group[0], parts[0].shape, sizes), parts[0].dtype)

@@ -70,3 +70,7 @@ class EncoderConfig(Config):
     def tie_embeddings(self) -> bool:
         """Whether the token embedding is the output matrix."""
         return self.stack.tie_embeddings
+
+    def explicit(self) -> Self:
+        """Return the same architecture with the defaults that follow from other fields written out."""
+        return self.model_copy(update={"stack": self.stack.explicit()})

@@ -52,6 +52,10 @@ class Seq2SeqConfig(Config):
         """Whether the table of tokens is the output matrix."""
         return self.decoder.tie_embeddings
 
+    def explicit(self) -> Self:
+        """Return the same architecture with the defaults that follow from other fields written out."""
+        return self.model_copy(update={"encoder": self.encoder.explicit(), "decoder": self.decoder.explicit()})
+
     def room(self, prompt_length: int) -> int:
         """Return how many tokens fit behind the beginning of a target."""
         return self.decoder.room(prompt_length)

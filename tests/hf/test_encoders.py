@@ -10,9 +10,10 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.encoders import ENCODERS, describe
+from jaxllm.hf.encoders import ENCODERS
 from jaxllm.hf.table import names, take
 from jaxllm.hf.weights import read_params, sizes_of, write_params
+from jaxllm.huggingface import words_for
 from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder_config import Embeddings
@@ -158,7 +159,7 @@ def test_loss_and_gradients(pair):
 def test_the_export_is_the_inverse(pair, tmp_path):
     name, model, path = pair
     family, config, params = ours(path)
-    found, description = describe(config)
+    found, description = words_for(config)
     assert found is family
     writer = Writer(tmp_path, max_bytes=60_000)
     write_params(params, family.rows(config), config, writer)

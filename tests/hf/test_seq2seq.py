@@ -9,9 +9,11 @@ import pytest
 
 from jaxllm.core.tree import named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
-from jaxllm.hf.seq2seq import SEQ2SEQ, describe
+from jaxllm.hf.rows import sizes_of
+from jaxllm.hf.seq2seq import SEQ2SEQ
 from jaxllm.hf.table import names, take
-from jaxllm.hf.weights import read_params, sizes_of, write_params
+from jaxllm.hf.weights import read_params, write_params
+from jaxllm.huggingface import words_for
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import RelativeBias
@@ -146,7 +148,7 @@ def test_greedy_targets_are_those_of_transformers_alone_and_in_a_batch(pair):
 def test_an_export_is_the_import_bitwise_and_transformers_computes_the_same_with_it(pair, tmp_path):
     _, model, path = pair
     family, config, params = ours(path)
-    again, description = describe(config)
+    again, description = words_for(config)
     assert again == family
     writer = Writer(tmp_path)
     write_params(params, family.rows(config), config, writer)
