@@ -56,13 +56,8 @@ class Transformer(nnx.Module):
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Return (hidden states after the final norm, the cache with the new tokens)."""
-        return self._hidden(tokens, positions, mask, cache)[:2]
-
-    def _hidden(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterSums | None]:
+        """Return (hidden states after the final norm, the cache with the new tokens, what the routers did without)."""
         dtype = jnp.dtype(self.compute.dtype)
         x = self.embed(tokens, dtype)
         if self.config.embed_scale is not None:
@@ -119,46 +114,39 @@ class Transformer(nnx.Module):
         logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.logit_softcap)
 
-    def states(
+    def routed_states(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:  # fmt: skip
-        """Return the hidden states of whole rows after the final norm.
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:  # fmt: skip
+        """Return the hidden states of whole rows, and what routers did with all tokens but padding (None: no experts).
 
         Args:
           segments: packing id per token, 0 = padding; None: each row is one document.
           positions: index within the document; None: 0 ... T-1.
         """
-        return self.routed_states(tokens, segments, positions)[0]
-
-    def routed_states(
-        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:  # fmt: skip
-        """Return (`states`, what the routers did with all tokens but padding; None for a model without experts)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _, sums = self._hidden(tokens, positions, CausalMask(segments))
+        hidden, _, sums = self.hidden(tokens, positions, CausalMask(segments))
         return hidden, sums
 
     def __call__(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:  # fmt: skip
-        """Return float32 next-token logits of whole rows; arguments as of `states`."""
-        return self.logits(self.states(tokens, segments, positions))
+        """Return float32 next-token logits of whole rows; arguments as of `routed_states`."""
+        return self.logits(self.routed_states(tokens, segments, positions)[0])
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Write whole prompts into an empty cache: `decode` where the prompt is all there is to see."""
-        return self.hidden(tokens, positions, CausalMask(), cache)
+        return self.hidden(tokens, positions, CausalMask(), cache)[:2]
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
-        return self.hidden(tokens, positions, CacheMask(positions), cache)
+        return self.hidden(tokens, positions, CacheMask(positions), cache)[:2]
 
 
 def graph(config: ModelConfig, compute: ComputeConfig, *, stacked: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
