@@ -111,7 +111,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
 
 
 def memory_line(sizes: Mapping[str, float]) -> str:
-    """Return `training_bytes` as text: "4.1 GB: parameters 1.0, optimizer 2.0, gradients 1.0, activations 0.1 ..."."""
-    total = sum(sizes.values())
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if total >= unit)
-    return f"{total / unit:.1f} {name}: " + ", ".join(f"{key} {size / unit:.1f}" for key, size in sizes.items())
+    """Return `training_bytes` as text: "4.1 GB: parameters 1.0 GB, optimizer 2.0 GB, gradients 1.0 GB, logits 66.1 MB"."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B"))
+    amount = lambda size: next(f"{size / (unit or 1):.1f} {name}" for unit, name in units if size >= unit)
+    return f"{amount(sum(sizes.values()))}: " + ", ".join(f"{key} {amount(size)}" for key, size in sizes.items())
