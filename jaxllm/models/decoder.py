@@ -92,12 +92,6 @@ class Transformer(nnx.Module):
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
         traits = layer_traits(self.config)
-        if isinstance(self.blocks, nnx.List):
-            each = []
-            for layer in zip(self.blocks, traits, strict=True):
-                x, sums = apply(x, layer)
-                each.append(sums)
-            return x, jax.tree.map(lambda *sums: jnp.stack(sums), *each)
         unroll = self.config.n_layers if self.compute.layers == "unroll" else 1
         if len(set(traits)) == 1:  # no layer differs: facts of the program, not data of the loop
             return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, self.blocks, unroll=unroll)

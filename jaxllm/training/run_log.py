@@ -45,10 +45,11 @@ class RunLog:
         self._run_dir, self._config, self._steps = run_dir, config, steps
         self._tokens_per_step, self._flops = tokens_per_step, flops
         self._begin, self._skipped_in_a_row = begin, 0
-        self._elapsed = _elapsed_before(run_dir, begin.step)
+        before = [record for record in read(run_dir / "timing.jsonl") if record["step"] <= begin.step]
+        self._elapsed = max((record["elapsed_s"] for record in before), default=0.0)  # by earlier processes of this run
         self._window: list[tuple[float, float]] = []
-        self._name, self._start = name, time.perf_counter()
         self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
+        self._name, self._start = name, time.perf_counter()
         self._console, self._bar = Console(), None
         if self._writer is not None and self._console.is_terminal:
             columns = (
@@ -146,9 +147,3 @@ class RunLog:
         if self._writer is not None:
             self._writer.sample(step, prompt, text)
         self.say(f"  {prompt} → {text}")
-
-
-def _elapsed_before(run_dir: Path, done: int) -> float:
-    """Return the training seconds of earlier processes of this run, up to step `done`."""
-    records = read(run_dir / "timing.jsonl")
-    return max((record["elapsed_s"] for record in records if record["step"] <= done), default=0.0)
