@@ -6,7 +6,7 @@ lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -208,12 +208,12 @@ class LanguageModel:
     def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
         if isinstance(stop, str) or "" in stop:
             raise ValueError(f"stop={stop!r} must be a list of strings that are not empty")
-        finished = partial(self._has_stop, stop) if stop else None
-        return Limits(max_new_tokens, self.stop_ids, finished)
 
-    def _has_stop(self, stop: Sequence[str], tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens)
-        return any(string in text for string in stop)
+        def finished(tokens: list[int]) -> bool:
+            text = self.tokenizer.decode(tokens)
+            return any(string in text for string in stop)
+
+        return Limits(max_new_tokens, self.stop_ids, finished if stop else None)
 
     def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
         """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jaxllm
 from jaxllm.core import files
 from jaxllm.core.command import command
+from jaxllm.core.wording import short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +20,13 @@ TASKS, LATE, NOVEL = "new_combinations", "pretrain_only", "novel"
 DOCUMENTS, CONVERSATIONS, VOCAB_SIZE = 30_000, 13_000, 1280
 SMOKE = {"documents": 2_000, "conversations": 800, "steps": "steps=20", "count": 20}
 ANSWERS_SHOWN = 5
+STAGES = {"pretrain": "Pretraining", "tune": "Instruction tuning"}
+QUESTION = "Translate into Chinese: Tom sees a red ball in the park."
+TABLES = {  # key in results.json: (split, title)
+    "tasks": (TASKS, "Instructions it has never seen: exactly right answers"),
+    "pretrain_only": (LATE, "The same, about words that only the raw text had"),
+    "novel": (NOVEL, "The same, about names that occur nowhere"),
+}
 
 
 @command
@@ -35,22 +44,24 @@ def main(argv: list[str] | None = None) -> int | None:
         _heading(console, 2, "Pretraining on raw text")
         if status := _train(out, "pretrain", arguments):
             return status
-    base = _load(out / "pretrain") if not arguments.skip_pretraining else None
+    base = None if arguments.skip_pretraining else jaxllm.load(out / "pretrain")
     before = _evaluate(base, arguments.smoke, (TASKS,)) if base else None
     _heading(console, 3, "Teaching it to follow instructions")
     if status := _train(out, "tune", arguments):
         return status
     _heading(console, 4, "Asking what it has never been asked")
     files.write_json(out / "run.json", {"model": "tune"})
-    tuned = _load(out / "tune")
+    tuned = jaxllm.load(out / "tune")
     after = _evaluate(tuned, arguments.smoke, (TASKS, LATE, NOVEL))
     results = _results(out, before, after, tuned)
     results["seconds"] = round(time.perf_counter() - start, 1)
     files.write_json(out / "results.json", results)
     _show(console, results)
+    _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))
     console.print(
-        f"\n{results['seconds']:.0f} s in all. The report: {out / 'report.html'}\n"
+        f"\n{results['seconds']:.0f} s in all, {short(results['tokens'])} trained tokens. "
+        f"The report: {out / 'report.html'}\n"
         f"Talk to it:  python -m jaxllm.sample {out} --chat",
         soft_wrap=True,
     )
@@ -68,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _heading(console: "Console", number: int, text: str) -> None:
-    console.print(f"\n[bold cyan]{number}/4[/] [bold]{text}[/]")
+    console.print(f"\n[bold cyan]{number}/5[/] [bold]{text}[/]")
 
 
 def _prepare(out: Path, smoke: bool) -> None:
@@ -96,20 +107,11 @@ def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
     overrides = [f"data.sources.{i}.path={out / 'data' / source}" for i, source in enumerate(sources)]
     overrides.append(f"out={out / stage}")
     if stage == "tune":
-        overrides += (
-            ["start_from=none", "model.preset=quickstart"]
-            if arguments.skip_pretraining
-            else [f"start_from={out / 'pretrain'}"]
-        )
+        random = ["start_from=none", "model.preset=quickstart"]
+        overrides += random if arguments.skip_pretraining else [f"start_from={out / 'pretrain'}"]
     if arguments.smoke:
         overrides.append(str(SMOKE["steps"]))
     return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).status
-
-
-def _load(run_dir: Path) -> "LanguageModel":
-    import jaxllm
-
-    return jaxllm.load(run_dir)
 
 
 def _evaluate(model: "LanguageModel", smoke: bool, splits: tuple[str, ...]) -> dict[str, Any]:
@@ -126,34 +128,22 @@ def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tu
 
     from jaxllm.evaluation.applications import compare
     from jaxllm.models.accounting import param_count
+    from jaxllm.training.metrics import read
 
-    stages = [stage for stage in ("pretrain", "tune") if (out / stage).exists()]
-    tables = {"tasks": TASKS, "pretrain_only": LATE, "novel": NOVEL}
+    records = [record for stage in STAGES for record in read(out / stage / "metrics.jsonl")]
     return {
-        **{key: compare(before if key == "tasks" else None, after, split) for key, split in tables.items()},
-        "tokens": sum(_tokens(out / stage) for stage in stages),
+        **{key: compare(before if key == "tasks" else None, after, split) for key, (split, _) in TABLES.items()},
+        "tokens": int(sum(record.get("tokens", 0) for record in records)),
         "parameters": param_count(tuned.config),
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         "failures": {application: entry["failures"] for application, entry in after[TASKS].items()},
     }
 
 
-def _tokens(run_dir: Path) -> int:
-    """Return the trained tokens of a run."""
-    from jaxllm.training.metrics import read
-
-    return int(sum(record.get("tokens", 0) for record in read(run_dir / "metrics.jsonl")))
-
-
 def _show(console: "Console", results: dict[str, Any]) -> None:
     from rich.table import Table
 
-    titles = {
-        "tasks": "Instructions it has never seen: exactly right answers",
-        "pretrain_only": "The same, about words that only the raw text had",
-        "novel": "The same, about names that occur nowhere",
-    }
-    for key, title in titles.items():
+    for key, (_, title) in TABLES.items():
         table = Table("application", "pretrained", "tuned", "n", title=title, title_justify="left")
         for application, entry in results[key].items():
             base = f"{entry['base']:.1%}" if "base" in entry else "-"
@@ -188,20 +178,16 @@ def _report(out: Path, results: dict[str, Any], exchanges: tuple) -> None:
     from jaxllm.evaluation.report import Report, Stage, write_report
     from jaxllm.training.metrics import read
 
-    names = {"pretrain": "Pretraining", "tune": "Instruction tuning"}
     stages = tuple(
         Stage(
             name, read(out / stage / "metrics.jsonl"), read(out / stage / "timing.jsonl"),
             read(out / stage / "samples.jsonl"), (out / stage / "recipe.yaml").read_text(encoding="utf-8"),
         )
-        for stage, name in names.items() if (out / stage / "recipe.yaml").exists()
+        for stage, name in STAGES.items() if (out / stage / "recipe.yaml").exists()
     )  # fmt: skip
     steps = (
         ("Hold a conversation", f"python -m jaxllm.sample {out} --chat"),
-        (
-            "Ask one thing",
-            f'python -m jaxllm.sample {out} --prompt "Translate into Chinese: Tom sees a red ball in the park."',
-        ),
+        ("Ask one thing", f'python -m jaxllm.sample {out} --prompt "{QUESTION}"'),
         ("See what it was trained on", f"python -m jaxllm.inspect {out} --step 1"),
         ("Use real text: the manual of Python itself", "python -m jaxllm.prepare configs/pydocs/text.yaml"),
         ("Use your own", "python -m jaxllm.prepare --text 'my/**/*.txt' --out data/mine"),

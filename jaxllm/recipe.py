@@ -1,6 +1,7 @@
 """The recipe: everything that decides a run, in one typed tree. The only place that names every config."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import Field
 from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import read_json
+from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.locate import model_config
 from jaxllm.models import presets
@@ -75,10 +77,26 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     A run directory is `out` of its own recipe, wherever it was copied or moved to.
     """
     if path is not None and Path(path).is_dir():
+        if (manifest := Path(path) / "manifest.json").exists():
+            chat = read_json(manifest)["kind"] == "chat"
+            usual = "tune configs/own-text/tune.yaml" if chat else "train configs/own-text/pretrain.yaml"
+            raise ValueError(
+                f"{path} is a dataset, and no recipe or run; learn from it with a recipe, such as: "
+                f"python -m jaxllm.{usual} data.sources.0.path={path}"
+            )
         if not any(override.partition("=")[0].strip() == "out" for override in overrides):
             overrides = [f"out={json.dumps(str(path))}", *overrides]
         path = Path(path) / FILE_NAME
     return configs.load(Recipe, path, overrides, expand=_expand)
+
+
+def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
+    """Return the recipe that RECIPE.yaml or RUN_DIR and key=value ... say; None: `usage` and all keys are printed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or {"-h", "--help"} & {*argv}:
+        sys.stdout.write(usage + describe(Recipe))
+        return None
+    return load_recipe(argv[0], argv[1:])
 
 
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:

@@ -26,7 +26,6 @@ from jaxllm.models.accounting import (
     peak_flops,
     training_bytes,
 )
-from jaxllm.models.config import ModelConfig
 from jaxllm.recipe import Recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
@@ -57,7 +56,11 @@ class Run:
         self.val_loss: float | None = None  # the last one measured
         if recipe.monitor.prompts:
             self._check_prompts()
-        self._validation = self._open_validation()
+        manifests = {source.path: read_manifest(source.path) for source in recipe.data.sources if source.validate_on}
+        splits = {path: manifest.splits.get("validation") for path, manifest in manifests.items()}
+        self._held_out = [path for path, split in splits.items() if split is not None and split.n_documents]
+        processes = jax.process_index(), jax.process_count()
+        self._validation = Loader(recipe.data, "validation", *processes) if self._held_out else None
         self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute))
 
     @property
@@ -79,14 +82,6 @@ class Run:
                     f"monitor.prompts.{number} has {length} tokens, and model.max_seq_len={longest} must leave room for"
                     f" an answer; shorten it: {prompt[:60]!r}"
                 )
-
-    def _open_validation(self) -> Loader | None:
-        """Return the loader of the held-out documents, or None if the data has none."""
-        manifests = [read_manifest(source.path) for source in self.recipe.data.sources if source.validate_on]
-        splits = [manifest.splits.get("validation") for manifest in manifests]
-        if not any(split is not None and split.n_documents for split in splits):
-            return None
-        return Loader(self.recipe.data, "validation", jax.process_index(), jax.process_count())
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """Return the state to go on from: restored if there is a checkpoint, else new."""
@@ -147,15 +142,13 @@ class Run:
     def catch_up(self, actions: list[Action], state: TrainState, steps: int) -> None:
         """Evaluate and sample at the step of the checkpoint, where a stop had no time for it."""
         step = self.begin.step
-        evaluated = any("val_loss" in record and record["step"] == step for record in self._records("metrics"))
-        sampled = any(record["step"] == step for record in self._records("samples"))
+        metrics, samples = (read(self.run_dir / f"{name}.jsonl") for name in ("metrics", "samples"))
+        evaluated = any("val_loss" in record and record["step"] == step for record in metrics)
+        sampled = any(record["step"] == step for record in samples)
         done = [*[self.evaluate] * evaluated, *[self.write_samples] * sampled, self.save]
         for action in actions:
             if step and action.due(step, steps) and action.run not in done:
                 action.run(step, state)
-
-    def _records(self, name: str) -> list[dict[str, Any]]:
-        return read(self.run_dir / f"{name}.jsonl")
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Measure the validation loss over the whole split (or `monitor.evaluate_batches` batches of it)."""
@@ -223,19 +216,26 @@ class Run:
     def describe(self, steps: int) -> str:
         """Say in a line what is about to happen."""
         data, done = self.recipe.data, self.begin.step
+        total, active = param_count(self.recipe.model), active_param_count(self.recipe.model)
         kind = jax.devices()[0].device_kind
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
         samples = min(self.begin.at(steps), self.loader.n_samples or self.begin.at(steps))  # the last may be filled up
         return (
-            f"{_sizes(self.recipe.model)}, {self.tokens_per_step:,} tokens/step, "
-            f"{count(steps, 'step')} = {short(samples * data.packing.seq_len)} tokens = "
+            f"{short(total)} parameters{f' ({short(active)} of them active)' * (active < total)}, "
+            f"{self.tokens_per_step:,} positions/step, {count(steps, 'step')} = "
+            f"{short(samples * data.packing.seq_len)} positions = "
             f"{samples / self.loader.samples_per_epoch:.1f} epochs; {kind} ({mesh}), {self.compute.dtype}"
             + (f"; resuming at step {done}" if done else "")
         )
 
     def notes(self) -> list[str]:
-        """Say which conversations are left out, and if a batch is larger than an epoch."""
+        """Say which conversations are left out, what the losses are of, and if a batch is larger than an epoch."""
         notes = []
+        if self._held_out and len(self.recipe.data.sources) > 1:
+            notes.append(
+                f"note: training and validation loss are of different mixtures: of all {len(self.recipe.data.sources)} "
+                f"sources by their weights, and of the held-out documents of {' and '.join(self._held_out)}"
+            )
         for plan in self.loader.plans:
             if plan.dropped:
                 notes.append(
@@ -250,11 +250,6 @@ class Run:
                 f"to {rows} or less to train just as long as you asked"
             )
         return notes
-
-
-def _sizes(model: ModelConfig) -> str:
-    total, active = param_count(model), active_param_count(model)
-    return f"{short(total)} parameters" + (f" ({short(active)} of them active)" if active < total else "")
 
 
 def _best_params(state: TrainState) -> Any:

@@ -4,10 +4,10 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxllm.core import config as configs
 from jaxllm.core.command import command
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxllm.language_model import LanguageModel
 
 CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line"
-ANSWERING = "answering (the first answer is compiled) ..."
+COMPILES = "/jax/compilation_cache/compile_requests_use_cache"  # what JAX announces before it compiles
 NOTES = """
 Without --prompt, --prompts or --chat, the prompts are read from standard input, one per line.
 
@@ -65,7 +65,7 @@ def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
     from jaxllm.locate import model_config
 
     config = model_config(arguments.model)  # a wrong path is an error now, not after JAX has started
-    from jaxllm.inference import spread
+    from jaxllm.inference.decode import tensor_mesh
     from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import load
     from jaxllm.sharding import distributed
@@ -73,27 +73,45 @@ def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
     distributed.start(distributed.PlatformConfig())
-    return load(arguments.model, mesh=spread.tensor_mesh(config)), sampler
+    return load(arguments.model, mesh=tensor_mesh(config)), sampler
 
 
 @contextmanager
-def _status(text: str) -> Iterator[None]:
-    """Say on standard error, if it is a terminal, what takes so long; wiped out when it is over."""
-    shown = sys.stderr.isatty()
-    if shown:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    try:
-        yield
-    finally:
-        if shown:
-            sys.stderr.write(f"\r{' ' * len(text)}\r")
+def _status(text: str) -> Iterator[Callable[[str], None]]:
+    """Say on standard error, if it is a terminal, what takes so long; give what says another text there."""
+    width = 0
+
+    def say(text: str, end: str = "") -> None:
+        nonlocal width
+        if sys.stderr.isatty():
+            sys.stderr.write("\r" * (width > 0) + text.ljust(width) + end)
             sys.stderr.flush()
+        width = max(width, len(text))
+
+    say(text)
+    try:
+        yield say
+    finally:
+        say("", end="\r")
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Show that an answer is under way, and if it waits for the compiler, that too."""
+    from jax import monitoring
+
+    with _status("answering ...") as say:
+        heard = lambda event, **_: say("answering (compiling) ...") if event == COMPILES else None
+        monitoring.register_event_listener(heard)
+        try:
+            yield
+        finally:
+            monitoring.unregister_event_listener(heard)
 
 
 def _pieces(stream: Iterator[str]) -> Iterator[str]:
-    """Yield an answer's pieces; until the first one, which waits for the compiler, the status says so."""
-    with _status(ANSWERING):
+    """Yield an answer's pieces; until the first one there is a status."""
+    with _answering():
         first = next(stream, "")
     yield first
     yield from stream
@@ -132,11 +150,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _check_chat(arguments: argparse.Namespace) -> None:
     """Refuse flags that a conversation would ignore."""
-    given = {
-        "--prompt": arguments.prompt is not None, "--prompts": arguments.prompts is not None, "--raw": arguments.raw,
-        "--num-samples": arguments.num_samples != 1, "--stream": arguments.stream, "--json": arguments.json,
-    }  # fmt: skip
-    if ignored := [flag for flag, is_given in given.items() if is_given]:
+    defaults = {"prompt": None, "prompts": None, "raw": False, "num_samples": 1, "stream": False, "json": False}
+    given = [name for name, default in defaults.items() if vars(arguments)[name] != default]
+    if ignored := [f"--{name.replace('_', '-')}" for name in given]:
         raise ValueError(f"--chat is a conversation and would ignore {', '.join(ignored)}; leave out one or the other")
 
 
@@ -151,7 +167,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompt is not None:
         prompts, source = [Prompt(arguments.prompt, "--prompt")], "--prompt"
     elif arguments.prompts is not None:
-        prompts, source = _read_file(arguments.prompts), str(arguments.prompts)
+        source = str(arguments.prompts)
+        prompts = _lines_of(arguments.prompts.read_bytes(), source)
+        if arguments.prompts.suffix == ".jsonl":
+            prompts = [Prompt(_json_prompt(line), line.place) for line in prompts]
     elif sys.stdin.isatty():
         raise ValueError("no prompt; give --prompt TEXT, --prompts FILE, --chat, or pipe prompts into standard input")
     else:
@@ -179,26 +198,18 @@ def _lines_of(data: bytes, source: str) -> list[Prompt]:
     return [Prompt(line.removesuffix("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]
 
 
-def _read_file(path: Path) -> list[Prompt]:
-    """Read one prompt per line."""
-    lines = _lines_of(path.read_bytes(), str(path))
-    return [Prompt(_json_prompt(line), line.place) for line in lines] if path.suffix == ".jsonl" else lines
-
-
 def _json_prompt(line: Prompt) -> str:
-    try:
-        row = json.loads(line.text)
-    except json.JSONDecodeError:
-        row = None
-    if not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
-        raise ValueError(f'{line.place}: expected {{"prompt": "..."}}, found {line.text[:60]!r}')
-    return row["prompt"]
+    with contextlib.suppress(json.JSONDecodeError):
+        match json.loads(line.text):
+            case {"prompt": str(text)}:
+                return text
+    raise ValueError(f'{line.place}: expected {{"prompt": "..."}}, found {line.text[:60]!r}')
 
 
 def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Namespace, sampler: "Sampler") -> None:
     """Answer all prompts in batches and write them out in order."""
     requests = _requests(lm, prompts, arguments)
-    with _status(ANSWERING):
+    with _answering():
         answers = lm.generate(requests, num_samples=arguments.num_samples, **_options(arguments, sampler))
     for found in answers:
         prompt = prompts[found.prompt].text
@@ -214,22 +225,19 @@ def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Names
             _say(found.text + "\n")
 
 
-def converse(
-    lm: "LanguageModel", arguments: argparse.Namespace, sampler: "Sampler", source: TextIO | None = None
-) -> None:
-    """Hold a conversation with whoever types into `source` (default: standard input)."""
+def converse(lm: "LanguageModel", arguments: argparse.Namespace, sampler: "Sampler") -> None:
+    """Hold a conversation with whoever types into standard input."""
     if lm.tokenizer.chat is None:
         raise ValueError(f"{arguments.model} has no chat template; continue texts with --prompt instead")
-    start = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    messages = list(start)
+    messages = _start(arguments)
     _say(CHAT_HELP + "\n")
     if not lm.is_chat:
         _say("note: this model was never tuned on conversations; it continues text, and its answers mean little\n")
-    for line in _lines(source or sys.stdin):
+    for line in _lines():
         if line == "/exit":
             return
         if line == "/reset":
-            messages = list(start)
+            messages = _start(arguments)
             _say("(the conversation starts over)\n")
             continue
         if line.startswith("/"):
@@ -253,21 +261,14 @@ def converse(
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-def _lines(source: TextIO) -> Iterator[str]:
+def _lines() -> Iterator[str]:
     """Yield what is typed, without spaces around; Ctrl-D ends it, Ctrl-C drops a line. A terminal edits and recalls."""
-    typed = source is sys.stdin and source.isatty()
-    if typed:
+    if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows
             import readline  # noqa: F401  `input` uses it
     while True:
         try:
-            if typed:
-                line = input("> ")
-            else:
-                _say("> ")
-                line = source.readline()
-                if not line:
-                    raise EOFError
+            line = input("> ")
         except KeyboardInterrupt:
             _say("\n")
             continue
@@ -284,14 +285,18 @@ def _requests(
     plain = arguments.raw or not lm.is_chat
     if plain and arguments.system:
         raise ValueError("--system needs a chat template; leave out --raw, or choose a tuned model")
-    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    requests = [text if plain else [*system, {"role": "user", "content": text}] for text, _ in prompts]
+    requests = [text if plain else [*_start(arguments), {"role": "user", "content": text}] for text, _ in prompts]
     for request, (_, place) in zip(requests, prompts, strict=True):
         if (length := len(lm.encode(request))) >= lm.config.max_seq_len:
             raise ValueError(
                 f"the prompt of {place} has {length} tokens; the model takes at most {lm.config.max_seq_len - 1}"
             )
     return requests
+
+
+def _start(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    """Return what every conversation begins with."""
+    return [{"role": "system", "content": arguments.system}] if arguments.system else []
 
 
 def _options(arguments: argparse.Namespace, sampler: "Sampler") -> dict:

@@ -19,17 +19,14 @@ keys:
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Train as a recipe says."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & {*argv}:
-        from jaxllm.core.schema import describe
-        from jaxllm.recipe import Recipe
+    from jaxllm.recipe import of_command_line
 
-        sys.stdout.write(USAGE + describe(Recipe))
+    recipe = of_command_line(argv, USAGE)
+    if recipe is None:
         return 0
-    from jaxllm.recipe import load_recipe
     from jaxllm.wiring import train
 
-    return train(load_recipe(argv[0], argv[1:])).status
+    return train(recipe).status
 
 
 if __name__ == "__main__":

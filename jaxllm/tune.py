@@ -19,17 +19,13 @@ keys:
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Tune as a recipe says."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & {*argv}:
-        from jaxllm.core.schema import describe
-        from jaxllm.recipe import Recipe
+    from jaxllm.recipe import of_command_line
 
-        sys.stdout.write(USAGE + describe(Recipe))
+    recipe = of_command_line(argv, USAGE)
+    if recipe is None:
         return 0
-    from jaxllm.recipe import load_recipe
     from jaxllm.wiring import train
 
-    recipe = load_recipe(argv[0], argv[1:])
     if recipe.start_from is None:
         raise ValueError(
             "start_from is not set; name the model to tune (start_from=runs/...), or use python -m jaxllm.train"

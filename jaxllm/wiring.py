@@ -3,6 +3,7 @@
 `train`, `tune` and `quickstart` call `train`; what happens between the steps is in `jaxllm.run`.
 """
 
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -158,7 +159,7 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
     if first:
         _check_home(run_dir, recipe)
         run_dir.mkdir(parents=True, exist_ok=True)
-    with lock.RunLock(run_dir) if first else nullcontext():
+    with lock.run_lock(run_dir) if first else nullcontext():
         if not (run_dir / FILE_NAME).exists():
             _write_recipe(run_dir, recipe)
         if first and not (run_dir / "tokenizer").exists():
@@ -179,13 +180,10 @@ def _check_home(run_dir: Path, recipe: Recipe) -> None:
                 f"{run_dir} already holds a run with another {', '.join(changed)}; choose another `out`, delete the "
                 f"directory, or resume it unchanged with: python -m jaxllm.train {run_dir}"
             )
-    elif run_dir.exists() and any(not _is_leftover(path) for path in run_dir.iterdir()):
-        raise ValueError(f"{run_dir} is not empty and holds no run; choose another `out`")
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a run that was killed before it wrote its recipe leaves `path` behind."""
-    return path.name == lock.FILE_NAME or (path.name.startswith(f".{FILE_NAME}.") and path.suffix == ".tmp")
+    elif run_dir.exists():  # what a run leaves that was killed before it wrote its recipe is no obstacle
+        leftover = re.compile(rf"{re.escape(lock.FILE_NAME)}|\.{re.escape(FILE_NAME)}\..*\.tmp")
+        if any(not leftover.fullmatch(path.name) for path in run_dir.iterdir()):
+            raise ValueError(f"{run_dir} is not empty and holds no run; choose another `out`")
 
 
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:

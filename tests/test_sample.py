@@ -90,6 +90,16 @@ def test_standard_input_is_a_prompt(run, capsys, monkeypatch):
     assert outcome(capsys, *arguments)[1] == expected
 
 
+def test_only_an_answer_that_is_compiled_is_said_to_be(run, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/reset\nho\n"))
+    assert sample.main([run, "--chat", "--max-new-tokens", "50", "--temperature", "0"]) is None
+    first, second = terminal.getvalue().split("answering ...")[1:]
+    assert "answering (compiling) ..." in first
+    assert "compiling" not in second
+
+
 class Parrot:
     """A model whose answer is how many messages it was given."""
 
@@ -101,30 +111,32 @@ class Parrot:
         yield from (str(len(messages)), messages[0]["content"])
 
 
-def test_a_conversation_remembers_resets_and_ends(capsys):
+def test_a_conversation_remembers_resets_and_ends(capsys, monkeypatch):
     arguments = SimpleNamespace(model="m", system="S", max_new_tokens=4, stop=[])
-    typed = io.StringIO("a\n\nb\n/reset\nc\n/exit\nnever\n")
-    sample.converse(Parrot(), arguments, Sampler(), typed)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n\nb\n/reset\nc\n/exit\nnever\n"))
+    sample.converse(Parrot(), arguments, Sampler())
     out = capsys.readouterr().out
     assert [line.removeprefix("> ").removeprefix("> ") for line in out.splitlines()[1:]][:4] == [
         "2S", "4S", "(the conversation starts over)", "2S",
     ]  # fmt: skip
 
 
-def test_what_begins_like_a_command_is_not_said_to_the_model_and_one_never_tuned_is_announced(capsys):
+def test_what_begins_like_a_command_is_not_said_to_the_model_and_one_never_tuned_is_announced(capsys, monkeypatch):
     arguments = SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[])
     model = Parrot()
     model.is_chat = False
-    sample.converse(model, arguments, Sampler(), io.StringIO("/quit\na\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\na\n"))
+    sample.converse(model, arguments, Sampler())
     out = capsys.readouterr().out
     assert "never tuned on conversations" in out
     assert "(/quit is no command; /reset starts over" in out
     assert "> 1a\n" in out
 
 
-def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys):
+def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys, monkeypatch):
     arguments = SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[])
-    sample.converse(Parrot(), arguments, Sampler(), io.StringIO("a\nb\nc\nd\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\nd\n"))
+    sample.converse(Parrot(), arguments, Sampler())
     assert capsys.readouterr().out.endswith("(too long; /reset starts over)\n> \n")
 
 

@@ -15,6 +15,7 @@ from jaxllm.models import presets
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.run import Run
 from jaxllm.sharding.mesh import make_mesh
+from jaxllm.train import main as train_command
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
 from jaxllm.wiring import RunResult, _check_home, total_steps, train
@@ -210,10 +211,23 @@ def announced(*overrides):
     return run.describe(total_steps(recipe, loader, 0, 0)), "".join(run.notes())
 
 
+def test_that_the_two_losses_are_of_different_mixtures_is_said(workspace):
+    sources = ["data.sources.1={path: whole, weight: 0.2, validate_on: false}"]
+    assert "weights, and of the held-out documents of data" in announced(*sources)[1]
+
+
+def test_a_dataset_in_place_of_a_recipe_is_said_to_be_one(workspace, capsys):
+    assert train_command(["data"]) == 2
+    advised = "python -m jaxllm.train configs/own-text/pretrain.yaml data.sources.0.path=data"
+    assert f"error: data is a dataset, and no recipe or run; learn from it with a recipe, such as: {advised}\n" == (
+        capsys.readouterr().err
+    )
+
+
 def test_a_batch_larger_than_an_epoch_is_said_and_twice_the_length_is_refused(workspace):
     size = Loader(load_recipe("recipe.yaml").data).samples_per_epoch
     line, note = announced(f"data.batch_size={size + 8}", "steps=1 epoch")
-    assert f"tokens/step, 1 step = {(size + 8) * 32 / 1000:.1f}k tokens = {(size + 8) / size:.1f} epochs" in line
+    assert f"positions/step, 1 step = {(size + 8) * 32 / 1000:.1f}k positions = {(size + 8) / size:.1f} epochs" in line
     assert f"note: an epoch has {size:,} samples, fewer than data.batch_size={size + 8}" in note
     assert announced(f"data.batch_size={size}", "steps=1 epoch")[1] == ""
     with pytest.raises(ValueError, match=r"steps=320 tokens asks for 10 samples, .*would make it 24; lower .* to 10,"):
@@ -235,7 +249,7 @@ def test_conversations_that_are_left_out_are_counted(tmp_path):
 def test_a_finite_order_fills_up_its_last_batch_and_is_no_longer_than_asked(workspace):
     size = Loader(load_recipe("recipe.yaml").data).samples_per_epoch
     line, _ = announced("data.epochs=1", f"data.batch_size={3 * size}", "steps=1 epoch")
-    assert f"1 step = {size * 32 / 1000:.1f}k tokens = 1.0 epochs" in line
+    assert f"1 step = {size * 32 / 1000:.1f}k positions = 1.0 epochs" in line
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,8 @@ def _explain(schema: type[Config], key: str, problem: Any) -> str:
         case "extra_forbidden":
             return _unknown(schema, key, problem["loc"])
         case "missing":
-            return f"missing key {key!r}"
+            first = next((below for below in keys(schema) if below.startswith(f"{key}.")), key)
+            return f"missing key {key!r}; give {first}=... on the command line, or write it into the recipe"
         case "union_tag_not_found":
             return f"missing key '{key}.{KIND}', which says what {key!r} is"
         case "union_tag_invalid":

@@ -1,7 +1,6 @@
-"""Parameter trees by path: 'blocks/attention/q', and ordered rules over such paths (first match wins)."""
+"""Parameter trees by path: 'blocks/attention/q'."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,16 +21,3 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     import jax
 
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def match(rules: Sequence[tuple[str, Any]], name: str) -> Any:
-    """Return the value of the first rule whose regular expression matches the whole of `name`.
-
-    Raises:
-      ValueError: no rule matches; a tree must be covered on purpose, never by default.
-    """
-    for pattern, value in rules:
-        if re.fullmatch(pattern, name):
-            return value
-    patterns = ", ".join(repr(pattern) for pattern, _ in rules)
-    raise ValueError(f"no rule matches {name!r}; rules are {patterns}; add a rule, or '.*' as the last one")

@@ -16,12 +16,15 @@ from jaxtyping import Array, Int
 
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
+from jaxllm.models.accounting import param_count
 from jaxllm.models.build import Params, bind, graph, unstack
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.sharding.mesh import on_mesh_of
+from jaxllm.sharding.config import MeshConfig
+from jaxllm.sharding.mesh import make_mesh, on_mesh_of
 
 MIN_LENGTH = 32  # tokens; smaller buckets save nothing
+MIN_SPLIT_PARAMS = 8_000_000  # a smaller model is read faster than its parts are joined
 CHECK_EVERY = 16  # tokens between two calls of `Limits.finished`, which runs on the host
 
 
@@ -52,6 +55,11 @@ class Limits(NamedTuple):
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()
     finished: Callable[[list[int]], bool] | None = None
+
+    def reason(self, tokens: list[int]) -> str:
+        """Return "stop" for an answer that ended by itself, "length" for one that was cut."""
+        ended = tokens[-1] in self.stop_ids or (self.finished is not None and self.finished(tokens))
+        return "stop" if ended else "length"
 
 
 class Completion(NamedTuple):
@@ -105,7 +113,7 @@ class Decoder:
             tokens.append(int(state.token[0]))
             logprob = float(state.logprobs[0, count - 1])
             done = done or (limits.finished is not None and limits.finished(tokens))
-            yield Completion(tokens[-1:], [logprob], self._reason(request, tokens, limits) if done else "")
+            yield Completion(tokens[-1:], [logprob], limits.reason(tokens) if done else "")
             if done:
                 return
             state = self._step(self.params, state)
@@ -122,13 +130,13 @@ class Decoder:
             ended = np.asarray(state.done).copy()
             ended[: len(rows)] |= [limits.finished(tokens) for tokens, _ in rows]
             state = state._replace(done=jnp.asarray(ended))
-        answers = zip(requests, _answers(state), strict=False)  # the state may have unused rows
-        return [Completion(t, p, self._reason(request, t, limits)) for request, (t, p) in answers]
+        answers = _answers(state)[: len(requests)]  # the state may have unused rows
+        return [Completion(tokens, logprobs, limits.reason(tokens)) for tokens, logprobs in answers]
 
     def _begin(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> State:
         """Pad `requests` to buckets and prefill them."""
         lengths = [len(request.prompt) for request in requests]
-        room = [self._room(length, limits) for length in lengths]
+        room = [min(limits.max_new_tokens, self.config.room(length)) for length in lengths]
         longest = self.config.max_seq_len
         prompt_slots = bucket(max(lengths), longest)
         slots = max(prompt_slots, bucket(max(map(sum, zip(lengths, room, strict=True))), longest))
@@ -142,28 +150,20 @@ class Decoder:
         n_ids = 4 * -(-max(len(limits.stop_ids), 1) // 4)
         stop_ids = np.full(n_ids, -1, np.int32)
         stop_ids[: len(limits.stop_ids)] = limits.stop_ids
-        sources = segments = None
-        if isinstance(self.config, Seq2SeqConfig):
-            sources = np.zeros((batch, bucket(max(len(r.source) for r in requests), 1 << 30)), np.int32)
-            segments = np.zeros_like(sources)
-            for i, request in enumerate(requests):
-                sources[i, : len(request.source)] = request.source
-                segments[i, : len(request.source)] = 1
-        rows = Rows(
-            prompts, np.asarray(lengths + [1] * spare, np.int32), np.asarray(room + [0] * spare, np.int32),
-            keys, stop_ids, np.int32(self.vocab_size), settings(sampler), sources, segments,
-        )  # fmt: skip
-        return self._prefill(self.params, rows, slots=slots, new_slots=bucket(max(room), longest))
+        sources = self._sources(requests, batch) if isinstance(self.config, Seq2SeqConfig) else None
+        limit = np.asarray(room + [0] * spare, np.int32)
+        rows = Rows(limit, stop_ids, np.int32(self.vocab_size), keys, settings(sampler))
+        new_slots, lengths = bucket(max(room), longest), np.asarray(lengths + [1] * spare, np.int32)
+        return self._prefill(self.params, prompts, lengths, rows, sources, slots=slots, new_slots=new_slots)
 
-    def _room(self, prompt_length: int, limits: Limits) -> int:
-        """Most new tokens a prompt of this length can get."""
-        return min(limits.max_new_tokens, self.config.room(prompt_length))
-
-    def _reason(self, request: Request, tokens: list[int], limits: Limits) -> str:
-        """Return "stop" for an answer that ended by itself, "length" for one that was cut."""
-        if tokens[-1] in limits.stop_ids or (limits.finished is not None and limits.finished(tokens)):
-            return "stop"
-        return "length"
+    def _sources(self, requests: Sequence[Request], batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what an encoder reads, padded, and 1 for tokens and 0 for padding."""
+        sources = np.zeros((batch, bucket(max(len(r.source) for r in requests), 1 << 30)), np.int32)
+        segments = np.zeros_like(sources)
+        for i, request in enumerate(requests):
+            sources[i, : len(request.source)] = request.source
+            segments[i, : len(request.source)] = 1
+        return sources, segments
 
     def check(self, requests: Sequence[Request], limits: Limits) -> None:
         """Refuse what cannot be decoded, before anything is compiled.
@@ -194,6 +194,13 @@ class Decoder:
                 f"source {index} has {len(source)} tokens, ids {min(source, default=0)} to {max(source, default=0)}; "
                 f"the encoder takes 1 to {longest} (max_seq_len) of ids below {vocab_size}"
             )
+
+
+def tensor_mesh(config: ModelConfig) -> jax.sharding.Mesh | None:
+    """Return a mesh of all devices that splits every product, or None: one device, or a small model."""
+    if jax.device_count() == 1 or param_count(config) < MIN_SPLIT_PARAMS:
+        return None
+    return make_mesh(MeshConfig(data=1, tensor=-1))
 
 
 def bucket(length: int, longest: int) -> int:
@@ -238,21 +245,15 @@ def _programs(
         }
         return cut({name: part for name, part in params.items() if name not in same}) | same
 
-    def run_prefill(params: Params, rows: Rows, slots: int, new_slots: int) -> State:
-        return prefill(bind(graphdef, params), rows, slots, new_slots)
-
-    def run_step(params: Params, state: State) -> State:
-        return decode_step(bind(graphdef, params), state)
-
     def run_loop(params: Params, state: State, until: Int[Array, ""]) -> State:
         """Step until all rows are done or `until` tokens are written."""
         model = bind(graphdef, params)
         unfinished = lambda state: (state.step < until) & ~jnp.all(state.done)
         return jax.lax.while_loop(unfinished, lambda state: decode_step(model, state), state)
 
+    run_prefill = lambda params, *rest, **sizes: prefill(bind(graphdef, params), *rest, **sizes)
+    run_step = lambda params, state: decode_step(bind(graphdef, params), state)
     return (
-        prepare,
-        jax.jit(run_prefill, static_argnames=("slots", "new_slots")),
-        jax.jit(run_step, donate_argnums=1),
+        prepare, jax.jit(run_prefill, static_argnames=("slots", "new_slots")), jax.jit(run_step, donate_argnums=1),
         jax.jit(run_loop, donate_argnums=1),
-    )
+    )  # fmt: skip

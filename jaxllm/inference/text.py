@@ -1,17 +1,7 @@
 """Text out of arriving tokens: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Sequence
-from typing import Protocol
-
-
-class CharacterStream(Protocol):
-    """What turns ids into whole characters one by one (`Tokenizer.stream()`)."""
-
-    def push(self, token: int) -> str:
-        """Return the characters that `token` completes."""
-
-    def flush(self) -> str:
-        """Return what is held back."""
+from typing import Any
 
 
 class TextStream:
@@ -21,11 +11,15 @@ class TextStream:
 
         push -> "ab"   ""   "ENx"   ""    then `stopped` is True
 
+    Args:
+      characters: makes whole characters of ids, as `Tokenizer.stream()`: `push(id)` returns those that it completes,
+        `flush()` what is held back.
+
     Attributes:
       stopped: a stop string has come; nothing more is returned.
     """
 
-    def __init__(self, characters: CharacterStream, stop: Sequence[str]):
+    def __init__(self, characters: Any, stop: Sequence[str]):
         self._characters = characters
         self._stop = stop
         self._held = ""

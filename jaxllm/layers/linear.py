@@ -83,10 +83,6 @@ def _row_product(n_inputs: int, x: Array, kernel: Array) -> Array:
     return jnp.sum(y, axis=0).reshape(1, 1, *kernel.shape[n_inputs:])
 
 
-def _product_forward(x: Array, kernel: Array, n_inputs: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, n_inputs), (x, kernel)
-
-
 def _product_backward(n_inputs: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     outputs = tuple(range(kernel.ndim))[n_inputs:]
@@ -96,7 +92,7 @@ def _product_backward(n_inputs: int, residuals: tuple[Array, Array], dy: Array) 
     return dx, jnp.tensordot(x, dy, axes=((0, 1), (0, 1)))
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda x, kernel, n_inputs: (_product(x, kernel, n_inputs), (x, kernel)), _product_backward)
 
 
 class Embed(nnx.Module):

@@ -125,7 +125,7 @@ def apply_experts(
     rows = partition_spec(("batch", "length", None), x.shape, mesh.shape)
     wide = partition_spec(("experts", None, "mlp"), kernels.up.shape, mesh.shape)
     owners, parts = wide[0], wide[2]
-    gathers = owners is not None and owners in _names(rows[0])
+    gathers = owners in jax.tree.leaves(rows[0])  # one mesh axis, several, or None
 
     def local(x: Array, choice: Array, weights: Array, kernels: Kernels) -> Array:
         if gathers:
@@ -143,11 +143,6 @@ def apply_experts(
     narrow = PartitionSpec(owners, parts, None)
     specs = (rows, rows, rows, Kernels(wide, wide, narrow))
     return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, choice, weights, kernels)
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def _mix(
@@ -174,7 +169,7 @@ def _mix(
     rows = clean(rows)
     product = lambda x, kernel: checkpoint_name(jax.lax.ragged_dot(x, kernel, sizes), PRODUCT)
     hidden = ACTIVATIONS[activation](product(rows, kernels.gate)) * product(rows, kernels.up)
-    rows = _permute(clean(product(hidden, kernels.down)), inverse, order)
+    rows = _spread(clean(product(hidden, kernels.down)), inverse, order, 1)
     # Summed in float32, and over a fixed order of experts: a scatter-add on a GPU is neither.
     y = jnp.einsum("mad,ma->md", rows.reshape(-1, top_k, x.shape[-1]), weights.reshape(-1, top_k),
                    preferred_element_type=jnp.float32)  # fmt: skip
@@ -191,12 +186,3 @@ _spread.defvjp(
     lambda x, order, inverse, top_k: (x[order // top_k], inverse),
     lambda top_k, inverse, dy: (jnp.sum(dy[inverse].reshape(-1, top_k, dy.shape[-1]), axis=1), None, None),
 )
-
-
-@jax.custom_vjp
-def _permute(x: Float[Array, "R D"], order: Int[Array, "R"], inverse: Int[Array, "R"]) -> Float[Array, "R D"]:
-    """Return the rows of x in a new order."""
-    return x[order]
-
-
-_permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))

@@ -29,7 +29,7 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, rope: Rope, *, loca
     Args:
       local: those of the layers with a window, where `rope.local_theta` is set.
     """
-    width = rotated_width(head_dim, rope)
+    width = int(head_dim * rope.fraction)
     theta, scaling = (rope.local_theta, None) if local else (rope.theta, rope.scaling)
     frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     frequencies, magnitude = _scaled(frequencies, theta, scaling, positions)
@@ -39,11 +39,6 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, rope: Rope, *, loca
     # computes them anew for every head of every layer.
     fence = lambda x: jnp.matmul(x, jnp.eye(width // 2), precision=jax.lax.Precision.HIGHEST)
     return fence(jnp.cos(angles) * magnitude), fence(jnp.sin(angles) * magnitude)
-
-
-def rotated_width(head_dim: int, rope: Rope) -> int:
-    """Return how many of the dimensions of a head are rotated, R."""
-    return int(head_dim * rope.fraction)
 
 
 def sinusoids(positions: Int[Array, "B T"], d_model: int, config: Sinusoids) -> Float[Array, "B T D"]:

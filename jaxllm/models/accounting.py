@@ -32,12 +32,6 @@ def active_param_count(config: ModelConfig) -> int:
     return sum(_active(config).values())
 
 
-def matmul_param_count(config: ModelConfig) -> int:
-    """Return the parameters that each token is multiplied with: the active ones without token and position tables."""
-    lookups = ("position_embed/table",) if config.tie_embeddings else ("position_embed/table", "embed/table")
-    return sum(size for name, size in _active(config).items() if name not in lookups)
-
-
 def _active(config: ModelConfig) -> dict[str, int]:
     """Return the parameters that one token uses, by name."""
     sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(abstract_params(config)).items()}
@@ -50,11 +44,14 @@ def _active(config: ModelConfig) -> dict[str, int]:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return the model FLOPs of training on one token (forward and backward, no recomputation).
 
-    6 N + 6 L T N_heads H, with N the active parameters in matrix products, and causal attention counted half
-    (12 L T N_heads H would be the full square). Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    6 N + 6 L T N_heads H, with N the active parameters in matrix products (all but token and position tables), and
+    causal attention counted half (12 L T N_heads H would be the full square).
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
+    lookups = ("position_embed/table",) if config.tie_embeddings else ("position_embed/table", "embed/table")
+    multiplied = sum(size for name, size in _active(config).items() if name not in lookups)
     attention = 6 * config.n_layers * seq_len * config.n_heads * config.head_width
-    return 6.0 * matmul_param_count(config) + attention
+    return 6.0 * multiplied + attention
 
 
 def training_bytes(
@@ -111,7 +108,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
 
 
 def memory_line(sizes: Mapping[str, float]) -> str:
-    """Return `training_bytes` as text: "4.1 GB: parameters 1.0, optimizer 2.0, gradients 1.0, activations 0.1 ..."."""
-    total = sum(sizes.values())
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if total >= unit)
-    return f"{total / unit:.1f} {name}: " + ", ".join(f"{key} {size / unit:.1f}" for key, size in sizes.items())
+    """Return `training_bytes` as text: "4.1 GB: parameters 1.0 GB, optimizer 2.0 GB, logits 66.1 MB, ..."."""
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B"))
+    amount = lambda size: next(f"{size / (unit or 1):.1f} {name}" for unit, name in units if size >= unit)
+    return f"{amount(sum(sizes.values()))}: " + ", ".join(f"{key} {amount(size)}" for key, size in sizes.items())

@@ -1,7 +1,7 @@
 """One layer of the decoder: attention and feed-forward with their norms and residuals."""
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.attention import Attention
 from jaxllm.layers.cache import LayerCache, Memory
@@ -79,12 +79,10 @@ class Block(nnx.Module):
         return norm(x + y) if self.post else x + _apply(norm, y)
 
     def _feed_forward(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Float[Array, "B T D"], RouterSums | None]:
-        return self.ffn(x, _counted(mask)) if isinstance(self.ffn, Moe) else (self.ffn(x), None)
-
-
-def _counted(mask: Mask) -> Bool[Array, "B T"] | None:
-    """Return which tokens are not padding; None: no token is known to be."""
-    return mask.segments != 0 if isinstance(mask, CausalMask) and mask.segments is not None else None
+        if not isinstance(self.ffn, Moe):
+            return self.ffn(x), None
+        segments = mask.segments if isinstance(mask, CausalMask) else None
+        return self.ffn(x, None if segments is None else segments != 0)  # all tokens count but padding
 
 
 def _apply(norm: Norm | None, x: Array) -> Array:

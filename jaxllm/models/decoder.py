@@ -65,12 +65,6 @@ class Transformer(nnx.Module):
 
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Return (hidden states after the final norm, the cache with the new tokens)."""
-        return self._hidden(tokens, positions, mask, cache)[:2]
-
-    def _hidden(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterSums | None]:
         x = self.embedded(self.embed(tokens, jnp.dtype(self.compute.dtype)), positions)
         return self.run(x, positions, mask, cache)
@@ -125,12 +119,6 @@ class Transformer(nnx.Module):
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
         traits = layer_traits(self.config)
-        if isinstance(self.blocks, nnx.List):
-            each = []
-            for layer in zip(self.blocks, traits, strict=True):
-                x, sums = apply(x, layer)
-                each.append(sums)
-            return x, jax.tree.map(lambda *sums: jnp.stack(sums), *each)
         unroll = self.config.n_layers if self.compute.layers == "unroll" else 1
         if len(set(traits)) == 1:  # no layer differs: facts of the program, not data of the loop
             return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, self.blocks, unroll=unroll)
@@ -147,43 +135,36 @@ class Transformer(nnx.Module):
         logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.logit_softcap)
 
-    def states(
+    def routed_states(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:  # fmt: skip
-        """Return the hidden states of whole rows after the final norm.
+    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:  # fmt: skip
+        """Return the hidden states of whole rows, and what routers did with all tokens but padding (None: no experts).
 
         Args:
           segments: packing id per token, 0 = padding; None: each row is one document.
           positions: index within the document; None: 0 ... T-1.
         """
-        return self.routed_states(tokens, segments, positions)[0]
-
-    def routed_states(
-        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], RouterSums | None]:  # fmt: skip
-        """Return (`states`, what the routers did with all tokens but padding; None for a model without experts)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _, sums = self._hidden(tokens, positions, CausalMask(segments))
+        hidden, _, sums = self.hidden(tokens, positions, CausalMask(segments))
         return hidden, sums
 
     def __call__(
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:  # fmt: skip
-        """Return float32 next-token logits of whole rows; arguments as of `states`."""
-        return self.logits(self.states(tokens, segments, positions))
+        """Return float32 next-token logits of whole rows; arguments as of `routed_states`."""
+        return self.logits(self.routed_states(tokens, segments, positions)[0])
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Write whole prompts into an empty cache: `decode` where the prompt is all there is to see."""
-        return self.hidden(tokens, positions, CausalMask(), cache)
+        return self.hidden(tokens, positions, CausalMask(), cache)[:2]
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
-        return self.hidden(tokens, positions, CacheMask(positions), cache)
+        return self.hidden(tokens, positions, CacheMask(positions), cache)[:2]

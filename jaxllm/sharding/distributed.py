@@ -49,7 +49,7 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
     """Configure JAX and join the other processes, if any.
 
     Args:
-      rows: per microbatch of all processes; the virtual devices of a CPU share them: their default number divides it.
+      rows: of a microbatch, over all processes: the virtual devices of a CPU share them.
     """
     import jax
 

@@ -33,9 +33,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int], rules: Mapping = RULES
-) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """Resolve logical `axes` of an array of `shape` to a PartitionSpec.
 
     For each dimension in turn, every mesh axis of its rule that is still free, larger than one and divides what is left
@@ -47,18 +45,18 @@ def partition_spec(
         ("embed", "mlp"), (64, 256)     ->  P("fsdp", None)
 
     Raises:
-      ValueError: an axis name that is not in `rules`, or axes and shape of different length.
+      ValueError: an axis name that is not in `RULES`, or axes and shape of different length.
     """
     if len(axes) != len(shape):
         raise ValueError(f"axes {tuple(axes)} name {len(axes)} dimensions, the array has shape {tuple(shape)}")
     used: set[str] = set()
     entries: list[tuple[str, ...] | str | None] = []
     for name, size in zip(axes, shape, strict=True):
-        if name is not None and name not in rules:
-            raise ValueError(f"unknown logical axis {name!r}; the rules have {', '.join(rules)}")
+        if name is not None and name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; the rules have {', '.join(RULES)}")
         taken: list[str] = []
         parts = 1
-        for axis in rules[name] if name is not None else ():
+        for axis in RULES[name] if name is not None else ():
             devices = mesh_shape.get(axis, 1)
             if axis in used or devices == 1 or size % (parts * devices):
                 continue

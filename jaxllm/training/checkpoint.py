@@ -72,18 +72,16 @@ class Checkpoints:
         Raises:
           OSError: this checkpoint, or the one before in the background, could not be written.
         """
-        items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(_rest(state))}
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
-        self._save(meta, items, val_loss)
+        self._save(meta, _items(state), val_loss)
 
     def save_params(self, params: Params, meta: dict[str, Any]) -> None:
         """Write a model without training state (an imported or merged one)."""
-        self._save(meta, {"params": ocp.args.StandardSave(params)}, None)
+        self._save(meta, {"params": params}, None)
 
     def _save(self, meta: dict[str, Any], items: dict[str, Any], val_loss: float | None) -> None:
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
+        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves)
         self.wait()  # so that an error is said of the checkpoint that it belongs to
         self._writing = meta["step"]
         with self._write_errors():
@@ -141,22 +139,19 @@ class Checkpoints:
 
     def _read(self, step: int, target: TrainState, same: Mapping[str, Any]) -> tuple[TrainState | None, dict, str]:
         """Return (state, meta, "") of one checkpoint, or the reason why it cannot be read."""
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()}
         try:
             meta = self.meta(step)
+            changed = _changed(meta.get("fingerprints", {}), same)
+            restored = {} if changed else self._manager.restore(step, args=ocp.args.Composite(**items))
         except _FILE_ERRORS as error:
             return None, {}, _reason(error)
-        # The user's error, and never a reason to take an older checkpoint.
-        _check_same(self.directory / str(step), meta.get("fingerprints", {}), same)
-        items = {"params": ocp.args.StandardRestore(target.params), "rest": ocp.args.StandardRestore(_rest(target))}
-        if target.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(target.ema)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except _FILE_ERRORS as error:
-            return None, {}, _reason(error)
-        rest = restored["rest"]
-        ema = restored["ema"] if target.ema is not None else None
-        return TrainState(rest["step"], restored["params"], rest["opt_state"], ema, rest["norm_mean"]), meta, ""
+        if changed:  # the user's error, and never a reason to take an older checkpoint
+            raise ValueError(
+                f"{self.directory / str(step)} was trained with {' and '.join(changed)}; restore the old one, or start "
+                "a new run with `out` and `start_from`"
+            )
+        return TrainState(params=restored["params"], ema=restored.get("ema"), **restored["rest"]), meta, ""
 
     def _set_aside(self, step: int) -> None:
         """Move a damaged checkpoint out of the way, without deleting it: the disk may be at fault."""
@@ -175,14 +170,9 @@ def _val_loss(metrics: Mapping[str, float]) -> float:
     return metrics["val_loss"]
 
 
-def _check_same(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming every key that differs, with both values."""
-    changed = [f"another {key} ({before[key]}, now {now[key]})" for key in now if before.get(key, now[key]) != now[key]]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} was trained with {' and '.join(changed)}; restore the old one, or start a new run with "
-            "`out` and `start_from`"
-        )
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name every key that differs, with both values."""
+    return [f"another {key} ({before[key]}, now {now[key]})" for key in now if before.get(key, now[key]) != now[key]]
 
 
 def _target(abstract: Any, shardings: Any) -> Any:
@@ -203,8 +193,10 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "norm_mean": state.norm_mean}
+def _items(state: TrainState) -> dict[str, Any]:
+    """Return the parts of a state that are written, and read, apart."""
+    rest = {"step": state.step, "opt_state": state.opt_state, "norm_mean": state.norm_mean}
+    return {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
 
 
 def load_params(

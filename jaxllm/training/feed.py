@@ -45,12 +45,9 @@ class Feed:
         return batch
 
     def _read(self) -> Batch:
-        try:
-            batch = next(self._batches)
-        except StopIteration as end:  # a future cannot carry it
-            raise EOFError(
-                "the data has ended; an iterator for training repeats, or raises an error of its own"
-            ) from end
+        batch = next(self._batches, None)  # no StopIteration, which a future cannot carry
+        if batch is None:
+            raise EOFError("the data has ended; an iterator for training repeats, or raises an error of its own")
         return jax.tree.map(lambda x: place(x, self._mesh), batch)
 
 

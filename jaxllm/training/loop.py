@@ -18,9 +18,7 @@ from jaxllm.training.feed import Feed
 from jaxllm.training.state import TrainState
 from jaxllm.training.stop import StopRequest
 
-StepFunction = Callable[
-    [TrainState, Batch, int], tuple[TrainState, dict]
-]  # (state, batch, number of this update from 1)
+StepFunction = Callable[[TrainState, Batch, int], tuple[TrainState, dict]]  # the int: number of this update from 1
 
 
 class Diverged(ValueError):
@@ -99,7 +97,7 @@ def run_loop(
             for action in due:
                 action.run(step, state)
             if due:
-                clock.restart()
+                clock.lap()
         settle()
     except Diverged as error:
         rescue(error)
@@ -108,20 +106,14 @@ def run_loop(
 
 
 class _Clock:
-    """Wall seconds per step, without the time that actions take."""
+    """Wall seconds per step, and those spent waiting for data, without the time that actions take."""
 
     def __init__(self, feed: Feed):
-        self._feed = feed
-        self.restart()
-
-    def restart(self) -> None:
-        self._last, self._waited = time.perf_counter(), self._feed.waited_s
+        self._feed, self._last = feed, (time.perf_counter(), feed.waited_s)
 
     def lap(self) -> tuple[float, float]:
-        now, waited = time.perf_counter(), self._feed.waited_s
-        result = (now - self._last, waited - self._waited)
-        self._last, self._waited = now, waited
-        return result
+        before, self._last = self._last, (time.perf_counter(), self._feed.waited_s)
+        return self._last[0] - before[0], self._last[1] - before[1]
 
 
 def _report(step: int, metrics: dict, batch: Batch, clock: _Clock, observer: Observer) -> None:

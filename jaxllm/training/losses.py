@@ -71,14 +71,8 @@ def _forward(hidden, table, targets, weights, z, chunk, cap):
 
 
 def _backward(z, chunk, cap, gradients, cotangents):
-    hidden_gradient, table_gradient = gradients
-    scale = cotangents[0]
-    return (
-        hidden_gradient * scale.astype(hidden_gradient.dtype),
-        table_gradient * scale.astype(table_gradient.dtype),
-        None,
-        None,
-    )
+    hidden, table = (gradient * cotangents[0].astype(gradient.dtype) for gradient in gradients)
+    return hidden, table, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

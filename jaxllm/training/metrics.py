@@ -20,7 +20,9 @@ class MetricsWriter:
         self._files = {}
         for name in ("metrics", "timing", "samples"):
             path = Path(run_dir) / f"{name}.jsonl"
-            _truncate(path, resume_from)
+            if path.exists():
+                kept = [record for record in read(path) if record["step"] <= resume_from]
+                write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
             # Line by line, so that a kill loses none and others may follow; open as long as the writer.
             self._files[name] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         # TensorBoard hides what earlier processes wrote from this step on: the lines that were dropped above.
@@ -34,21 +36,23 @@ class MetricsWriter:
 
     def metrics(self, step: int, values: dict[str, float | int], *, board: bool = True) -> None:
         """Record deterministic values; NaN and Inf are written as strings, because JSON has no such numbers."""
-        self._write("metrics", {"step": step, **{key: _json_number(value) for key, value in values.items()}})
+        self._write("metrics", step, values)
         if board:
             self._scalars(step, values)
 
     def timing(self, step: int, values: dict[str, float]) -> None:
         """Record wall-clock values."""
-        self._write("timing", {"step": step, **{key: _json_number(value) for key, value in values.items()}})
+        self._write("timing", step, values)
         self._scalars(step, values)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Record a text the model wrote."""
-        self._write("samples", {"step": step, "prompt": prompt, "text": text})
+        self._write("samples", step, {"prompt": prompt, "text": text})
         self._board.add_text("samples", f"**{prompt}** {text}", step)
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
+    def _write(self, name: str, step: int, values: dict[str, Any]) -> None:
+        plain = lambda value: value if isinstance(value, str) or math.isfinite(value) else str(value)
+        record = {"step": step, **{key: plain(value) for key, value in values.items()}}
         self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
@@ -58,24 +62,7 @@ class MetricsWriter:
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a .jsonl file of a run; a last line cut by a kill is dropped."""
-    records = []
     if not Path(path).exists():
-        return records
+        return []
     with open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
-
-
-def _truncate(path: Path, step: int) -> None:
-    """Keep the lines of steps <= `step`."""
-    if not path.exists():
-        return
-    kept = [record for record in read(path) if record["step"] <= step]
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-    write_text(path, lines)
-
-
-def _json_number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -4,18 +4,16 @@ import jax
 import optax
 import optax.contrib
 
-from jaxllm.core.tree import map_named, match
+from jaxllm.core.tree import map_named
 from jaxllm.training.config import AdamW, Muon
-
-# Weight decay is for matrices: never for biases and norm scales. First match wins.
-DECAYED = ((r".*/(bias|scale)", False), (r".*", True))
 
 
 def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
     """Return the transformation from gradients to updates at learning rate one (already negated)."""
     clip = optax.clip_by_global_norm(config.clip)
     if isinstance(config, AdamW):
-        decayed = lambda params: map_named(lambda name, _: match(DECAYED, name), params)
+        # Weight decay is for matrices: never for biases and norm scales.
+        decayed = lambda params: map_named(lambda name, _: not name.endswith(("/bias", "/scale")), params)
         return optax.chain(
             clip,
             optax.scale_by_adam(config.b1, config.b2, config.eps),

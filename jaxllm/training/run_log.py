@@ -1,16 +1,21 @@
-"""The voice of a run: files, TensorBoard, progress line, and the record of refused steps."""
+"""The voice of a run: files, TensorBoard, the record of refused steps, and what a person sees while it trains: one live
+line on a terminal, one line per interval elsewhere.
+"""
 
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxllm.core.batch import Batch
 from jaxllm.training.config import MonitorConfig
 from jaxllm.training.loop import Diverged
 from jaxllm.training.metrics import MetricsWriter, read
-from jaxllm.training.progress import ProgressLine
 
 
 class Position(NamedTuple):
@@ -40,24 +45,47 @@ class RunLog:
         self._run_dir, self._config, self._steps = run_dir, config, steps
         self._tokens_per_step, self._flops = tokens_per_step, flops
         self._begin, self._skipped_in_a_row = begin, 0
-        self._elapsed = _elapsed_before(run_dir, begin.step)
+        before = [record for record in read(run_dir / "timing.jsonl") if record["step"] <= begin.step]
+        self._elapsed = max((record["elapsed_s"] for record in before), default=0.0)  # by earlier processes of this run
         self._window: list[tuple[float, float]] = []
-        first = jax.process_index() == 0
-        self._writer = MetricsWriter(run_dir, resume_from=begin.step) if first else None
-        self._progress = ProgressLine(name, begin.step, steps, shown=first)
+        self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
+        self._name, self._start = name, time.perf_counter()
+        self._console, self._bar = Console(), None
+        if self._writer is not None and self._console.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            )  # fmt: skip
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task(name, completed=begin.step, total=steps, facts="compiling")
 
     def __enter__(self) -> "RunLog":
-        self._progress.__enter__()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.__exit__()
+        if self._bar is not None:
+            self._bar.stop()
         if self._writer is not None:
             self._writer.close()
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self._progress.say(text)
+        """Print a line, above the progress."""
+        if self._writer is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _progress(self, step: int, facts: str) -> None:
+        """Show that `step` updates are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, facts=facts)
+        elif self._writer is not None:
+            per_step = (time.perf_counter() - self._start) / max(1, step - self._begin.step)
+            left = int(per_step * (self._steps - step))
+            self._console.print(
+                f"{self._name} {step}/{self._steps}  {facts}  {left // 60}:{left % 60:02d} left", highlight=False
+            )
+            sys.stdout.flush()
 
     def step(self, step: int, metrics: dict[str, float], seconds: float, waited: float) -> None:
         """Record one update, with the first sample of its batch."""
@@ -86,7 +114,7 @@ class RunLog:
         if self._writer is not None:
             self._writer.timing(step, values)
         rate = f"{values['tokens_per_s']:,.0f} tok/s" + (f" MFU {values['mfu']:.1%}" if peak is not None else "")
-        self._progress.update(step, f"loss {metrics['loss']:.4f}  {rate}", line=True)
+        self._progress(step, f"loss {metrics['loss']:.4f}  {rate}")
 
     def skipped(self, step: int, batch: Batch, metrics: dict[str, float]) -> None:
         """Record a refused update and keep its batch for inspection.
@@ -119,9 +147,3 @@ class RunLog:
         if self._writer is not None:
             self._writer.sample(step, prompt, text)
         self.say(f"  {prompt} → {text}")
-
-
-def _elapsed_before(run_dir: Path, done: int) -> float:
-    """Return the training seconds of earlier processes of this run, up to step `done`."""
-    records = read(run_dir / "timing.jsonl")
-    return max((record["elapsed_s"] for record in records if record["step"] <= done), default=0.0)

@@ -88,7 +88,8 @@ def train_step(
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         if step.spike_factor is not None:
             good &= (state.norm_mean == 0) | (norm <= step.spike_factor * state.norm_mean)
-        params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
+        keep = lambda new, old: jnp.where(good, new, old)
+        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
         ema = state.ema
         if step.ema_decay is not None:
             ema = jax.tree.map(lambda e, p: step.ema_decay * e + (1 - step.ema_decay) * p, ema, params)
@@ -101,10 +102,6 @@ def train_step(
     if routers is not None:
         metrics |= router_metrics(routers, model.ffn)
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
-
-
-def _where(condition: Array, new: tuple, old: tuple) -> tuple:
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig) -> Metrics:

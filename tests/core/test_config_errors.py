@@ -121,12 +121,14 @@ def test_all_problems_are_reported_at_once_wherever_they_stand(tmp_path):
 
 
 def test_missing_keys():
+    rest = "=... on the command line, or write it into the recipe"
     assert message(Strict).splitlines() == [
-        "3 problems:", "  missing key 'out'", "  missing key 'sources'", "  missing key 'optim'"
+        "3 problems:", f"  missing key 'out'; give out{rest}", f"  missing key 'sources'; give sources.0.path{rest}",
+        f"  missing key 'optim'; give optim.kind{rest}",
     ]  # fmt: skip
     assert message(Strict, "out=x", "sources.0.weight=1", "optim.lr=1").splitlines() == [
         "2 problems:",
-        "  missing key 'sources.0.path'",
+        f"  missing key 'sources.0.path'; give sources.0.path{rest}",
         "  missing key 'optim.kind', which says what 'optim' is",
     ]  # fmt: skip
 

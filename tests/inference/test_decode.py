@@ -6,7 +6,6 @@ from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _prog
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import LongRopeScaling, Rope
-from jaxllm.layers.masks import CausalMask
 from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 
@@ -40,7 +39,7 @@ def test_cached_logits_equal_the_full_forward(decoder, forward):
     tokens = np.asarray(PROMPTS[4])[None]
     positions = np.arange(17)[None]
     cache = init_cache(config.n_layers, (1, 32, config.kv_heads, config.head_width), np.float32)
-    first, cache = model.hidden(tokens[:, :9], positions[:, :9], CausalMask(), cache)
+    first, cache = model.prefill(tokens[:, :9], positions[:, :9], cache)
     rest, cache = model.decode(tokens[:, 9:], positions[:, 9:], cache)  # several tokens at once, too
     logits = np.concatenate([model.logits(first), model.logits(rest)], axis=1)[0]
     np.testing.assert_allclose(logits, forward(PROMPTS[4]), atol=2e-5)

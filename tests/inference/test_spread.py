@@ -2,8 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.inference import spread
-from jaxllm.inference.decode import Decoder, Limits, Request
+from jaxllm.inference.decode import Decoder, Limits, Request, tensor_mesh
 from jaxllm.inference.sampling import Sampler
 from jaxllm.models import presets
 from jaxllm.models.build import init_params
@@ -14,8 +13,8 @@ from jaxllm.training.state import param_shardings
 
 
 def test_small_models_stay_on_one_device_and_large_ones_are_cut():
-    assert spread.tensor_mesh(presets.get("quickstart")) is None
-    assert spread.tensor_mesh(presets.get("llama-15m")).shape["tensor"] == jax.device_count()
+    assert tensor_mesh(presets.get("quickstart")) is None
+    assert tensor_mesh(presets.get("llama-15m")).shape["tensor"] == jax.device_count()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -118,8 +118,8 @@ def test_the_memory_estimate_is_near_the_compilers(remat):
 
 def test_the_memory_line_names_each_category():
     sizes = {"parameters": 1_000_000_000, "optimizer": 2_000_000_000, "logits": 40_000_000}
-    assert accounting.memory_line(sizes) == "3.0 GB: parameters 1.0, optimizer 2.0, logits 0.0"
-    assert accounting.memory_line({"logits": 1500}) == "1.5 kB: logits 1.5"
+    assert accounting.memory_line(sizes) == "3.0 GB: parameters 1.0 GB, optimizer 2.0 GB, logits 40.0 MB"
+    assert accounting.memory_line({"logits": 1500}) == "1.5 kB: logits 1.5 kB"
 
 
 def test_logits_grow_with_rows_up_to_a_chunk_of_each():

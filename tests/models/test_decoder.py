@@ -141,7 +141,7 @@ def test_cached_decode_equals_the_full_forward(config):
 
     layers = unstack(params)
     module = bind(graphdef, layers)
-    hidden, cache = module.hidden(TOKENS[:, :4], jnp.tile(jnp.arange(4), (2, 1)), CausalMask(), cache)  # prefill
+    hidden, cache = module.prefill(TOKENS[:, :4], jnp.tile(jnp.arange(4), (2, 1)), cache)
     logits = [module.logits(hidden)]
     for t in range(4, 12):
         step, cache = decode(layers, TOKENS[:, t : t + 1], jnp.full((2, 1), t), cache)
