@@ -13,6 +13,7 @@ from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
+from jaxllm.data.shards import read_manifest
 from jaxllm.locate import model_config
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -57,7 +58,7 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     match raw:
         case {"data": {"sources": [{"path": str(path)}, *_]}} if "vocab_size" not in model:
             manifest = Path(path) / "manifest.json"
-            vocabulary = {"vocab_size": read_json(manifest)["vocab_size"]} if manifest.exists() else {}
+            vocabulary = {"vocab_size": read_manifest(path).vocab_size} if manifest.exists() else {}
             model = {**model, **vocabulary}
     if "preset" in model:
         preset = presets.raw(str(model["preset"]))

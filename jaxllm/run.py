@@ -177,8 +177,10 @@ class Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """Start writing a checkpoint."""
+        # The last batch of an epoch's worth of data may be filled up with nothing.
+        sample = min(self.begin.at(step), self.loader.n_samples or self.begin.at(step))
         meta = {
-            "step": step, "sample": self.begin.at(step), "fingerprints": self._fingerprints(), "chat": self.is_chat,
+            "step": step, "sample": sample, "fingerprints": self._fingerprints(), "chat": self.is_chat,
             "val_loss": self.val_loss,
         }  # fmt: skip
         self.checkpoints.save(state, meta, self.val_loss)

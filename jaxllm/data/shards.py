@@ -171,10 +171,9 @@ def read_manifest(directory: str | Path) -> Manifest:
             f"{directory} is no dataset: it has no manifest.json; make one with python -m jaxllm.prepare"
         )
     content = files.read_json(path)
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {content.get('version')}; this jaxllm reads version {VERSION}: prepare the data again"
-        )
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}; this jaxllm reads version {VERSION}: prepare the data again")
     return Manifest.model_validate(content)
 
 

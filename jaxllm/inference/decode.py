@@ -122,7 +122,7 @@ class Decoder:
         """Answer at most `max_rows` requests, in one batch."""
         state = self._begin(requests, sampler, limits)
         if limits.finished is None:
-            state = self._advance(self.params, state, np.int32(limits.max_new_tokens))
+            state = self._advance(self.params, state, np.int32(min(limits.max_new_tokens, self.config.max_seq_len)))
         ended = np.asarray(state.done)
         while not ended.all():
             state = self._advance(self.params, state, state.step + CHECK_EVERY)

@@ -57,7 +57,7 @@ def settings(sampler: Sampler) -> Settings:
         return Settings(repetition_penalty=penalty)
     return Settings(
         temperature=np.float32(sampler.temperature),
-        top_k=None if sampler.top_k is None else np.int32(sampler.top_k),
+        top_k=None if sampler.top_k is None else np.int32(min(sampler.top_k, _HIGHEST)),
         top_p=None if sampler.top_p in (None, 1) else np.float32(sampler.top_p),
         min_p=None if sampler.min_p in (None, 0) else np.float32(sampler.min_p),
         repetition_penalty=penalty,

@@ -5,6 +5,7 @@ A checkpoint has the items `params` (and `ema`), which inference reads alone, `r
 moment leaves either the whole checkpoint or none.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -29,8 +30,7 @@ log = logging.getLogger(__name__)
 # and prints the traceback of a failed write that `wait` raises anyway.
 _NOISE = re.compile("read.only|tracked_metric|_SignalingThread")
 logging.getLogger("absl").addFilter(lambda record: not _NOISE.search(record.getMessage()))
-# What Orbax raises for files that are damaged, missing or cannot be written.
-_FILE_ERRORS = (ValueError, OSError, KeyError)
+_WRITE_ERRORS = (ValueError, OSError, KeyError)  # what Orbax raises for files that cannot be written
 
 
 class Checkpoints:
@@ -50,6 +50,7 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True,
             best_fn=_val_loss, best_mode="min",  # or Orbax keeps the losses in memory alone, and a resume forgets them
         )  # fmt: skip
+        _drop_damaged_losses(self.directory)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._writing: int | None = None
 
@@ -100,7 +101,7 @@ class Checkpoints:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
-        except _FILE_ERRORS as error:
+        except _WRITE_ERRORS as error:
             complete = self.steps()
             raise OSError(
                 f"checkpoint {self.directory / str(self._writing)} could not be written ({_reason(error)}); "
@@ -144,7 +145,7 @@ class Checkpoints:
             meta = self.meta(step)
             changed = _changed(meta.get("fingerprints", {}), same)
             restored = {} if changed else self._manager.restore(step, args=ocp.args.Composite(**items))
-        except _FILE_ERRORS as error:
+        except Exception as error:  # Orbax raises a bare Exception for an array that is cut short
             return None, {}, _reason(error)
         if changed:  # the user's error, and never a reason to take an older checkpoint
             raise ValueError(
@@ -168,6 +169,16 @@ class Checkpoints:
 
 def _val_loss(metrics: Mapping[str, float]) -> float:
     return metrics["val_loss"]
+
+
+def _drop_damaged_losses(directory: Path) -> None:
+    """Forget validation losses that cannot be read; Orbax reads all of them, and would refuse the whole run."""
+    for path in directory.glob("[0-9]*/metrics/metrics") if jax.process_index() == 0 else ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))["val_loss"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s is damaged and is dropped: this checkpoint no longer counts among the best", path)
+            shutil.rmtree(path.parent)
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -214,6 +225,7 @@ def load_params(
     directory = (Path(run_dir) / "checkpoints").resolve()
     if not directory.is_dir():
         raise ValueError(f"{run_dir} has no checkpoints/ directory; give a run directory written by train or tune")
+    _drop_damaged_losses(directory)
     options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     with ocp.CheckpointManager(directory, options=options) as manager:
         steps = sorted(manager.all_steps())
@@ -228,7 +240,7 @@ def load_params(
         args = {item: ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
         try:
             restored = manager.restore(step, args=ocp.args.Composite(**args))
-        except _FILE_ERRORS as error:
+        except Exception as error:  # as in `Checkpoints.restore`
             before = [each for each in steps if each < step]
             raise ValueError(
                 f"{directory / str(step)} cannot be read ({_reason(error)}); "

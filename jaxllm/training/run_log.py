@@ -48,6 +48,7 @@ class RunLog:
         before = [record for record in read(run_dir / "timing.jsonl") if record["step"] <= begin.step]
         self._elapsed = max((record["elapsed_s"] for record in before), default=0.0)  # by earlier processes of this run
         self._window: list[tuple[float, float]] = []
+        self._timed = False
         self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
         self._name, self._start = name, time.perf_counter()
         self._console, self._bar = Console(), None
@@ -101,7 +102,8 @@ class RunLog:
 
     def _timing(self, step: int, metrics: dict[str, float]) -> None:
         # The first step of a process compiles; a window with more steps leaves it out of the rates.
-        window = self._window[1:] if len(self._window) > 1 and step <= self._config.log_every else self._window
+        window = self._window[1:] if len(self._window) > 1 and not self._timed else self._window
+        self._timed = True
         step_s, wait_s = (float(np.mean(column)) for column in zip(*window, strict=True))
         self._window = []
         flops, peak = self._flops
@@ -130,9 +132,10 @@ class RunLog:
         self.say(f"step {step} skipped: {facts}; its batch is in {path}")
         if self._skipped_in_a_row > self._config.max_skipped:
             raise Diverged(
-                f"{self._skipped_in_a_row} steps in a row had no usable gradient (step {step}: {facts}); the parameters"
-                f" are those before them. Lower optim.lr, look at the batches in {path.parent} (python -m"
-                f" jaxllm.inspect {self._run_dir} --step {step}), or raise monitor.max_skipped"
+                f"{self._skipped_in_a_row} steps in a row were refused: loss, gradient or new parameters were not finite,"
+                f" or the gradient was a spike (step {step}: {facts}); the parameters are those before them. Lower"
+                f" optim.lr, look at the batches in {path.parent} (python -m jaxllm.inspect {self._run_dir} --step"
+                f" {step}), or raise monitor.max_skipped"
             )
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:

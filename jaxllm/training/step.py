@@ -92,7 +92,10 @@ def train_step(
         params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
         ema = state.ema
         if step.ema_decay is not None:
-            ema = jax.tree.map(lambda e, p: step.ema_decay * e + (1 - step.ema_decay) * p, ema, params)
+            # A short memory at first, or the random start would stay in the average for 1 / (1 - decay) updates.
+            done = state.step.astype(jnp.float32)
+            decay = jnp.minimum(step.ema_decay, (1.0 + done) / (10.0 + done))
+            ema = jax.tree.map(lambda e, p: jnp.where(good, decay * e + (1 - decay) * p, e), ema, params)
         mean = jnp.where(state.norm_mean == 0, norm, NORM_MEAN_DECAY * state.norm_mean + (1 - NORM_MEAN_DECAY) * norm)
         mean = jnp.where(good, mean, state.norm_mean)
     metrics = {

@@ -1,4 +1,5 @@
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,35 @@ def test_inference_names_a_damaged_checkpoint_and_the_one_before(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read \(.*use the one before: .*checkpoints/1$"):
         load_params(tmp_path, MODEL)
     assert load_params(tmp_path, MODEL, step=1)[1]["step"] == 1
+
+
+def test_any_one_damaged_file_costs_that_checkpoint_alone(tmp_path):
+    state, shardings = make(devices=1)
+    save(tmp_path / "run", state, 1, 2)
+    newest = tmp_path / "run" / "checkpoints" / "2"
+    names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
+    arrays = sorted((name for name in names if "d" in name.parts), key=lambda name: (newest / name).stat().st_size)
+    for number, name in enumerate([*arrays[-3:], "meta/metadata"]):
+        place = tmp_path / str(number)
+        shutil.copytree(tmp_path / "run", place)
+        path = place / "checkpoints" / "2" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with Checkpoints(place) as checkpoints:
+            restored, meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
+            assert meta["step"] == 1, name
+            assert_equal(restored.params, state.params)
+            assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"val_loss"'])
+def test_a_damaged_validation_loss_is_forgotten(tmp_path, content):
+    state, shardings = make(devices=1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"step": 1, "sample": 0}, val_loss=2.0)
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text(content)
+    assert load_params(tmp_path, MODEL)[1]["step"] == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(jax.eval_shape(lambda: state), shardings)[1]["step"] == 1
 
 
 def test_a_disk_that_is_full_is_said_in_one_line(tmp_path):

@@ -106,12 +106,14 @@ def test_a_spike_is_skipped():
     assert [m["skipped"] for m in history] == [0, 0, 0, 1, 0, 0, 0]
 
 
-def test_moving_average_formula():
-    step = StepConfig(ema_decay=0.5)
+@pytest.mark.parametrize(("decay", "of_the_second"), [(0.9, 2 / 11), (0.15, 0.15)])
+def test_moving_average_formula(decay, of_the_second):
+    step = StepConfig(ema_decay=decay)  # at most (1 + step) / (10 + step)
     _, first = run(batches=[batch()], step=step)
     _, second = run(batches=[batch()] * 2, step=step)
+    d = of_the_second
     jax.tree.map(
-        lambda e2, e1, p2: np.testing.assert_allclose(e2, 0.5 * e1 + 0.5 * p2, atol=1e-6),
+        lambda e2, e1, p2: np.testing.assert_allclose(e2, d * e1 + (1 - d) * p2, atol=1e-6),
         second.ema,
         first.ema,
         second.params,
