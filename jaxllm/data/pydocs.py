@@ -16,19 +16,9 @@ from jaxllm.data.documents import Conversation, Document
 
 SOURCE = "pydocs"
 # Tests and vendored copies: not documentation.
-EXCLUDED_PARTS = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "_vendor",
-        "_bundled",
-        "lib-dynload",
-    }
-)
+EXCLUDED_PARTS = frozenset({
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor", "_bundled", "lib-dynload",
+})  # fmt: skip
 QUESTIONS = (
     "What does `{name}` do?",
     "In Python, what is `{name}` for?",
