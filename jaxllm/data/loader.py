@@ -159,25 +159,15 @@ class Loader(Iterator[Batch]):
         options = grain.ReadOptions(
             num_threads=self.config.threads, prefetch_buffer_size=self.config.prefetch if self.config.threads else 0
         )
-        return iter(grain.MapDataset.source(_Batches(self, start)).to_iter_dataset(options))
+        size = self.config.batch_size
+        count = 1 << 62 if self.n_samples is None else -(-(self.n_samples - start) // size)
+        first = start + self._first_row
 
+        def batch(index: int) -> Batch:
+            samples = range(first + index * size, first + index * size + self._local_rows)
+            return Batch(*(np.stack(arrays) for arrays in zip(*map(self.row, samples), strict=True)))
 
-class _Batches:
-    """What Grain reads: element j is the host-local batch j after global sample `start`."""
-
-    def __init__(self, loader: Loader, start: int):
-        self._loader = loader
-        self._start = start
-
-    def __len__(self) -> int:
-        total = self._loader.n_samples
-        return 1 << 62 if total is None else -(-(total - self._start) // self._loader.config.batch_size)
-
-    def __getitem__(self, index: int) -> Batch:
-        loader = self._loader
-        first = self._start + int(index) * loader.config.batch_size + loader._first_row
-        rows = [loader.row(sample) for sample in range(first, first + loader._local_rows)]
-        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+        return iter(grain.MapDataset.range(count).map(batch).to_iter_dataset(options))
 
 
 def _check_tokenizers(datasets: list[Dataset]) -> None:
