@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -67,7 +67,9 @@ class ChatTemplate:
         from jaxllm.data import jinja_templates
 
         shield, start, end = _unused_characters("".join(str(value) for turn in turns for value in turn.values()))
-        guarded = [{key: self._guard(value, shield) for key, value in turn.items()} for turn in turns]
+        # The text of special tokens inside a message is broken up: '<eos>' -> '<' shield 'eos>'.
+        hide = partial(self._special_pattern.sub, lambda found: found[0][0] + shield + found[0][1:])
+        guarded = [{k: hide(value) if isinstance(value, str) else value for k, value in turn.items()} for turn in turns]
         text = jinja_templates.render(
             self.source, messages=guarded, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
             bos_token=self.bos_token, eos_token=self.eos_token, generation_start=start, generation_end=end,
@@ -78,11 +80,6 @@ class ChatTemplate:
     def _special_pattern(self) -> re.Pattern:
         longest_first = sorted(self.special, key=len, reverse=True)
         return re.compile("|".join(re.escape(name) for name in longest_first))
-
-    def _guard(self, value: object, shield: str) -> object:
-        """Break up the text of special tokens inside a message: '<eos>' -> '<' shield 'eos>'."""
-        hide = lambda found: found[0][0] + shield + found[0][1:]
-        return self._special_pattern.sub(hide, value) if isinstance(value, str) else value
 
     def _split(self, text: str, shield: str, start: str, end: str) -> Iterator[Piece]:
         trained = False
@@ -109,7 +106,9 @@ def encode_chat(
       ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
     pieces = template_of(tokenizer).render(messages, add_generation_prompt)
-    if isinstance(tokenizer.pieces, FastPieces) and not _spells_special(pieces, tokenizer):
+    # The text of a message that spells a special token must stay text.
+    spelled = any(name in piece.text for piece in pieces if not piece.special for name in tokenizer.special)
+    if isinstance(tokenizer.pieces, FastPieces) and not spelled:
         # At once, as transformers does: some of these tokenizers treat the start of a text in a way of its own.
         ids, starts = tokenizer.pieces.encode_whole("".join(piece.text for piece in pieces))
         learned = [piece.trained for piece in pieces for _ in piece.text]
@@ -122,11 +121,6 @@ def encode_chat(
         ids += new
         trained += [piece.trained] * len(new)
     return ids, trained
-
-
-def _spells_special(pieces: Sequence[Piece], tokenizer: "Tokenizer") -> bool:
-    """Whether the text of a message spells a special token, which must stay text."""
-    return any(name in piece.text for piece in pieces if not piece.special for name in tokenizer.special)
 
 
 def template_of(tokenizer: "Tokenizer") -> ChatTemplate:

@@ -83,11 +83,16 @@ class Loader(Iterator[Batch]):
         self._first_row = process_index * self._local_rows
         self.sources = [source for source in config.sources if split == "train" or source.validate_on]
         self.datasets = [Dataset.open(source.path, split, config.verify) for source in self.sources]
-        _check_tokenizers(self.datasets)
+        first = self.datasets[0]
+        for dataset in self.datasets:
+            if dataset.tokenizer_fingerprint != first.tokenizer_fingerprint:
+                raise ValueError(
+                    f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {first.directory} with "
+                    f"{first.tokenizer_fingerprint}; prepare both with the same --tokenizer"
+                )
         self.plans = [plan(dataset, config.packing) for dataset in self.datasets]
         self._order = self._make_order([source.weight for source in self.sources])
         self.n_samples, self.samples_per_epoch = self._order.n_samples, self._order.samples_per_epoch
-        first = self.datasets[0]
         self.tokenizer_dir, self.tokenizer_fingerprint = first.tokenizer_dir, first.tokenizer_fingerprint
         self.vocab_size = first.vocab_size
         self._sample = 0
@@ -168,12 +173,3 @@ class Loader(Iterator[Batch]):
             return Batch(*(np.stack(arrays) for arrays in zip(*map(self.row, samples), strict=True)))
 
         return iter(grain.MapDataset.range(count).map(batch).to_iter_dataset(options))
-
-
-def _check_tokenizers(datasets: list[Dataset]) -> None:
-    for dataset in datasets:
-        if dataset.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
-            raise ValueError(
-                f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {datasets[0].directory} with "
-                f"{datasets[0].tokenizer_fingerprint}; prepare both with the same --tokenizer"
-            )
