@@ -83,31 +83,30 @@ class Loader(Iterator[Batch]):
         self._first_row = process_index * self._local_rows
         self.sources = [source for source in config.sources if split == "train" or source.validate_on]
         self.datasets = [Dataset.open(source.path, split, config.verify) for source in self.sources]
-        first = self.datasets[0]
         for dataset in self.datasets:
+            first = self.datasets[0]
             if dataset.tokenizer_fingerprint != first.tokenizer_fingerprint:
                 raise ValueError(
                     f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {first.directory} with "
                     f"{first.tokenizer_fingerprint}; prepare both with the same --tokenizer"
                 )
         self.plans = [plan(dataset, config.packing) for dataset in self.datasets]
-        self._order = self._make_order([source.weight for source in self.sources])
+        sizes = [len(each) for each in self.plans]
+        if not sum(sizes) or (split == "train" and not all(sizes)):
+            paths = ", ".join(source.path for source in config.sources)
+            raise ValueError(
+                f"split {split!r} of {paths} has no rows; prepare with a larger --validation share or more data"
+            )
+        if split == "train":
+            weights = [source.weight for source in self.sources]
+            self._order = Mixture.shuffled(sizes, weights, config.seed, config.epochs)
+        else:
+            self._order = Mixture.in_sequence(sizes)
         self.n_samples, self.samples_per_epoch = self._order.n_samples, self._order.samples_per_epoch
         self.tokenizer_dir, self.tokenizer_fingerprint = first.tokenizer_dir, first.tokenizer_fingerprint
         self.vocab_size = first.vocab_size
         self._sample = 0
         self._batches: Iterator[Batch] | None = None
-
-    def _make_order(self, weights: list[float]) -> Mixture:
-        sizes = [len(each) for each in self.plans]
-        if not sum(sizes) or (self.split == "train" and not all(sizes)):
-            paths = ", ".join(source.path for source in self.config.sources)
-            raise ValueError(
-                f"split {self.split!r} of {paths} has no rows; prepare with a larger --validation share or more data"
-            )
-        if self.split == "validation":
-            return Mixture.in_sequence(sizes)
-        return Mixture.shuffled(sizes, weights, self.config.seed, self.config.epochs)
 
     def __next__(self) -> Batch:
         total = self.n_samples

@@ -13,13 +13,6 @@ MAX_FAILURES = 20  # per application and split, that are kept to look at
 GREEDY = Sampler(temperature=0.0)
 
 
-class Answer(Protocol):
-    """What a model returns per prompt."""
-
-    text: str
-    tokens: list[int]
-
-
 class Answerer(Protocol):
     """What is evaluated: `jaxllm.LanguageModel`, or anything that answers like it."""
 
@@ -27,8 +20,8 @@ class Answerer(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int, sampler: Sampler
-    ) -> Sequence[Answer]:
-        """Answer each conversation, in order."""
+    ) -> Sequence[Any]:
+        """Answer each conversation, in order, with a `text` and its `tokens`."""
 
 
 def evaluate_applications(
@@ -78,7 +71,7 @@ def compare(base: Mapping[str, Any] | None, tuned: Mapping[str, Any], split: Spl
     }
 
 
-def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Answer]:
+def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Any]:
     """Answer all prompts in one call, so that few shapes are compiled, with as much room as a right answer can need."""
     if not examples:
         return []
