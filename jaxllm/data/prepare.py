@@ -225,8 +225,8 @@ def _why_empty(reader: Reader) -> str:
 
 
 def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start: float) -> PrepareReport:
-    config = reader.config
-    asked = config.tokenizer.model_dump()
+    config, asked = reader.config, reader.config.tokenizer
+    found = asked.path if isinstance(asked, ExistingTokenizer) else asked.kind
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
     return PrepareReport(
         directory=config.out, kind=config.dataset_kind,
@@ -234,8 +234,8 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
         bytes_read=reader.bytes_read, bytes_kept=reader.bytes_kept,
         problems=reader.problems.count, problem_examples=tuple(reader.problems.examples),
         rules=reader.cleaner.counts,
-        tokenizer=asked.get("algorithm") or asked.get("path") or asked["kind"], vocab_size=tok.vocab_size,
-        bytes_per_token=datasets["train"].bytes_per_token,
+        tokenizer=asked.algorithm if isinstance(asked, TokenizerConfig) else found,
+        vocab_size=tok.vocab_size, bytes_per_token=datasets["train"].bytes_per_token,
         splits={
             split: SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
             for split, each in datasets.items()
