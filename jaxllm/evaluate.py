@@ -91,12 +91,12 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
         raise ValueError(
             f"--batch-size {arguments.batch_size} does not divide by {jax.device_count()} devices; use a multiple of it"
         )
-    if arguments.data is None and is_huggingface(arguments.model):
-        raise ValueError(
-            f"{arguments.model} does not say what it was trained on; name a dataset with --data, prepared with "
-            f"--tokenizer {arguments.model}"
-        )
     if arguments.data is None:
+        if is_huggingface(arguments.model):
+            raise ValueError(
+                f"{arguments.model} does not say what it was trained on; name a dataset with --data, prepared with "
+                f"--tokenizer {arguments.model}"
+            )
         data = load_recipe(locate(arguments.model)[0]).data
         if not all((Path(source.path) / "manifest.json").is_file() for source in data.sources):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jaxllm.core import files
 from jaxllm.core.command import command
+from jaxllm.core.wording import count
 
 if TYPE_CHECKING:
     from jaxllm.data.loader import DataConfig, Loader
@@ -37,11 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jaxllm.inspect", description="Show what is trained on.", allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "path",
-        metavar="DATASET_OR_RUN",
-        help="dataset directory, or run directory (its own data, order and row length)",
-    )
+    path = "dataset directory, or run directory (its own data, order and row length)"
+    add("path", metavar="DATASET_OR_RUN", help=path)
     add("--step", metavar="N", type=int, help="the batch of update N of a run, from 1")
     add("--rows", metavar="K", type=int, help="show at most K rows (default: 4, or the whole batch with --step)")
     add("--split", choices=("train", "validation"), default="train")
@@ -80,24 +78,29 @@ def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:
     elif arguments.step < 1:
         raise ValueError(f"--step={arguments.step}: steps are counted from 1")
     else:
-        first, size = _batch(_run_dir(Path(arguments.path)), arguments.step, loader.config.batch_size)
-    count = arguments.rows or size
-    return range(first, min(first + count, loader.n_samples) if loader.n_samples is not None else first + count)
+        first, size = _batch(_run_dir(Path(arguments.path)), arguments.step, loader)
+    end = first + (arguments.rows or size)
+    return range(first, end if loader.n_samples is None else min(end, loader.n_samples))
 
 
-def _batch(run_dir: Path, step: int, batch_size: int) -> tuple[int, int]:
-    """Return (first sample, rows) of update `step`: as recorded, else as it will be.
-
-    Args:
-      batch_size: that of the recipe; earlier steps may have had another.
+def _batch(run_dir: Path, step: int, loader: "Loader") -> tuple[int, int]:
+    """Return (first sample, rows) of update `step`: as recorded, for earlier steps may have had another batch size, or
+    else as the recipe has it.
     """
+    from jaxllm.recipe import load_recipe
     from jaxllm.training.metrics import read
+    from jaxllm.wiring import total_steps
 
+    size = loader.config.batch_size
     starts = {record["step"]: record["sample"] for record in read(run_dir / "metrics.jsonl") if "sample" in record}
     if step in starts:
-        return starts[step], starts[step + 1] - starts[step] if step + 1 in starts else batch_size
-    last = max(starts, default=None)
-    return (step - 1) * batch_size if last is None else starts[last] + (step - last) * batch_size, batch_size
+        return starts[step], starts.get(step + 1, starts[step] + size) - starts[step]
+    done = max(starts, default=0)
+    sample = starts[done] + size if done else 0
+    if loader.split == "train" and step > (steps := total_steps(load_recipe(run_dir), loader, done, sample)):
+        length = count(steps, "step")
+        sys.stderr.write(f"note: step {step} is beyond the end of {run_dir}, which has {length}; this would follow\n")
+    return sample + (step - done - 1) * size, size
 
 
 if __name__ == "__main__":

@@ -42,45 +42,32 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The flags; what is no source and not the tokenizer is stored under its key in a recipe."""
     parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.prepare",
-        usage="%(prog)s [RECIPE] [flags] [key=value ...]",
-        add_help=False,
+        prog="python -m jaxllm.prepare", usage="%(prog)s [RECIPE] [flags] [key=value ...]", add_help=False,
         allow_abbrev=False,
-    )
+    )  # fmt: skip
     add = parser.add_argument
-    add("-h", "--help", action="store_true", help="show this text")
+    switch = {"action": "store_const", "const": True}
+    add("-h", "--help", **switch, help="show this text")
     add("--text", metavar="GLOB", action="append", default=[], help="text files; may be given again")
     add("--split", choices=("file", "paragraph", "line"), help="what one document of --text is (default: file)")
-    add(
-        "--jsonl",
-        metavar="FILE[:FIELDS]",
-        action="append",
-        default=[],
-        help="JSON lines; FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER",
-    )
-    add("--pydocs", action="store_true", help="documentation of the Python standard library")
+    jsonl = "JSON lines; FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER"
+    add("--jsonl", metavar="FILE[:FIELDS]", action="append", default=[], help=jsonl)
+    add("--pydocs", **switch, help="documentation of the Python standard library")
     add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")
-    add("--chat", action="store_true", help="conversations: learn the assistant's answers only")
-    add(
-        "--tokenizer",
-        metavar="T",
-        help="bpe or unigram (train one), bytes, or the path of a tokenizer, dataset, run or .model file",
-    )
-    add("--vocab-size", metavar="N", type=int, help="ids of a trained tokenizer")
+    add("--chat", **switch, help="conversations: learn the assistant's answers only")
+    tokenizer = "bpe or unigram (train one), bytes, or the path of a tokenizer, dataset, run or .model file"
+    add("--tokenizer", metavar="T", help=tokenizer)
+    add("--vocab-size", dest="tokenizer.vocab_size", metavar="N", type=int, help="ids of a trained tokenizer")
     add("--out", metavar="DIR", help="dataset directory to make")
-    add(
-        "--validation",
-        metavar="X",
-        type=float,
-        help="documents to hold out: a share if below 1, else a number (default: 0.01)",
-    )
+    held_out = "documents to hold out: a share if below 1, else a number (default: 0.01)"
+    add("--validation", metavar="X", type=float, help=held_out)
     add("--errors", choices=("error", "skip", "replace"), help="what to do with unreadable input (default: error)")
-    add(
-        "--seq-len", metavar="T", type=int, help="row length for which the report gives rows and padding (default: 512)"
-    )
+    row_length = "row length for which the report gives rows and padding (default: 512)"
+    add("--seq-len", metavar="T", type=int, help=row_length)
     add("--seed", metavar="N", type=int, help="decides which documents are held out, and what --world says")
-    add("--overwrite", action="store_true", help="replace the directory if it exists")
+    add("--overwrite", **switch, help="replace the directory if it exists")
     return parser
 
 
@@ -108,18 +95,14 @@ def _inputs(arguments: argparse.Namespace) -> list[str]:
     if arguments.split and not arguments.text:
         raise ValueError("--split says how --text is cut, and there is no --text")
     return [
-        f"inputs.{index}.{key}={value}"
-        for index, each in enumerate(inputs)
-        for key, value in each.items()
-        if value is not None
+        f"inputs.{i}.{key}={value}" for i, each in enumerate(inputs) for key, value in each.items() if value is not None
     ]
 
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
     """All other flags, in the notation of overrides."""
-    settings = {name: getattr(arguments, name) for name in ("out", "validation", "errors", "seq_len", "seed")}
-    settings |= {"overwrite": True} if arguments.overwrite else {}
-    settings |= {"chat": True} if arguments.chat else {}
+    own = ("help", "text", "split", "jsonl", "pydocs", "world", "tokenizer")
+    settings = {key: value for key, value in vars(arguments).items() if key not in own}
     match arguments.tokenizer:
         case "bpe" | "unigram" as algorithm:
             settings |= {"tokenizer.kind": "train", "tokenizer.algorithm": algorithm}
@@ -127,7 +110,6 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
             settings["tokenizer.kind"] = "bytes"
         case str() as path:
             settings |= {"tokenizer.kind": "existing", "tokenizer.path": path}
-    settings["tokenizer.vocab_size"] = arguments.vocab_size
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
 

@@ -55,6 +55,11 @@ def test_one_line_is_prepared_and_trained_on(tmp_path, capsys, size, split):
     assert [record["step"] for record in records] == [1, 2]  # and no validation loss
     losses = [record["loss"] for record in records]
     assert losses == pytest.approx([5.57, 5.57], abs=0.3)  # ln 262
+    for step, note in (("2", ""), ("3", f"note: step 3 is beyond the end of {tmp_path / 'run'}, which has 2 steps; ")):
+        capsys.readouterr()
+        assert inspect.main([str(tmp_path / "run"), "--step", step]) is None
+        told = capsys.readouterr().err
+        assert told.startswith(note) and told.count("\n") == bool(note)
 
 
 def test_recipe_makes_a_dataset(text, tmp_path):

@@ -9,15 +9,14 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import resources
 from typing import TYPE_CHECKING
 
 from jaxllm.data.documents import Message
 from jaxllm.data.fast_pieces import FastPieces
 
 if TYPE_CHECKING:
-    import jinja2
-
     from jaxllm.data.tokenizer import Tokenizer
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -26,18 +25,7 @@ _NONCHARACTERS = range(0xFDD0, 0xFDF0)
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 # The answer ends with eos inside the generation block, so that the model learns to stop.
-DEFAULT_TEMPLATE = """\
-{{ bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}{{ '<|system|>' + message.content }}
-    {%- elif message.role == 'user' %}{{ '<|user|>' + message.content }}
-    {%- elif message.role == 'assistant' %}
-        {{- '<|assistant|>' }}{% generation %}{{ message.content + eos_token }}{% endgeneration %}
-    {%- else %}{{ raise_exception("unknown role '" + message.role + "'; use system, user or assistant") }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
-"""
+DEFAULT_TEMPLATE = resources.files(__package__).joinpath("chat_template.jinja").read_text("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,39 +64,22 @@ class ChatTemplate:
             which.
         """
         turns = [{"role": m.role, "content": m.content} if isinstance(m, Message) else dict(m) for m in messages]
-        from jaxllm.data.jinja_templates import render
+        from jaxllm.data import jinja_templates
 
         shield, start, end = _unused_characters("".join(str(value) for turn in turns for value in turn.values()))
-        guarded = [{key: self._guard(value, shield) for key, value in turn.items()} for turn in turns]
-        text = render(
-            self._compiled,
-            messages=guarded,
-            add_generation_prompt=add_generation_prompt,
-            tools=None,
-            documents=None,
-            bos_token=self.bos_token,
-            eos_token=self.eos_token,
-            generation_start=start,
-            generation_end=end,
-        )
+        # The text of special tokens inside a message is broken up: '<eos>' -> '<' shield 'eos>'.
+        hide = partial(self._special_pattern.sub, lambda found: found[0][0] + shield + found[0][1:])
+        guarded = [{k: hide(value) if isinstance(value, str) else value for k, value in turn.items()} for turn in turns]
+        text = jinja_templates.render(
+            self.source, messages=guarded, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+            bos_token=self.bos_token, eos_token=self.eos_token, generation_start=start, generation_end=end,
+        )  # fmt: skip
         return list(self._split(text, shield, start, end))
-
-    @cached_property
-    def _compiled(self) -> "jinja2.Template":
-        from jaxllm.data.jinja_templates import compile_template
-
-        return compile_template(self.source)
 
     @cached_property
     def _special_pattern(self) -> re.Pattern:
         longest_first = sorted(self.special, key=len, reverse=True)
         return re.compile("|".join(re.escape(name) for name in longest_first))
-
-    def _guard(self, value: object, shield: str) -> object:
-        """Break up the text of special tokens inside a message: '<eos>' -> '<' shield 'eos>'."""
-        if not isinstance(value, str):
-            return value
-        return self._special_pattern.sub(lambda found: found[0][0] + shield + found[0][1:], value)
 
     def _split(self, text: str, shield: str, start: str, end: str) -> Iterator[Piece]:
         trained = False
@@ -135,7 +106,9 @@ def encode_chat(
       ValueError: the tokenizer has no chat template, or the template refuses the messages.
     """
     pieces = template_of(tokenizer).render(messages, add_generation_prompt)
-    if isinstance(tokenizer.pieces, FastPieces) and not _spells_special(pieces, tokenizer):
+    # The text of a message that spells a special token must stay text.
+    spelled = any(name in piece.text for piece in pieces if not piece.special for name in tokenizer.special)
+    if isinstance(tokenizer.pieces, FastPieces) and not spelled:
         # At once, as transformers does: some of these tokenizers treat the start of a text in a way of its own.
         ids, starts = tokenizer.pieces.encode_whole("".join(piece.text for piece in pieces))
         learned = [piece.trained for piece in pieces for _ in piece.text]
@@ -148,11 +121,6 @@ def encode_chat(
         ids += new
         trained += [piece.trained] * len(new)
     return ids, trained
-
-
-def _spells_special(pieces: Sequence[Piece], tokenizer: "Tokenizer") -> bool:
-    """Whether the text of a message spells a special token, which must stay text."""
-    return any(name in piece.text for piece in pieces if not piece.special for name in tokenizer.special)
 
 
 def template_of(tokenizer: "Tokenizer") -> ChatTemplate:
@@ -173,7 +141,7 @@ def template_of(tokenizer: "Tokenizer") -> ChatTemplate:
 def _unused_characters(text: str) -> list[str]:
     """Three characters that `text` does not hold: Unicode noncharacters first, which no real text uses."""
     used = set(text)
-    candidates = (chr(code) for code in itertools.chain(_NONCHARACTERS, _PRIVATE_USE))
+    candidates = map(chr, itertools.chain(_NONCHARACTERS, _PRIVATE_USE))
     unused = list(itertools.islice((character for character in candidates if character not in used), 3))
     if len(unused) < 3:
         raise ValueError(

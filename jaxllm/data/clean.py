@@ -52,9 +52,13 @@ class RuleCount:
 
 def rules(config: CleanConfig) -> list[Rule]:
     """Return the rules that `config` asks for, in order; copies are dropped by `Cleaner`, which has seen the others."""
-    known = {"nfc": partial(unicodedata.normalize, "NFC"), "control": remove_control, "trailing_space": strip_line_ends}
-    chosen = [Rule(name, apply) for name, apply in known.items() if getattr(config, name)]
-    return [*chosen, Rule("min_chars", lambda text: text if len(text.strip()) >= config.min_chars else None)]
+    known = (
+        (config.nfc, Rule("nfc", partial(unicodedata.normalize, "NFC"))),
+        (config.control, Rule("control", remove_control)),
+        (config.trailing_space, Rule("trailing_space", strip_line_ends)),
+        (True, Rule("min_chars", lambda text: text if len(text.strip()) >= config.min_chars else None)),
+    )
+    return [rule for wanted, rule in known if wanted]
 
 
 def remove_control(text: str) -> str:

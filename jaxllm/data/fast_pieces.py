@@ -111,12 +111,9 @@ def read_source(directory: Path) -> str | None:
     return model.to_str()
 
 
-def _byte_characters() -> dict[str, bytes]:
-    """Return the printable character that byte-level BPE writes for each byte. Source: GPT-2's encoder."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): bytes([byte]) for byte in printable}
-    return table | {chr(256 + index): bytes([byte]) for index, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
+# The printable character that byte-level BPE writes for each byte. Source: GPT-2's encoder.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): bytes([byte]) for byte in _PRINTABLE} | {
+    chr(256 + i): bytes([byte]) for i, byte in enumerate(_OTHERS)
+}

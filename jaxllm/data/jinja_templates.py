@@ -3,6 +3,7 @@
 Apart from `chat.py`, because Jinja2 takes a quarter of a second to import.
 """
 
+import functools
 import json
 from datetime import datetime
 from typing import ClassVar
@@ -28,17 +29,21 @@ class _Generation(jinja2.ext.Extension):
         return [start, *body, end]
 
 
+@functools.cache
 def compile_template(source: str) -> jinja2.Template:
     """Compile `source` in a sandbox: no attribute that changes an object or reaches Python's internals.
 
     Raises:
       ValueError: a syntax error, with its line.
     """
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     try:
         return environment.from_string(source)
@@ -46,18 +51,14 @@ def compile_template(source: str) -> jinja2.Template:
         raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from error
 
 
-def render(template: jinja2.Template, **values: object) -> str:
-    """Render `template`.
+def render(source: str, **values: object) -> str:
+    """Render a template.
 
     Raises:
-      ValueError: the template refuses the values (`raise_exception`) or fails on them.
+      ValueError: a syntax error, or the template refuses the values (`raise_exception`) or fails on them.
     """
+    template = compile_template(source)
     try:
         return template.render(**values)
     except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"the chat template does not accept these messages: {error}") from error
-
-
-def _raise_exception(message: str) -> None:
-    """What templates call to refuse messages."""
-    raise jinja2.TemplateError(message)

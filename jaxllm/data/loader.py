@@ -83,26 +83,30 @@ class Loader(Iterator[Batch]):
         self._first_row = process_index * self._local_rows
         self.sources = [source for source in config.sources if split == "train" or source.validate_on]
         self.datasets = [Dataset.open(source.path, split, config.verify) for source in self.sources]
-        _check_tokenizers(self.datasets)
+        for dataset in self.datasets:
+            first = self.datasets[0]
+            if dataset.tokenizer_fingerprint != first.tokenizer_fingerprint:
+                raise ValueError(
+                    f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {first.directory} with "
+                    f"{first.tokenizer_fingerprint}; prepare both with the same --tokenizer"
+                )
         self.plans = [plan(dataset, config.packing) for dataset in self.datasets]
-        self._order = self._make_order([source.weight for source in self.sources])
+        sizes = [len(each) for each in self.plans]
+        if not sum(sizes) or (split == "train" and not all(sizes)):
+            paths = ", ".join(source.path for source in config.sources)
+            raise ValueError(
+                f"split {split!r} of {paths} has no rows; prepare with a larger --validation share or more data"
+            )
+        if split == "train":
+            weights = [source.weight for source in self.sources]
+            self._order = Mixture.shuffled(sizes, weights, config.seed, config.epochs)
+        else:
+            self._order = Mixture.in_sequence(sizes)
         self.n_samples, self.samples_per_epoch = self._order.n_samples, self._order.samples_per_epoch
-        first = self.datasets[0]
         self.tokenizer_dir, self.tokenizer_fingerprint = first.tokenizer_dir, first.tokenizer_fingerprint
         self.vocab_size = first.vocab_size
         self._sample = 0
         self._batches: Iterator[Batch] | None = None
-
-    def _make_order(self, weights: list[float]) -> Mixture:
-        sizes = [len(each) for each in self.plans]
-        if not sum(sizes) or (self.split == "train" and not all(sizes)):
-            paths = ", ".join(source.path for source in self.config.sources)
-            raise ValueError(
-                f"split {self.split!r} of {paths} has no rows; prepare with a larger --validation share or more data"
-            )
-        if self.split == "validation":
-            return Mixture.in_sequence(sizes)
-        return Mixture.shuffled(sizes, weights, self.config.seed, self.config.epochs)
 
     def __next__(self) -> Batch:
         total = self.n_samples
@@ -159,31 +163,12 @@ class Loader(Iterator[Batch]):
         options = grain.ReadOptions(
             num_threads=self.config.threads, prefetch_buffer_size=self.config.prefetch if self.config.threads else 0
         )
-        return iter(grain.MapDataset.source(_Batches(self, start)).to_iter_dataset(options))
+        size = self.config.batch_size
+        count = 1 << 62 if self.n_samples is None else -(-(self.n_samples - start) // size)
+        first = start + self._first_row
 
+        def batch(index: int) -> Batch:
+            samples = range(first + index * size, first + index * size + self._local_rows)
+            return Batch(*(np.stack(arrays) for arrays in zip(*map(self.row, samples), strict=True)))
 
-class _Batches:
-    """What Grain reads: element j is the host-local batch j after global sample `start`."""
-
-    def __init__(self, loader: Loader, start: int):
-        self._loader = loader
-        self._start = start
-
-    def __len__(self) -> int:
-        total = self._loader.n_samples
-        return 1 << 62 if total is None else -(-(total - self._start) // self._loader.config.batch_size)
-
-    def __getitem__(self, index: int) -> Batch:
-        loader = self._loader
-        first = self._start + int(index) * loader.config.batch_size + loader._first_row
-        rows = [loader.row(sample) for sample in range(first, first + loader._local_rows)]
-        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
-
-
-def _check_tokenizers(datasets: list[Dataset]) -> None:
-    for dataset in datasets:
-        if dataset.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
-            raise ValueError(
-                f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {datasets[0].directory} with "
-                f"{datasets[0].tokenizer_fingerprint}; prepare both with the same --tokenizer"
-            )
+        return iter(grain.MapDataset.range(count).map(batch).to_iter_dataset(options))

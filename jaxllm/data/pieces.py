@@ -2,9 +2,8 @@
 
 Two models: plain bytes, and SentencePiece; `fast_pieces` has a third. Each has a `kind`, a `size`, the `file` (name and
 content) that a tokenizer directory keeps of it, `encode` (the ids of each text; never a control id, whatever the text
-says) and `bytes_of` (UTF-8 bytes of an id, maybe part of a character; empty for control ids). An id has bytes, the unit
-of decoding: joining them gives the text back exactly, also when one character is spread over several ids, so streaming
-and whole decoding are the same operation.
+says) and `bytes_of` (UTF-8 bytes of an id, maybe part of a character; empty for control ids). These bytes are the unit
+of decoding: joining them gives the text back exactly, so streaming and whole decoding are the same operation.
 """
 
 import re

@@ -4,7 +4,7 @@ import heapq
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -49,7 +49,9 @@ def train_pieces(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     """
     import sentencepiece  # here, so that --help of the commands stays fast
 
-    lines = _sample(_lines(texts), config.sample_bytes)
+    whole = (line for text in texts for line in _BREAK.split(text))
+    parts = (line[at : at + MAX_LINE_CHARS] for line in whole for at in range(0, len(line), MAX_LINE_CHARS))
+    lines = _sample(parts, config.sample_bytes)
     if not lines:
         raise ValueError("no text to train a tokenizer on: every document is empty; check the sources")
     model = io.BytesIO()
@@ -79,13 +81,6 @@ def train_pieces(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     except RuntimeError as error:
         raise ValueError(_explain(str(error), config)) from error
     return model.getvalue()
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in _BREAK.split(text):
-            for start in range(0, len(line), MAX_LINE_CHARS):
-                yield line[start : start + MAX_LINE_CHARS]
 
 
 def _sample(lines: Iterable[str], limit_bytes: int) -> list[str]:

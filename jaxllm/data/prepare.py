@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
+from jaxllm.core import files
 from jaxllm.core.config import Config
 from jaxllm.core.wording import count
 from jaxllm.data import sources, tokenizer
@@ -87,11 +88,8 @@ class Reader:
         self.n_read = self.n_kept = self.bytes_read = self.bytes_kept = 0
 
     def __iter__(self) -> Iterator[Document | Conversation]:
-        read, clean = (
-            (sources.conversations, self.cleaner.conversation)
-            if self.config.chat
-            else (sources.documents, self.cleaner.document)
-        )
+        read = sources.conversations if self.config.chat else sources.documents
+        clean = self.cleaner.conversation if self.config.chat else self.cleaner.document
         for each in self.config.inputs:
             for item in read(each, self.problems):
                 self.n_read += 1
@@ -135,7 +133,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         directory = writer.seal()
         datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
         report = _report(reader, writer.tokenizer, datasets, start)
-        writer.write_report(report.model_dump(mode="json"))
+        files.write_json(directory / "report.json", report.model_dump(mode="json"))
     return report
 
 
@@ -227,7 +225,8 @@ def _why_empty(reader: Reader) -> str:
 
 
 def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start: float) -> PrepareReport:
-    config = reader.config
+    config, asked = reader.config, reader.config.tokenizer
+    found = asked.path if isinstance(asked, ExistingTokenizer) else asked.kind
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
     return PrepareReport(
         directory=config.out, kind=config.dataset_kind,
@@ -235,8 +234,8 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
         bytes_read=reader.bytes_read, bytes_kept=reader.bytes_kept,
         problems=reader.problems.count, problem_examples=tuple(reader.problems.examples),
         rules=reader.cleaner.counts,
-        tokenizer=_tokenizer_name(config), vocab_size=tok.vocab_size,
-        bytes_per_token=datasets["train"].bytes_per_token,
+        tokenizer=asked.algorithm if isinstance(asked, TokenizerConfig) else found,
+        vocab_size=tok.vocab_size, bytes_per_token=datasets["train"].bytes_per_token,
         splits={
             split: SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
             for split, each in datasets.items()
@@ -245,15 +244,6 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
         seconds=time.perf_counter() - start,
         notes=tuple(_notes(reader, tok, len(datasets["train"]), len(datasets["validation"]))),
     )  # fmt: skip
-
-
-def _tokenizer_name(config: PrepareConfig) -> str:
-    match config.tokenizer:
-        case TokenizerConfig(algorithm=algorithm):
-            return algorithm
-        case ExistingTokenizer(path=path):
-            return path
-    return config.tokenizer.kind
 
 
 def _notes(reader: Reader, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:

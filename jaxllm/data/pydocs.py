@@ -16,19 +16,9 @@ from jaxllm.data.documents import Conversation, Document
 
 SOURCE = "pydocs"
 # Tests and vendored copies: not documentation.
-EXCLUDED_PARTS = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "_vendor",
-        "_bundled",
-        "lib-dynload",
-    }
-)
+EXCLUDED_PARTS = frozenset({
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor", "_bundled", "lib-dynload",
+})  # fmt: skip
 QUESTIONS = (
     "What does `{name}` do?",
     "In Python, what is `{name}` for?",
@@ -51,7 +41,8 @@ def documents(root: Path | None = None) -> Iterator[Document]:
     for name in sorted(topics):
         yield Document(topics[name].strip("\n"), SOURCE, f"topic {name}")
     for name, node, docstring in _docstrings(root):
-        yield Document(f"{name}{_signature(node)}\n\n{docstring}", SOURCE, name)
+        signature = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+        yield Document(f"{name}{signature}\n\n{docstring}", SOURCE, name)
 
 
 def conversations(root: Path | None = None) -> Iterator[Conversation]:
@@ -95,10 +86,6 @@ def _walk(name: str, node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield from _walk(f"{name}.{child.name}", child)
-
-
-def _signature(node: ast.AST) -> str:
-    return f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
 
 
 def _one_sentence(docstring: str) -> str | None:

@@ -97,10 +97,6 @@ class DatasetWriter:
         self._sealed = True
         return self._temporary
 
-    def write_report(self, report: dict) -> None:
-        """Put `report.json` beside the manifest."""
-        files.write_json(self._temporary / "report.json", report)
-
     def _publish(self) -> None:
         if not self.directory.exists():
             os.replace(self._temporary, self.directory)

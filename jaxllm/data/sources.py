@@ -196,7 +196,9 @@ def _names(row: dict) -> str:
 
 def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
     """(row, form) of each conversation; where a row has several, the instruction is said once for all of them."""
-    form = fields or _recognise(row)
+    forms = {"output": "alpaca", "instances": "instances"} if "instruction" in row else {}
+    forms = {"messages": "messages"} | forms
+    form = fields or next((form for field, form in forms.items() if field in row), None)
     if form is None:
         raise ValueError(
             f"not a conversation: the row has {_names(row)}; expected 'messages', or 'instruction' and 'output' or "
@@ -209,13 +211,6 @@ def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
         raise ValueError(f"'instances' must be a non-empty list of {{input, output}}, found {as_json(instances, 60)}")
     shared = {"instruction": row["instruction"]} if "instruction" in row else {}
     return [(shared | each, "alpaca") for each in instances]
-
-
-def _recognise(row: dict) -> str | None:
-    if "messages" in row:
-        return "messages"
-    forms = {"output": "alpaca", "instances": "instances"} if "instruction" in row else {}
-    return next((form for field, form in forms.items() if field in row), None)
 
 
 def _messages(row: dict, form: str, valid: Callable[[str], str]) -> tuple[Message, ...]:

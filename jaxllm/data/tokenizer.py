@@ -13,7 +13,7 @@ from typing import Any
 from jaxllm.core import files
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens
-from jaxllm.data.chat import BOS, EOS, ROLE_TOKENS, ChatTemplate
+from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, ROLE_TOKENS, ChatTemplate
 from jaxllm.data.fast_pieces import FastPieces, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
@@ -155,29 +155,26 @@ def load(path: str | Path) -> Tokenizer:
         return from_gguf(GgufFile(path))
     if path.is_file():
         return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
-    if (path / "tokenizer").is_dir():
-        path = path / "tokenizer"
-    description = files.read_json(path / "tokenizer.json") if (path / "tokenizer.json").is_file() else None
-    if description is None or "model" in description:
+    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    description = _json(path / "tokenizer.json")
+    if not description or "model" in description:
         return _from_huggingface(path)
     if description.get("version") != VERSION:
         raise ValueError(
             f"{path / 'tokenizer.json'} has version {description.get('version')}; this jaxllm reads version {VERSION}"
         )
     special = description["special"]
-    ids = (description["pad_id"], description["bos_id"], description["eos_id"])
-    names = {token: name for name, token in special.items()}
-    if description["kind"] == "bytes":
-        pieces = BytePieces(len(special))
-    elif description["kind"] == "tokenizers":
-        pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
-    else:
-        pieces = SentencePieces((path / "spm.model").read_bytes(), escape_mark=description["lossless"])
-    chat = None
-    if description["chat_template"]:
-        source = (path / description["chat_template"]).read_bytes().decode("utf-8")
-        chat = ChatTemplate(source, tuple(special), bos_token=names[ids[1]], eos_token=names[ids[2]])
-    tokenizer = Tokenizer(pieces, special, ids, chat)
+    match description["kind"]:
+        case "bytes":
+            pieces = BytePieces(len(special))
+        case "tokenizers":
+            pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
+        case _:
+            pieces = SentencePieces((path / "spm.model").read_bytes(), escape_mark=description["lossless"])
+    bos, eos = description["bos_id"], description["eos_id"]
+    template = description["chat_template"]
+    source = (path / template).read_bytes().decode("utf-8") if template else None
+    tokenizer = Tokenizer(pieces, special, (description["pad_id"], bos, eos), _chat(source, special, bos, eos))
     if tokenizer.fingerprint != description["fingerprint"]:
         raise ValueError(
             f"{path} was changed: its files have fingerprint {tokenizer.fingerprint}, tokenizer.json records "
@@ -186,11 +183,18 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def _json(path: Path) -> dict[str, Any]:
+    return files.read_json(path) if path.is_file() else {}
+
+
+def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: int) -> ChatTemplate | None:
+    names = {token: name for name, token in special.items()}
+    return None if source is None else ChatTemplate(source, tuple(special), names.get(bos, ""), names[eos])
+
+
 def _from_huggingface(directory: Path) -> Tokenizer:
     """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model or vocab.json and merges.txt."""
-    config = (
-        files.read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
-    )
+    config = _json(directory / "tokenizer_config.json")
     source = read_source(directory)
     if source is None:
         for name in ("tokenizer.model", "spiece.model"):
@@ -222,24 +226,18 @@ def _from_fast(pieces: FastPieces, config: Mapping[str, Any], origin: Path) -> T
       config: tokenizer_config.json; origin: what errors call it.
     """
 
-    def id_of(role: str) -> int | None:
-        name = config.get(f"{role}_token")
-        name = name["content"] if isinstance(name, dict) else name
-        return pieces.special.get(name)
-
-    bos, eos, pad = (id_of(role) for role in ("bos", "eos", "pad"))
-    ends = [token for name, token in pieces.special.items() if name in ("</s>", "<|endoftext|>", "<eos>", "[SEP]")]
-    eos = eos if eos is not None else next(iter(ends), None)
+    found = (config.get(f"{role}_token") for role in ("bos", "eos", "pad"))
+    bos, eos, pad = (pieces.special.get(each["content"] if isinstance(each, dict) else each) for each in found)
+    if eos is None:
+        usual = ("</s>", "<|endoftext|>", "<eos>", "[SEP]")
+        eos = next((token for name, token in pieces.special.items() if name in usual), None)
     if eos is None:
         raise ValueError(f"{origin} names no eos_token among the special tokens")
-    ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
-    names = {token: name for name, token in pieces.special.items()}
-    bos_token = names[bos] if bos is not None else ""
-    chat = None if template is None else ChatTemplate(template, tuple(pieces.special), bos_token, names[eos])
-    return Tokenizer(pieces, pieces.special, ids, chat)
+    ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
+    return Tokenizer(pieces, pieces.special, ids, _chat(template, pieces.special, bos, eos))
 
 
 def _from_sentencepiece(pieces: SentencePieces) -> Tokenizer:
@@ -249,11 +247,7 @@ def _from_sentencepiece(pieces: SentencePieces) -> Tokenizer:
         raise ValueError(
             f"the SentencePiece model has bos id {bos} and eos id {eos}; both are needed (options bos_id, eos_id)"
         )
-    special = pieces.control
-    names = {token: name for name, token in special.items()}
-    chat = None
-    if all(name in special for name in ROLE_TOKENS):
-        chat = ChatTemplate(special=tuple(special), bos_token=names[bos], eos_token=names[eos])
+    source = DEFAULT_TEMPLATE if all(name in pieces.control for name in ROLE_TOKENS) else None
     # Padding is never attended nor trained, so a model without a pad id can pad with any id it has.
     padding = next(token for token in (pad, unknown, eos) if token is not None)
-    return Tokenizer(pieces, special, (padding, bos, eos), chat)
+    return Tokenizer(pieces, pieces.control, (padding, bos, eos), _chat(source, pieces.control, bos, eos))

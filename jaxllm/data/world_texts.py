@@ -10,46 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Self
 
-from jaxllm.data.world_words import (
-    ASPECTS,
-    COLOURS,
-    EN,
-    KINDS,
-    PEOPLE,
-    PLACES,
-    RELATIVES,
-    SEEN,
-    THINGS,
-    VERBS,
-    WORLD,
-    ZH,
-    Pool,
-    Series,
-    Thing,
-    Word,
-    draw_triple,
-    is_held_out,
-    with_article,
-)  # fmt: skip
+from jaxllm.data import world_words as known
+from jaxllm.data.world_words import EN, WORLD, ZH, Pool, Series, Thing, Word, draw_triple, is_held_out, with_article
 
 
 class Text:
-    """Content that can be said in two languages.
-
-    Attributes:
-      template: [EN] and [ZH] of the text itself.
+    """Content that can be said in two languages: `draw` makes it, so that it is held out or, for everything trained on,
+    is not; the `template` of a language says it, whose slots are the `words`.
     """
-
-    template: tuple[str, str]
-
-    @classmethod
-    def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random one whose content is held out or, for everything trained on, is not."""
-        raise NotImplementedError
-
-    def words(self) -> dict[str, Word | Thing]:
-        """Return what fills the slots of templates."""
-        raise NotImplementedError
 
     def say(self, language: int) -> str:
         """Return the text."""
@@ -78,8 +46,8 @@ class Clause(Text):
     @classmethod
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
         """Return a random clause; the (person, colour, thing) decides whether it is held out."""
-        person, colour, thing = draw_triple(rng, pool.people + RELATIVES, pool.things, held_out)
-        return cls(person, rng.choice(VERBS), colour, thing, rng.choice(PLACES))
+        person, colour, thing = draw_triple(rng, pool.people + known.RELATIVES, pool.things, held_out)
+        return cls(person, rng.choice(known.VERBS), colour, thing, rng.choice(known.PLACES))
 
     def words(self) -> dict[str, Word | Thing]:
         kind = Word(with_article(self.thing.kind.en).capitalize(), self.thing.kind.zh)
@@ -113,7 +81,7 @@ class Story(Text):
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
         """Return a random story; the (hero, colour, thing) decides, as in `Clause.draw`."""
         hero, colour, thing = draw_triple(rng, pool.people, pool.things, held_out)
-        return cls(rng.choice(PLOTS), hero, rng.choice(RELATIVES), colour, thing, rng.choice(PLACES))
+        return cls(rng.choice(PLOTS), hero, rng.choice(known.RELATIVES), colour, thing, rng.choice(known.PLACES))
 
     @property
     def template(self) -> tuple[str, str]:
@@ -129,7 +97,13 @@ class Story(Text):
         return [(self.fill(q, language), self.fill(a, language)) for q, a in WORLD["questions"][language]]
 
 
-_SLOT_WORDS = {"hero": PEOPLE, "relative": RELATIVES, "colour": COLOURS, "thing": THINGS, "place": PLACES}
+_SLOT_WORDS = {
+    "hero": known.PEOPLE,
+    "relative": known.RELATIVES,
+    "colour": known.COLOURS,
+    "thing": known.THINGS,
+    "place": known.PLACES,
+}
 
 
 def parse(text: str, language: int) -> Story | None:
@@ -155,7 +129,7 @@ def _pattern(template: str, language: int) -> re.Pattern[str]:
         pattern += re.escape(literal)
         if slot is None:
             continue
-        words = [thing.measure for thing in THINGS] if slot == "measure" else _lookup(slot, language)
+        words = [thing.measure for thing in known.THINGS] if slot == "measure" else _lookup(slot, language)
         pattern += f"(?P={slot})" if slot in met else f"(?P<{slot}>{'|'.join(map(re.escape, words))})"
         met.add(slot)
     return re.compile(pattern)
@@ -175,7 +149,7 @@ class Review(Text):
         while True:
             positive, negated = rng.random() < 0.5, rng.choice((None, None, 0, 1))
             remarks = []
-            for index, aspect in enumerate(rng.sample(ASPECTS, 2)):
+            for index, aspect in enumerate(rng.sample(known.ASPECTS, 2)):
                 words = pool.praise if positive != (index == negated) else pool.blame
                 remarks.append((aspect, rng.choice(words), index == negated))
             if is_held_out(*(word.en for aspect, adjective, _ in remarks for word in (aspect, adjective))) == held_out:
@@ -206,7 +180,7 @@ class FilmLog(Text):
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
         """Return a random log of 2 to 4 films; the person and the first film decide whether it is held out."""
         while True:
-            person, series = rng.choice(pool.people + RELATIVES), rng.choice(pool.series)
+            person, series = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.series)
             start = rng.randrange(len(series.titles))
             if is_held_out(person.en, series.titles[start]) == held_out:
                 return cls(person, series, start, rng.randint(2, 4))
@@ -231,13 +205,13 @@ class Basket(Text):
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
         """Return a random basket; the person and the two things bought decide whether it is held out."""
         # A pool may have one thing of a kind only, to be offered; things that every pool knows can have been bought.
-        familiar = dict.fromkeys(SEEN.things + pool.things)
+        familiar = dict.fromkeys(known.SEEN.things + pool.things)
         while True:
-            person, wanted = rng.choice(pool.people + RELATIVES), rng.choice(pool.things)
+            person, wanted = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.things)
             bought = rng.sample([t for t in familiar if t.kind == wanted.kind and t != wanted], 2)
             if is_held_out(person.en, *(thing.en for thing in bought)) == held_out:
                 break
-        kinds = rng.sample([kind for kind in KINDS if kind != wanted.kind], 2)
+        kinds = rng.sample([kind for kind in known.KINDS if kind != wanted.kind], 2)
         offered = [wanted, *(rng.choice([t for t in pool.things if t.kind == kind]) for kind in kinds)]
         rng.shuffle(offered)
         return cls(person, tuple(bought), tuple(offered), wanted)

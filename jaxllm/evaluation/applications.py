@@ -13,13 +13,6 @@ MAX_FAILURES = 20  # per application and split, that are kept to look at
 GREEDY = Sampler(temperature=0.0)
 
 
-class Answer(Protocol):
-    """What a model returns per prompt."""
-
-    text: str
-    tokens: list[int]
-
-
 class Answerer(Protocol):
     """What is evaluated: `jaxllm.LanguageModel`, or anything that answers like it."""
 
@@ -27,8 +20,8 @@ class Answerer(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int, sampler: Sampler
-    ) -> Sequence[Answer]:
-        """Answer each conversation, in order."""
+    ) -> Sequence[Any]:
+        """Answer each conversation, in order, with a `text` and its `tokens`."""
 
 
 def evaluate_applications(
@@ -55,10 +48,10 @@ def evaluate_applications(
     results: dict[str, Any] = {split: {} for split in splits}
     asked = {
         (split, application): held_out(application, split, count, seed)
-        for application in applications for split in splits if _exists(application, split)
+        for application in applications for split in splits if split != "novel" or application == "qa"
     }  # fmt: skip
     answers = _answer(model, [example for examples in asked.values() for example in examples])
-    texts = iter([answer.text for answer in answers])
+    texts = (answer.text for answer in answers)
     for (split, application), examples in asked.items():
         results[split][application] = _entry(examples, score(examples, [next(texts) for _ in examples]))
     written = sum(len(answer.tokens) for answer in answers)
@@ -72,20 +65,13 @@ def compare(base: Mapping[str, Any] | None, tuned: Mapping[str, Any], split: Spl
       base: None where there was no model to compare with; the entries then have no "base".
     """
     return {
-        application: {
-            **({"base": base[split][application]["fraction"]} if base is not None else {}),
-            "tuned": entry["fraction"],
-            "n": entry["n"],
-        }
+        application: ({"base": base[split][application]["fraction"]} if base is not None else {})
+        | {"tuned": entry["fraction"], "n": entry["n"]}
         for application, entry in tuned[split].items()
     }
 
 
-def _exists(application: str, split: str) -> bool:
-    return split != "novel" or application == "qa"
-
-
-def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Answer]:
+def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Any]:
     """Answer all prompts in one call, so that few shapes are compiled, with as much room as a right answer can need."""
     if not examples:
         return []
@@ -98,12 +84,10 @@ def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Answer]:
 def _entry(examples: Sequence[Example], result: TaskScore) -> dict[str, Any]:
     asked, failed = Counter(each.task for each in examples), Counter(each.task for each, _ in result.failures)
     return {
-        "fraction": result.fraction,
-        "correct": result.correct,
-        "n": result.total,
+        "fraction": result.fraction, "correct": result.correct, "n": result.total,
         "by_task": {task: 1 - failed[task] / asked[task] for task in asked},
         "failures": [
             {"prompt": example.prompt, "expected": example.answer, "got": text}
             for example, text in result.failures[:MAX_FAILURES]
         ],
-    }
+    }  # fmt: skip

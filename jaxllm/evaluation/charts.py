@@ -51,10 +51,8 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     """
     values = np.asarray(values, np.float64)
     known = np.isfinite(values)
-    ones = np.ones(window)
-    total, count = (
-        np.convolve(np.pad(x, window // 2), ones, mode="valid") for x in (np.where(known, values, 0.0), known * 1.0)
-    )
+    add = lambda x: np.convolve(np.pad(x, window // 2), np.ones(window), mode="valid")
+    total, count = add(np.where(known, values, 0.0)), add(known * 1.0)
     return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
 
 

@@ -102,10 +102,14 @@ def render(report: Report) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
     template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
+    stages = report.stages
+    charts = [*map(_loss_chart, stages, cycle(SERIES)), _joined(stages, "metrics", "lr", "Learning rate")]
+    if any(stage.timing for stage in stages):
+        charts.append(_joined(stages, "timing", "tokens_per_s", "Tokens per second"))
     return template.render(
         report=report, version=jaxllm.__version__, table=scores.table, amount=_amount, duration=_duration,
-        charts=list(_charts(report.stages)), summary=scores.summarise(report.results.get("tasks", {})),
-        diaries=[(stage.name, list(_diaries(stage.samples))) for stage in report.stages],
+        charts=charts, summary=scores.summarise(report.results.get("tasks", {})),
+        diaries=[(stage.name, list(_diaries(stage.samples))) for stage in stages],
         application_name=scores.name, language=_language,
     )  # fmt: skip
 
@@ -129,15 +133,6 @@ def _values(records: Records, key: str) -> tuple[list[float], list[float]]:
     """Return (steps, values) of the records that have `key`; NaN and Inf are strings in the files."""
     found = [(record["step"], float(record[key])) for record in records if key in record]
     return [step for step, _ in found], [value for _, value in found]
-
-
-def _charts(stages: Sequence[Stage]) -> Iterator[Chart]:
-    """One loss chart per stage, then learning rate and speed of all stages one after the other."""
-    for stage, colour in zip(stages, cycle(SERIES), strict=False):
-        yield _loss_chart(stage, colour)
-    yield _joined(stages, "metrics", "lr", "Learning rate")
-    if any(stage.timing for stage in stages):
-        yield _joined(stages, "timing", "tokens_per_s", "Tokens per second")
 
 
 def _loss_chart(stage: Stage, colour: str) -> Chart:

@@ -54,16 +54,14 @@ def summarise(scores: Mapping[str, Mapping[str, float]]) -> Summary | None:
 
 def table(scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """Return a row per application of {application: {"base", "tuned", "n"}}; base or tuned may be absent."""
-
-    def score(entry: Mapping[str, float], key: str) -> Score | None:
-        if key not in entry:
-            return None
-        return Score(*(100 * x for x in (entry[key], *interval(entry[key], entry["n"]))))
-
-    return [
-        Row(name(key), TASK_NAMES.get(key, ("", ""))[1], score(entry, "base"), score(entry, "tuned"), int(entry["n"]))
-        for key, entry in scores.items()
-    ]
+    rows = []
+    for key, entry in scores.items():
+        base, tuned = (
+            Score(*(100 * x for x in (entry[kind], *interval(entry[kind], entry["n"])))) if kind in entry else None
+            for kind in ("base", "tuned")
+        )
+        rows.append(Row(*TASK_NAMES.get(key, (key, "")), base, tuned, int(entry["n"])))
+    return rows
 
 
 def name(application: str) -> str:
