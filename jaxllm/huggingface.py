@@ -91,10 +91,9 @@ def load(
         tokenizer, tensors = tokenizers.from_gguf(file), open_tensors(file, raw)
     else:
         tokenizer, tensors = (text_pairs if is_encoder else tokenizers).load(path), Checkpoint(path)
-    tensors = family.open(tensors, config) if is_encoder else tensors
     axes = (encoder if is_encoder else decoder).logical_axes
     shardings = None if mesh is None else tree_shardings(axes(config), abstract_params(config), mesh)
-    params = read_params(tensors, family.rows(config), config, shardings, dtype)
+    params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if is_encoder:
         return Encoder(config, params, tokenizer, compute=compute)
     ends = gguf_tokens.stop_ids(file.metadata) if file else _stop_ids(path, raw)

@@ -4,7 +4,7 @@ Each row says in einops notation how a tensor of the checkpoint becomes a parame
 read backwards, so that import and export cannot disagree.
 """
 
-import string
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,12 +51,9 @@ class Row(NamedTuple):
 
 def names(row: Row, sizes: Sizes) -> list[str]:
     """Return the tensors of a parameter, layer by layer and expert by expert."""
-    fields = {field for _, field, _, _ in string.Formatter().parse(row.theirs) if field}
-    found = [{}]
-    for field, count in (("layer", sizes["layers"]), ("expert", sizes.get("experts", 0))):
-        if field in fields:
-            found = [{**each, field: i} for each in found for i in range(count)]
-    return [row.theirs.format(**each) for each in found]
+    layers = range(sizes["layers"] if "{layer}" in row.theirs else 1)
+    experts = range(sizes["experts"] if "{expert}" in row.theirs else 1)
+    return [row.theirs.format(layer=layer, expert=expert) for layer in layers for expert in experts]
 
 
 def stacked(row: Row) -> int:
@@ -101,7 +98,4 @@ def _backwards(order: str) -> str:
 
 
 def _rearrange(x: np.ndarray, order: str, sizes: Sizes) -> np.ndarray:
-    used = {
-        name: size for name, size in sizes.items() if f" {name} " in f" {order.replace('(', ' ').replace(')', ' ')} "
-    }
-    return rearrange(x, order, **used)
+    return rearrange(x, order, **{axis: sizes[axis] for axis in re.findall(r"\w+", order) if axis in sizes})
