@@ -59,17 +59,17 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     origin = file.path if file else Path(model) / "config.json"
     raw = gguf_config.describe(file) if file else files.read_json(origin)
     kind = raw.get("model_type")
-    if kind in FAMILIES:
-        config = FAMILIES[kind].parse(raw, str(origin))
-        return Described(Path(model), raw, FAMILIES[kind], config, file)
-    if kind in ENCODERS and encoders:
-        config = ENCODERS[kind].parse(raw, str(origin), Checkpoint(model))
-        return Described(Path(model), raw, ENCODERS[kind], config, file)
-    if kind in ENCODERS:
+    if kind in ENCODERS and not encoders:
         raise ValueError(
             f"{origin}: {kind} is an encoder; jaxllm.load reads it, but this needs a model that writes text"
         )
-    raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}")
+    if kind in ENCODERS:
+        family, config = ENCODERS[kind], ENCODERS[kind].parse(raw, str(origin), Checkpoint(model))
+    elif kind in FAMILIES:
+        family, config = FAMILIES[kind], FAMILIES[kind].parse(raw, str(origin))
+    else:
+        raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *ENCODERS])}")
+    return Described(Path(model), raw, family, config, file)
 
 
 def load(
@@ -81,6 +81,7 @@ def load(
     The model_type says what it is.
 
     Args:
+      model: a path, or what `describe` has found there.
       dtype: of the parameters; None: as stored, and float32 for what is quantised, which holds its values exactly.
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
@@ -165,13 +166,12 @@ def words_for(config: ModelConfig | EncoderConfig) -> tuple[Family | EncoderFami
             continue  # this family has no words for something in it
         if _meaning(again) == _meaning(config):
             return family, written
-    what = "encoder" if is_encoder else "architecture"
-    differences = (
-        f": {config}"
-        if is_encoder
-        else (f". What differs from Llama: {', '.join(_differences(config)) or 'a combination of its parts'}")
+    if is_encoder:
+        raise ValueError(f"no family of transformers computes this encoder; known are {', '.join(families)}: {config}")
+    raise ValueError(
+        f"no family of transformers computes this architecture; known are {', '.join(families)}. What differs from "
+        f"Llama: {', '.join(_differences(config)) or 'a combination of its parts'}"
     )
-    raise ValueError(f"no family of transformers computes this {what}; known are {', '.join(families)}{differences}")
 
 
 def _meaning(config: ModelConfig | EncoderConfig) -> dict[str, Any]:
