@@ -73,9 +73,7 @@ def test_files_saved_without_the_head_and_old_leftovers_are_understood(directory
 
 def test_a_tensor_under_two_names_is_refused(directory):
     rewrite(directory, lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"]}))
-    with pytest.raises(
-        ValueError, match=r"has model\.norm\.weight twice: .*; remove one"
-    ):
+    with pytest.raises(ValueError, match=r"has model\.norm\.weight twice: .*; remove one"):
         LLAMA.open(Checkpoint(directory), CONFIG)
 
 
@@ -158,3 +156,9 @@ def test_a_row_read_backwards_is_its_inverse(row, theirs, ours):
 def test_names_count_layers_and_experts():
     row = Row("w", "layer.{layer}.expert.{expert}.w", "a b -> b a")
     assert names(row, {"layers": 2, "experts": 2}) == [f"layer.{i}.expert.{j}.w" for i in (0, 1) for j in (0, 1)]
+
+
+def test_a_parameter_that_a_table_forgets_is_named():
+    config = CONFIG.model_copy(update={"norm_placement": "sandwich"})
+    with pytest.raises(ValueError, match="no tensor for blocks/attention_out_norm/scale, blocks/ffn_out_"):
+        LLAMA.rows(config)
