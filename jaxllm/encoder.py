@@ -6,7 +6,7 @@ encoder.classify(["what a film"])[0].label
 encoder.fill("Paris is the [MASK] of France.")[0].token
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Literal, NamedTuple, get_args
 
@@ -175,12 +175,12 @@ class Encoder:
             raise ValueError(f"the text has the mask {self.tokenizer.mask!r} {len(places)} times; write it once")
         logits = self._logits(self.params, self._pad(encoded, 1))[0, places[0]]
         probabilities = np.asarray(jax.nn.softmax(logits))
-        best = np.argsort(-probabilities[: self.tokenizer.size], kind="stable")[:top]
-        return [self._filling(ids, places[0], int(token), float(probabilities[token])) for token in best]
-
-    def _filling(self, ids: list[int], place: int, token: int, probability: float) -> Filling:
-        whole = self.tokenizer.decode([*ids[:place], token, *ids[place + 1 :]])
-        return Filling(self.tokenizer.decode([token], special=True).strip(), probability, token, whole.strip())
+        found = []
+        for token in np.argsort(-probabilities[: self.tokenizer.size], kind="stable")[:top].tolist():
+            word = self.tokenizer.decode([token], special=True).strip()
+            whole = self.tokenizer.decode([*ids[: places[0]], token, *ids[places[0] + 1 :]]).strip()
+            found.append(Filling(word, float(probabilities[token]), token, whole))
+        return found
 
     @cached_property
     def _hidden(self) -> Callable[[Params, Rows], Array]:
@@ -224,7 +224,9 @@ class Encoder:
             raise ValueError(f"{len(texts)} texts in batches of {batch_size}; give at least one text and one per batch")
         encoded = self.tokenizer.encode(texts, self.config.max_seq_len, truncate=truncate)
         results: dict[int, np.ndarray] = {}
-        for indices in _batches(encoded, batch_size):
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))  # long first: they need most memory
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
             rows = self._pad([encoded[i] for i in indices], batch_size)
             found = np.asarray(program(self.params, rows), np.float32)
             results |= dict(zip(indices, found, strict=False))  # rows behind the last text are filling
@@ -234,9 +236,7 @@ class Encoder:
         """Return texts as one batch, in one of few shapes: each is a program of its own."""
         length = bucket(max(len(each.ids) for each in encoded), self.config.max_seq_len)
         shape = (min(batch_size, 1 << (len(encoded) - 1).bit_length()), length)
-        rows = Rows(
-            np.full(shape, self.tokenizer.pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        )
+        rows = Rows(*(np.full(shape, value, np.int32) for value in (self.tokenizer.pad_id, 0, 0)))
         for index, (ids, types) in enumerate(encoded):
             rows.tokens[index, : len(ids)] = ids
             rows.segments[index, : len(ids)] = 1
@@ -255,10 +255,3 @@ def _pooled(model: TransformerEncoder, rows: Rows, pooling: Pooling) -> Float[Ar
     real = rows.segments.astype(jnp.float32)
     total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), real)
     return total / jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1.0)
-
-
-def _batches(encoded: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of texts of like length, long ones first: they show what memory it takes."""
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

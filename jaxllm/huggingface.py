@@ -64,17 +64,17 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     origin = file.path if file else Path(model) / "config.json"
     raw = gguf_config.describe(file) if file else files.read_json(origin)
     kind = raw.get("model_type")
-    if kind in FAMILIES:
-        config = FAMILIES[kind].parse(raw, str(origin))
-        return Described(Path(model), raw, FAMILIES[kind], config, file)
-    if kind in READERS and encoders:
-        config = READERS[kind].parse(raw, str(origin), Checkpoint(model))
-        return Described(Path(model), raw, READERS[kind], config, file)
-    if kind in READERS:
+    if kind in READERS and not encoders:
         raise ValueError(
             f"{origin}: {kind} has an encoder; jaxllm.load reads it, but this needs a model that continues text"
         )
-    raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *READERS])}")
+    if kind in READERS:
+        family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(model))
+    elif kind in FAMILIES:
+        family, config = FAMILIES[kind], FAMILIES[kind].parse(raw, str(origin))
+    else:
+        raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *READERS])}")
+    return Described(Path(model), raw, family, config, file)
 
 
 def load(
@@ -86,6 +86,7 @@ def load(
     The model_type says what it is.
 
     Args:
+      model: a path, or what `describe` has found there.
       dtype: of the parameters; None: as stored, and float32 for what is quantised, which holds its values exactly.
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
@@ -96,9 +97,9 @@ def load(
         tokenizer = tokenizers.from_gguf(file) if file else tokenizers.load(path)
     else:
         pieces = isinstance(family, Seq2SeqFamily) and not (path / "tokenizer.json").is_file()
-        tokenizer, tensors = TextPieces(path) if pieces else text_pairs.load(path), family.open(tensors, config)
+        tokenizer = TextPieces(path) if pieces else text_pairs.load(path)
     shardings = None if mesh is None else param_shardings(config, mesh)
-    params = read_params(tensors, family.rows(config), config, shardings, dtype)
+    params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if isinstance(family, EncoderFamily):
         return Encoder(config, params, tokenizer, compute=compute)
     asked = _generation(path, raw)

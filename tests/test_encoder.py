@@ -209,7 +209,7 @@ def test_old_names_and_leftovers_are_understood(encoders, tmp_path):
         (
             lambda t: t | {"cls.predictions.decoder.weight": -t["bert.embeddings.word_embeddings.weight"]},
             {},
-            "decoder.weight differs from bert.embeddings",
+            "decoder.weight: differs from bert.embeddings",
         ),
         (lambda t: t | {"embeddings.LayerNorm.gamma": t["bert.embeddings.LayerNorm.weight"]}, {}, "twice"),
     ],

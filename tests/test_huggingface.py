@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm import huggingface
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import named_leaves
 from jaxllm.data.tokenizer import byte_tokenizer
@@ -16,6 +17,7 @@ from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import Experts, Rope
+from jaxllm.locate import look, model_config
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.sample import main as sample
@@ -46,6 +48,15 @@ def test_an_export_loads_as_the_same_model(exported):
     asked = [{"role": "user", "content": "你好"}]
     assert after.encode(asked) == before.encode(asked)
     assert after.chat(asked, max_new_tokens=8, sampler=GREEDY) == before.chat(asked, max_new_tokens=8, sampler=GREEDY)
+
+
+def test_what_was_looked_at_is_loaded_without_another_look(exported, monkeypatch):
+    config, found = look(exported)
+    monkeypatch.setattr(huggingface, "describe", None)
+    lm = huggingface.load(found)
+    monkeypatch.undo()
+    assert lm.config == config == model_config(exported)
+    assert lm.stop_ids == model().stop_ids
 
 
 def test_converted_to_a_run_and_back(exported, tmp_path, capsys):

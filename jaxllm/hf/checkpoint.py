@@ -1,6 +1,7 @@
 """Checkpoints as mappings from tensor name to array, read one tensor at a time; safetensors files read and written."""
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,36 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.stored)
 
+    def under(self, wanted: Collection[str], *, first: str, copies: Mapping[str, str], ignored: str) -> "Tensors":
+        """Return the tensors as a table spells them, without what no model reads.
+
+        Args:
+          wanted: the table's names. first: a word that files put before a name, or leave out.
+          copies: {name: the name that it is tied to}, in files that have both, or the copy alone.
+          ignored: regular expression of how names begin, after `first`, that are left out unless they are wanted.
+        Raises:
+          ValueError: a copy differs from the tensor that it is tied to, or two tensors have one name.
+        """
+        found: dict[str, str] = {}
+        for stored in self:
+            name = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            bare = name.removeprefix(f"{first}.")
+            name = next((each for each in (name, f"{first}.{bare}", bare) if each in wanted), name)
+            if name in found:
+                raise ValueError(f"{self.origin} has {name} twice: {found[name]} and {stored}; remove one")
+            if name in wanted or not re.match(ignored, bare):
+                found[name] = stored
+        for copy in [each for each in copies if each in found]:
+            stored = found.pop(copy)
+            other = found.setdefault(copies[copy], stored)
+            if other != stored and not np.array_equal(self[stored], self[other]):
+                raise ValueError(
+                    f"{self.origin}: {stored}: differs from {other}, and {self.described_by} has tie_word_embeddings: "
+                    "true; set it to false"
+                )
+        kept = {name: self.stored[stored] for name, stored in found.items()}
+        return Tensors(self.origin, kept, called=self.called, described_by=self.described_by)
+
 
 class Checkpoint(Tensors):
     """The tensors of a directory; reading one maps no other into memory.
@@ -88,29 +119,6 @@ def _tensors(path: Path) -> Iterator[tuple[str, Stored]]:
         view = file.get_slice(name)
         dtype = DTYPES.get(view.get_dtype(), view.get_dtype())
         yield name, Stored(tuple(view.get_shape()), dtype, partial(file.get_tensor, name))
-
-
-def without_copies(tensors: Tensors, names: Mapping[str, str], copies: Mapping[str, str]) -> dict[str, str]:
-    """Return `names` without those of tensors that repeat another one.
-
-    Args:
-      names: {name in the table: name in the files}.
-      copies: {name of a copy: name of the tensor that it repeats}.
-    Raises:
-      ValueError: a copy differs.
-    """
-    kept = dict(names)
-    for copy, original in copies.items():
-        if copy not in kept:
-            continue
-        stored = kept.pop(copy)
-        other = kept.setdefault(original, stored)  # a file may have the copy alone
-        if other != stored and not np.array_equal(tensors[stored], tensors[other]):
-            raise ValueError(
-                f"{tensors.origin}: {stored} differs from {other}, and config.json has tie_word_embeddings: true; "
-                "set it to false"
-            )
-    return kept
 
 
 class Writer:

@@ -1,14 +1,15 @@
 """The families of encoders: BERT and RoBERTa, each with a head for tokens, for labels, or with none."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from flax.traverse_util import unflatten_dict
 
-from jaxllm.hf.checkpoint import Tensors, without_copies
+from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
-from jaxllm.hf.rows import rows_of
-from jaxllm.hf.table import Row
+from jaxllm.hf.rows import rows_of, sizes_of
+from jaxllm.hf.table import Row, names
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, HeadConfig, MaskedLM
 
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # constants that old files have
@@ -96,51 +97,22 @@ class EncoderFamily(NamedTuple):
         )
 
     def open(self, checkpoint: Tensors, config: EncoderConfig) -> Tensors:
-        """Return the checkpoint under the table's names.
+        """Return the checkpoint under the table's names; errors as of `Tensors.under`.
 
-        Old spellings (gamma and beta of norms, a missing or surplus first word) are translated; constants, copies of
-        tied tensors and what other heads left behind are dropped.
-
-        Raises:
-          ValueError: a copy differs from the tensor that it is tied to, or two tensors have one name.
+        Constants, copies of tied tensors and what other heads left behind are dropped.
         """
-        renamed: dict[str, str] = {}
-        for stored in checkpoint:
-            name = self._canonical(stored, config)
-            if name in renamed:
-                raise ValueError(f"{checkpoint.origin} has {name} twice: {renamed[name]} and {stored}; remove one")
-            renamed[name] = stored
-        wanted = {row.theirs for row in self.rows(config)}
-        copies = {copy: original for copy, original in self._copies(config).items() if copy not in wanted}
-        renamed = without_copies(checkpoint, renamed, copies)
-        dropped = [*BUFFERS, *self._surplus(config)]
-        kept = {
-            name: checkpoint.stored[stored] for name, stored in renamed.items()
-            if name in wanted or not name.removeprefix(f"{self.model_type}.").startswith(tuple(dropped))
-        }  # fmt: skip
-        return Tensors(checkpoint.origin, kept)
-
-    def _canonical(self, name: str, config: EncoderConfig) -> str:
-        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-            if name.endswith(old):
-                name = name.removesuffix(old) + new
-        bare = name.removeprefix(f"{self.model_type}.")
-        below = bare.startswith(TRUNK) and not isinstance(config.head, Embeddings)
-        return f"{self.model_type}.{bare}" if below else bare
-
-    def _copies(self, config: EncoderConfig) -> dict[str, str]:
-        """Return {name of a copy: name of the tensor it is tied to}."""
-        if not isinstance(config.head, MaskedLM) or not config.tie_embeddings:
-            return {}
-        names, table = self.heads["masked_lm"], f"{self.model_type}.embeddings.word_embeddings.weight"
-        return {f"{names['stack/head']}.weight": table, f"{names['stack/head']}.bias": f"{names['head']}.bias"}
-
-    def _surplus(self, config: EncoderConfig) -> tuple[str, ...]:
-        if isinstance(config.head, Embeddings):
-            return ()
-        # Untied, the output matrix has a bias of its own, and transformers saves the other one without reading it.
-        untied = isinstance(config.head, MaskedLM) and not config.tie_embeddings
-        return (*self.surplus, *([f"{self.heads['masked_lm']['head']}.bias"] if untied else []))
+        wanted = {name for row in self.rows(config) for name in names(row, sizes_of(config))}
+        ignored, copies = list(BUFFERS), {}
+        if not isinstance(config.head, Embeddings):
+            ignored += self.surplus
+        if isinstance(config.head, MaskedLM):
+            bias, matrix = (self.heads["masked_lm"][ours] for ours in ("head", "stack/head"))
+            if config.tie_embeddings:
+                table = f"{self.model_type}.embeddings.word_embeddings.weight"
+                copies = {f"{matrix}.weight": table, f"{matrix}.bias": f"{bias}.bias"}
+            else:  # the matrix has a bias of its own, and transformers saves the other one without reading it
+                ignored.append(f"{bias}.bias")
+        return checkpoint.under(wanted, first=self.model_type, copies=copies, ignored="|".join(map(re.escape, ignored)))
 
 
 def _read_classes(fields: Fields) -> Classes:

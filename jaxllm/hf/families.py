@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import unflatten_dict
 
+from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
 from jaxllm.hf.ropes import read_rope, read_scaling, write_rope
-from jaxllm.hf.rows import rows_of
-from jaxllm.hf.table import Row
+from jaxllm.hf.rows import rows_of, sizes_of
+from jaxllm.hf.table import Row, names
 from jaxllm.layers.config import Rope
 from jaxllm.models.config import ModelConfig
 
+BUFFERS = r".*(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$"  # constants that old files have
 SLIDING, FULL = "sliding_attention", "full_attention"
 Found = dict[str, Any]  # {field of ModelConfig: value}, of nested ones as "norm.eps"
 
@@ -83,6 +85,16 @@ class Family(NamedTuple):
     def rows(self, config: ModelConfig) -> list[Row]:
         """Return where each parameter is in the checkpoint."""
         return rows_of(self.tensors, config, transposed=self.transposed, interleaved=self.interleaved)
+
+    def open(self, checkpoint: Tensors, config: ModelConfig) -> Tensors:
+        """Return the checkpoint under the table's names; errors as of `Tensors.under`.
+
+        Files saved from the model without its head lack the first word, and some have a copy of a tied head.
+        """
+        wanted = {name for row in self.rows(config) for name in names(row, sizes_of(config))}
+        table = f"{self.tensors['embed']}.weight"
+        copies = {f"{self.tensors.get('head', 'lm_head')}.weight": table} if config.tie_embeddings else {}
+        return checkpoint.under(wanted, first=table.partition(".")[0], copies=copies, ignored=BUFFERS)
 
 
 class Own(NamedTuple):

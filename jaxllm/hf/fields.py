@@ -78,12 +78,10 @@ class Fields:
             raise ValueError(f"{self._source} has no {key}; it is not complete")
         return self.take(key)
 
-    def expect(self, key: str, *allowed: Any) -> None:
-        """Accept a key only with one of the values that we compute; the first is what absent means."""
-        value = self.take(key, allowed[0])
-        if value not in allowed:
-            wanted = " or ".join(repr(each) for each in allowed)
-            self.problems.append(f"{key}={value!r}: only {wanted} is computed here")
+    def expect(self, key: str, wanted: Any) -> None:
+        """Accept a key only with the value that we compute, which is also what absent means."""
+        if (value := self.take(key, wanted)) != wanted:
+            self.problems.append(f"{key}={value!r}: only {wanted!r} is computed here")
 
     def among(self, key: str, table: Mapping[Any, Any], default: Any) -> Any:
         """Return the table's entry for a value."""
@@ -129,7 +127,7 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Self:
-        """Take it out of an entry of families.yaml or encoders.yaml."""
+        """Take it out of an entry of families.yaml, encoders.yaml or gguf.yaml."""
         return cls(*(entry.pop(name, {}) for name in cls._fields))
 
     def read(self, fields: Fields) -> dict[str, Any]:
@@ -144,7 +142,7 @@ class Vocabulary(NamedTuple):
         return found
 
     def write(self, config: Config | Mapping[str, Any]) -> dict[str, Any]:
-        """Return {key: value} of a configuration, or of {field: value}.
+        """Return the config.json of a configuration, or of {field: value}, as far as the table goes.
 
         Raises:
           ValueError, KeyError: there are no words for something in it.
@@ -154,8 +152,9 @@ class Vocabulary(NamedTuple):
             if found.get(field) != value:
                 raise ValueError(f"{field}={found.get(field)!r}: only {value!r} in this family")
         written = {key: _written(found, *field) for key, field in self.keys.items()}
-        constants = {key: value for key, value in self.writes.items() if not isinstance(value, str)}
-        return written | constants | {key: _written(found, self.writes[key]) for key in self.writes.keys() - constants}
+        for key, value in self.writes.items():
+            written[key] = _written(found, value) if isinstance(value, str) else value
+        return written
 
 
 def _read(fields: Fields, key: str, field: str, absent: Any) -> Any:

@@ -4,7 +4,7 @@ Which parameters there are, our own tree says; a family's table has only names, 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from jaxllm.core.tree import named_leaves
 from jaxllm.hf.table import Part, Row, Sizes
@@ -37,23 +37,26 @@ def sizes_of(config: AnyConfig) -> Sizes:
 
 
 def rows_of(
-    tensors: Mapping[str, str], config: AnyConfig, *, transposed: bool = False, interleaved: bool = False
-) -> list[Row]:
-    """Return the rows of all parameters that the model has and the table names.
+    tensors: Mapping[str, str], config: AnyConfig, *, transposed: bool = False, interleaved: bool = False,
+    also: Sequence[Row] = (),
+) -> list[Row]:  # fmt: skip
+    """Return a row for each parameter of a model.
 
     Args:
       tensors: {part of our tree: its name in the files, without ".weight"}; "attention/q,k,v" are one tensor, and what
         the model does not have is left out.
       transposed: matrices are [inputs, outputs], and not as in a torch Linear.
       interleaved: tensors of several parts have them side by side for each head.
+      also: rows that the table has no words for.
+    Raises:
+      ValueError: a parameter that the table does not name.
     """
     leaves, sizes = named_leaves(abstract_params(config)), sizes_of(config)
-    return [
-        row
-        for ours, theirs in tensors.items()
-        for row in _rows(ours, theirs, sizes, transposed, interleaved)
-        if row.ours in leaves
-    ]
+    entries = (_rows(ours, theirs, sizes, transposed, interleaved) for ours, theirs in tensors.items())
+    rows = [row for entry in entries for row in entry if row.ours in leaves] + [*also]
+    if missing := leaves.keys() - {row.ours for row in rows}:
+        raise ValueError(f"the family's table has no tensor for {', '.join(sorted(missing))}; add them to it")
+    return rows
 
 
 def _rows(ours: str, theirs: str, sizes: Sizes, transposed: bool, interleaved: bool) -> Iterator[Row]:

@@ -1,14 +1,15 @@
 """The families of encoder-decoders: T5 (1.0 and 1.1), BART and Marian. The entries are data, in seq2seq.yaml."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxllm.hf.checkpoint import Tensors, without_copies
+from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import Fields, Vocabulary, entries
-from jaxllm.hf.rows import rows_of
-from jaxllm.hf.table import Row
+from jaxllm.hf.rows import rows_of, sizes_of
+from jaxllm.hf.table import Row, names
 from jaxllm.layers.config import FfnConfig, Gated, Plain
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
@@ -72,19 +73,21 @@ class Seq2SeqFamily(NamedTuple):
         gated = isinstance(config.decoder.ffn, Gated)
         tensors = {ours: name if gated else name.replace("wi_1", "wi") for ours, name in self.tensors.items()}
         bias = [Row("logit_bias", "final_logits_bias", "one vocab -> (one vocab)")] if config.logit_bias else []
-        return [*rows_of(tensors, config), *bias]
+        return rows_of(tensors, config, also=bias)
 
-    def open(self, checkpoint: Tensors, _config: Seq2SeqConfig) -> Tensors:
-        """Return the checkpoint without copies and constants.
-
-        Raises:
-          ValueError: a copy differs.
-        """
-        bare = lambda name: name.removeprefix("model.")  # as files saved without the head have it
-        buffers = {*self.buffers, *map(bare, self.buffers)}
-        copies = dict(self.copies) | {bare(copy): bare(original) for copy, original in self.copies.items()}
-        kept = without_copies(checkpoint, {name: name for name in checkpoint if name not in buffers}, copies)
-        return Tensors(checkpoint.origin, {name: checkpoint.stored[stored] for name, stored in kept.items()})
+    def open(self, checkpoint: Tensors, config: Seq2SeqConfig) -> Tensors:
+        """Return the checkpoint under the table's names, without constants; errors as of `Tensors.under`."""
+        wanted = {name for row in self.rows(config) for name in names(row, sizes_of(config))}
+        bare = lambda name: name.removeprefix("model.")  # as files saved from the model without its head have it
+        table = next(iter(self.copies.values()))
+        copies = {"lm_head.weight": table} | self.copies | {bare(copy): name for copy, name in self.copies.items()}
+        copies = {copy: name for copy, name in copies.items() if copy not in wanted}
+        return checkpoint.under(
+            wanted,
+            first="model",
+            copies=copies,
+            ignored="|".join(re.escape(bare(name)) for name in self.buffers) or "$",
+        )
 
 
 def _halves(found: Found) -> Found:

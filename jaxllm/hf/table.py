@@ -4,7 +4,7 @@ Each row says in einops notation how a tensor of the checkpoint becomes a parame
 read backwards, so that import and export cannot disagree.
 """
 
-import string
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -53,10 +53,9 @@ class Row(NamedTuple):
 
 def names(row: Row, sizes: Sizes) -> list[str]:
     """Return the tensors of a parameter, layer by layer and expert by expert."""
-    fields = {field for _, field, _, _ in string.Formatter().parse(row.theirs) if field}
     found = [{}]
     for field in STACKED:
-        if field in fields:
+        if f"{{{field}}}" in row.theirs:
             found = [{**each, field: i} for each in found for i in range(sizes[f"{field}s"])]
     return [row.theirs.format(**each) for each in found]
 
@@ -103,7 +102,4 @@ def _backwards(order: str) -> str:
 
 
 def _rearrange(x: np.ndarray, order: str, sizes: Sizes) -> np.ndarray:
-    used = {
-        name: size for name, size in sizes.items() if f" {name} " in f" {order.replace('(', ' ').replace(')', ' ')} "
-    }
-    return rearrange(x, order, **used)
+    return rearrange(x, order, **{axis: sizes[axis] for axis in re.findall(r"\w+", order) if axis in sizes})

@@ -1,7 +1,6 @@
 """Weights from a checkpoint into sharded arrays, and back: one tensor on the host at a time."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,36 +14,23 @@ from jaxllm.hf.rows import sizes_of
 from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.build import AnyConfig, Params, abstract_params
 
-IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-HEADS = {"lm_head.weight", "embed_out.weight"}
 
-
-def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, str]:
-    """Compare a checkpoint with the table and return {name in the table: name in the files}.
-
-    Names may lack the first word of the table's ("transformer.", "model."), as they do in files saved from the model
-    without its head.
+def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> None:
+    """Compare a checkpoint with the table.
 
     Raises:
       ValueError: tensors are missing, too many, or of another shape; the message lists all of them.
     """
-    sizes = sizes_of(config)
-    wanted = {name: row for row in rows for name in names(row, sizes)}
-    there = {name for name in checkpoint if not name.endswith(IGNORED)}
-    found = {name: name for name in wanted if name in there}
-    for name in wanted:
-        bare = name.partition(".")[2]
-        if name not in found and bare in there:
-            found[name] = bare
-    tied = HEADS & there if config.tie_embeddings else set()  # a copy of the table, in some files
-    table = next(name for row in rows if row.ours.split("/")[-2:] == ["embed", "table"] for name in names(row, sizes))
-    called = checkpoint.called
-    problems = [f"{called(name)}: missing" for name in wanted if name not in found]
-    problems += [f"{called(name)}: not part of this model" for name in sorted(there - set(found.values()) - tied)]
-    problems += _misshaped(checkpoint, found, rows, config)
+    sizes, called, there = sizes_of(config), checkpoint.called, checkpoint.stored  # `in checkpoint` would read
+    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for row in rows:
+        wanted |= dict.fromkeys(names(row, sizes), stored_shape(row, shapes[row.ours][stacked(row) :], sizes))
+    problems = [f"{called(name)}: missing" for name in wanted if name not in there]
+    problems += [f"{called(name)}: not part of this model" for name in sorted(there.keys() - wanted.keys())]
     problems += [
-        f"{name}: differs from {table}, and config.json has tie_word_embeddings: true; set it to false"
-        for name in tied if table in found and not np.array_equal(checkpoint[name], checkpoint[found[table]])
+        f"{called(name)}: shape {list(there[name].shape)}, expected {list(expected)}"
+        for name, expected in wanted.items() if name in there and there[name].shape != expected
     ]  # fmt: skip
     if problems:
         shown = problems[:40] + [f"... and {len(problems) - 40} more"] * (len(problems) > 40)
@@ -53,16 +39,6 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> dict[str, 
             + "\n  ".join(shown)
             + f"\nUse the files that belong together; a model changed by hand must say so in {checkpoint.described_by}"
         )
-    return found
-
-
-def _misshaped(checkpoint: Tensors, found: dict[str, str], rows: list[Row], config: AnyConfig) -> Iterator[str]:
-    sizes, shapes = sizes_of(config), {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
-    for row in rows:
-        expected = stored_shape(row, shapes[row.ours][stacked(row) :], sizes)
-        for name in names(row, sizes):
-            if name in found and (stored := checkpoint.stored[found[name]].shape) != expected:
-                yield f"{checkpoint.called(name)}: shape {list(stored)}, expected {list(expected)}"
 
 
 def read_params(
@@ -77,12 +53,13 @@ def read_params(
       shardings: tree of the parameters; None: one device.
       dtype: of the parameters; None: as stored.
     """
-    found, by_name, sizes = match(checkpoint, rows, config), {row.ours: row for row in rows}, sizes_of(config)
+    match(checkpoint, rows, config)
+    by_name, sizes = {row.ours: row for row in rows}, sizes_of(config)
     places = named_leaves(shardings) if shardings is not None else {}
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
         row, sharding = by_name[name], places.get(name)
-        tensors = [found[theirs] for theirs in names(row, sizes)]
+        tensors = names(row, sizes)
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
         wanted = dtype or checkpoint.stored[tensors[0]].dtype
         if not stacked(row):

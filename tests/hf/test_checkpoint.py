@@ -51,6 +51,32 @@ def test_everything_that_does_not_fit_is_listed_at_once(directory):
         assert line in str(error.value)
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_files_saved_without_the_head_and_old_leftovers_are_understood(directory, both):
+    config = CONFIG.model_copy(update={"tie_embeddings": True})
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"] if both else tensors.pop("embed_tokens.weight")
+        tensors["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+
+    expected = dict(Checkpoint(directory))
+    rewrite(directory, change)
+    found = LLAMA.open(Checkpoint(directory), config)
+    del expected["lm_head.weight"]
+    assert set(found) == set(expected)
+    for name in set(found) - {"model.embed_tokens.weight"}:
+        np.testing.assert_array_equal(found[name], expected[name])
+    match(found, LLAMA.rows(config), config)
+
+
+def test_a_tensor_under_two_names_is_refused(directory):
+    rewrite(directory, lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"]}))
+    with pytest.raises(ValueError, match=r"has model\.norm\.weight twice: .*; remove one"):
+        LLAMA.open(Checkpoint(directory), CONFIG)
+
+
 def test_several_files_read_as_one(directory, tmp_path):
     whole = dict(Checkpoint(directory))
     writer = Writer(tmp_path / "parts", max_bytes=4000)
@@ -130,3 +156,9 @@ def test_a_row_read_backwards_is_its_inverse(row, theirs, ours):
 def test_names_count_layers_and_experts():
     row = Row("w", "layer.{layer}.expert.{expert}.w", "a b -> b a")
     assert names(row, {"layers": 2, "experts": 2}) == [f"layer.{i}.expert.{j}.w" for i in (0, 1) for j in (0, 1)]
+
+
+def test_a_parameter_that_a_table_forgets_is_named():
+    config = CONFIG.model_copy(update={"norm_placement": "sandwich"})
+    with pytest.raises(ValueError, match="no tensor for blocks/attention_out_norm/scale, blocks/ffn_out_"):
+        LLAMA.rows(config)
