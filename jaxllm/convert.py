@@ -22,11 +22,11 @@ examples:
 def main(argv: list[str] | None = None) -> int | None:
     """Load, write, compare what was written with what was loaded."""
     arguments = _parser().parse_args(argv)
-    from jaxllm.locate import is_huggingface, model_config
+    from jaxllm.locate import is_huggingface, look
     from jaxllm.models.accounting import param_count
     from jaxllm.models.config import ComputeConfig
 
-    config = model_config(arguments.source)
+    config, source = look(arguments.source)
     files.check_empty(arguments.target)  # now, and not after loading
     import jaxllm
     from jaxllm.huggingface import compare_logits
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     distributed.start(distributed.PlatformConfig())
     exact = ComputeConfig(dtype="float32")  # both sides alike, whatever the recipe or this machine would choose
-    lm = jaxllm.load(arguments.source, compute=exact)
+    lm = jaxllm.load(source, compute=exact)
     if is_huggingface(arguments.source):
         lm.save(arguments.target)
     else:

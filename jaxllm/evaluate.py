@@ -34,12 +34,11 @@ def main(argv: list[str] | None = None) -> int | None:
 
     import jaxllm
     from jaxllm.evaluation.applications import evaluate_applications
-    from jaxllm.locate import model_config
+    from jaxllm.locate import look
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
-    model_config(arguments.model)  # refuses what writes no text
-    model = jaxllm.load(arguments.model)
+    model = jaxllm.load(look(arguments.model)[1])  # which refuses what continues no text
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
         data = _data_config(arguments, model)

@@ -29,7 +29,7 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
 if TYPE_CHECKING:
-    from jaxllm.encoder import Encoder
+    from jaxllm.huggingface import AnyLanguageModel, Described
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages
@@ -228,17 +228,18 @@ class LanguageModel:
 
 
 def load(
-    model: str | Path, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
-) -> "LanguageModel | Encoder":
+    model: "str | Path | Described", *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
+) -> "AnyLanguageModel":
     """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, a
     Hugging Face directory, which may be that of an encoder, or a GGUF file.
 
     Args:
+      model: a path, or what `locate.look` found there.
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.
     Raises:
       ValueError: it is none of these; the message says what was looked for.
     """
-    if is_huggingface(model):
+    if not isinstance(model, str | Path) or is_huggingface(model):
         from jaxllm import huggingface
 
         return huggingface.load(model, compute=compute, mesh=mesh)

@@ -17,7 +17,7 @@ from jaxllm.data.chat import encode_chat
 from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
-from jaxllm.locate import is_huggingface, locate, model_config
+from jaxllm.locate import is_huggingface, locate, look
 from jaxllm.models.accounting import (
     active_param_count,
     flops_per_token,
@@ -104,7 +104,7 @@ class Run:
     def _starting_params(self) -> Any:
         """Read the parameters of `start_from` straight into their places on the mesh."""
         source, wanted = self.recipe.start_from, self.recipe.model
-        found = model_config(source)
+        found, opened = look(source)
         run_dir, step = (Path(source), None) if is_huggingface(source) else locate(source)
         if wanted.model_copy(update={"max_seq_len": found.max_seq_len}) != found:
             raise ValueError(f"`model` differs from the model of start_from={source}; leave `model` out of the recipe")
@@ -116,7 +116,7 @@ class Run:
         if is_huggingface(source):
             from jaxllm import huggingface
 
-            return huggingface.load(source, mesh=self.mesh, dtype="float32").params
+            return huggingface.load(opened, mesh=self.mesh, dtype="float32").params
         return load_params(run_dir, wanted, step=step, shardings=param_shardings(wanted, self.mesh))[0]
 
     def _fingerprints(self) -> dict[str, str]:

@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
-    from jaxllm.locate import model_config
+    from jaxllm.locate import look
 
-    config = model_config(arguments.model)  # a wrong path is an error now, not after JAX has started
+    config, model = look(arguments.model)  # a wrong path is an error now, not after JAX has started
     from jaxllm.inference.decode import tensor_mesh
     from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import load
@@ -73,7 +73,7 @@ def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
     fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
     distributed.start(distributed.PlatformConfig())
-    return load(arguments.model, mesh=tensor_mesh(config)), sampler
+    return load(model, mesh=tensor_mesh(config)), sampler
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_FILE, WARN_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING, MAX_LIBRARY = 400, 300, 60, 8, 4, 14_400
+MAX_FILE, WARN_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_NESTING, MAX_LIBRARY = 400, 300, 60, 8, 4, 13_900
 # The design's ceiling for the library is 12,000 lines. Above it this limit is what there is, so that it can only fall.
 
 # Who may import whom inside jaxllm. "layers.cache" allows that module alone. Commands and other modules at the top may
@@ -174,7 +174,8 @@ def habits(source: Source) -> Iterator[Problem]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            if any(kind is None or _last(kind) in ("Exception", "BaseException") for kind in kinds):
+            reasoned = "# catch-all: " in source.lines[node.lineno - 1]  # such as a library that raises nothing finer
+            if not reasoned and any(kind is None or _last(kind) in ("Exception", "BaseException") for kind in kinds):
                 yield source.problem(node.lineno, "catch-all", "name the errors that are expected")
     for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
         if token.type == tokenize.COMMENT and re.search(r"\b(TODO|FIXME|XXX|HACK)\b(?!.*#\d)", token.string):

@@ -82,12 +82,8 @@ class Seq2SeqFamily(NamedTuple):
         table = next(iter(self.copies.values()))
         copies = {"lm_head.weight": table} | self.copies | {bare(copy): name for copy, name in self.copies.items()}
         copies = {copy: name for copy, name in copies.items() if copy not in wanted}
-        return checkpoint.under(
-            wanted,
-            first="model",
-            copies=copies,
-            ignored="|".join(re.escape(bare(name)) for name in self.buffers) or "$",
-        )
+        constants = "|".join(re.escape(bare(name)) for name in self.buffers) or "$"
+        return checkpoint.under(wanted, first="model", copies=copies, ignored=constants)
 
 
 def _halves(found: Found) -> Found:

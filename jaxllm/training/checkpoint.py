@@ -145,7 +145,7 @@ class Checkpoints:
             meta = self.meta(step)
             changed = _changed(meta.get("fingerprints", {}), same)
             restored = {} if changed else self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax raises a bare Exception for an array that is cut short
+        except Exception as error:  # catch-all: Orbax raises a bare Exception for an array cut short
             return None, {}, _reason(error)
         if changed:  # the user's error, and never a reason to take an older checkpoint
             raise ValueError(
@@ -240,7 +240,7 @@ def load_params(
         args = {item: ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
         try:
             restored = manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # as in `Checkpoints.restore`
+        except Exception as error:  # catch-all: as in `Checkpoints.restore`
             before = [each for each in steps if each < step]
             raise ValueError(
                 f"{directory / str(step)} cannot be read ({_reason(error)}); "

@@ -132,8 +132,8 @@ class RunLog:
         self.say(f"step {step} skipped: {facts}; its batch is in {path}")
         if self._skipped_in_a_row > self._config.max_skipped:
             raise Diverged(
-                f"{self._skipped_in_a_row} steps in a row were refused: loss, gradient or new parameters not finite, or the"
-                f" gradient a spike (step {step}: {facts}); the parameters are those before them. Lower"
+                f"{self._skipped_in_a_row} steps in a row were refused: loss, gradient or new parameters not finite, or"
+                f" the gradient a spike (step {step}: {facts}); the parameters are those before them. Lower"
                 f" optim.lr, look at the batches in {path.parent} (python -m jaxllm.inspect {self._run_dir} --step"
                 f" {step}), or raise monitor.max_skipped"
             )
