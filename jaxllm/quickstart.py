@@ -92,6 +92,12 @@ def _prepare(out: Path, smoke: bool) -> None:
 
     text, chat = out / "data" / "pretrain", out / "data" / "instruct"
     n_documents, n_conversations = (SMOKE["documents"], SMOKE["conversations"]) if smoke else (DOCUMENTS, CONVERSATIONS)
+    for dataset, count in ((text, n_documents), (chat, n_conversations)):
+        if dataset.exists() and (found := files.read_json(dataset / "report.json")["documents_read"]) != count:
+            raise ValueError(
+                f"{dataset} was made of {found:,} texts, and now {count:,} are wanted (--smoke makes fewer); choose "
+                "another --out"
+            )
     if not text.exists():
         world, vocabulary = World(count=n_documents, seed=0), TokenizerConfig(vocab_size=VOCAB_SIZE)
         prepare(PrepareConfig(inputs=(world,), out=str(text), tokenizer=vocabulary, seq_len=128))
