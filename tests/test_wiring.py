@@ -203,6 +203,20 @@ def test_length_in_samples_survives_another_batch_size(workspace):
     assert steps("steps=20", "data.batch_size=16", done=5, sample=40) == 20
 
 
+def test_more_epochs_begin_behind_the_last_sample_and_not_behind_its_filled_up_batch(workspace):
+    size = Loader(load_recipe("recipe.yaml").data).samples_per_epoch
+    batch = next(rows for rows in (32, 40, 48, 56) if size % rows)
+    one = ["out=runs/epochs", f"data.batch_size={batch}", "data.epochs=1", "steps=1 epoch"]
+    train(load_recipe("recipe.yaml", one))
+    steps = -(-size // batch)
+    assert read(Path("runs/epochs/metrics.jsonl"))[-1]["step"] == steps
+    with Checkpoints("runs/epochs") as checkpoints:
+        assert checkpoints.meta(steps)["sample"] == size
+    train(load_recipe("runs/epochs/recipe.yaml", ["data.epochs=2", f"steps={steps + 1}"]))
+    last = [record for record in read(Path("runs/epochs/metrics.jsonl")) if "sample" in record][-1]
+    assert (last["step"], last["sample"]) == (steps + 1, size)
+
+
 def announced(*overrides):
     """What a new run says first: its line and its notes."""
     recipe = load_recipe("recipe.yaml", overrides)
