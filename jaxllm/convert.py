@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
     config, source = look(arguments.source)
     files.check_empty(arguments.target)  # now, and not after loading
     import jaxllm
-    from jaxllm.huggingface import compare_logits
+    from jaxllm import golden
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
@@ -37,9 +37,10 @@ def main(argv: list[str] | None = None) -> int | None:
     lm = jaxllm.load(source, compute=exact)
     if is_huggingface(arguments.source):
         lm.save(arguments.target)
+        golden.write(lm, arguments.target)
     else:
         jaxllm.export(lm, arguments.target)
-    difference = compare_logits(lm, jaxllm.load(arguments.target, compute=exact))
+    difference = golden.compare(lm, jaxllm.load(arguments.target, compute=exact))
     same = f"up to {difference:.1e}" if difference else "to the last bit"
     sys.stdout.write(
         f"{arguments.target}: {param_count(config):,} parameters; the logits of a fixed prompt are those of "

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxllm.core import files
 from jaxllm.core.gguf_file import GgufFile, is_gguf
@@ -221,20 +220,3 @@ def _write_tokenizer(tokenizer: tokenizers.Tokenizer, directory: Path) -> None:
     if tokenizer.chat:
         files.write_text(directory / "chat_template.jinja", tokenizer.chat.source)
     files.write_json(directory / "tokenizer_config.json", config)
-
-
-def compare_logits(one: LanguageModel, other: LanguageModel) -> float:
-    """Return how far the logits of two models for a fixed prompt are apart.
-
-    Raises:
-      ValueError: further than rounding can explain, 1e-5 of the largest logit.
-    """
-    tokens = np.arange(1, 1 + min(16, one.config.max_seq_len, one.config.vocab_size - 1))[None]
-    ours, theirs = (np.asarray(lm.logits(tokens)) for lm in (one, other))
-    difference = float(np.abs(ours - theirs).max())
-    if not difference <= 1e-5 * np.abs(ours).max():
-        raise ValueError(
-            f"what was written computes something else: logits differ by up to {difference:.2e}; this is a bug, please "
-            "report it with the config.json"
-        )
-    return difference

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxllm import golden
 from jaxllm.core import files
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
@@ -253,4 +254,6 @@ def load(
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
     tokenizer = tokenizers.load(run_dir / "tokenizer")
     chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
-    return LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
+    lm = LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
+    golden.check(lm, run_dir)
+    return lm

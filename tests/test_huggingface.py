@@ -59,6 +59,19 @@ def test_what_was_looked_at_is_loaded_without_another_look(exported, monkeypatch
     assert lm.stop_ids == model().stop_ids
 
 
+def test_a_converted_model_is_checked_at_each_load(exported, tmp_path):
+    assert convert([str(exported), str(tmp_path / "run")]) is None
+    path = tmp_path / "run" / "golden.json"
+    kept = json.loads(path.read_text())["logits"]
+    logits = jaxllm.load(tmp_path / "run").logits(np.arange(1, 17)[None])[0, -1]
+    np.testing.assert_allclose(kept[-1], logits[-1], rtol=1e-5)
+    path.write_text(json.dumps({"logits": [kept[0] + 0.1, *kept[1:]]}))
+    with pytest.raises(
+        ValueError, match=r"golden\.json: the model no longer computes what it did.*differ by up to 1\.00e-01"
+    ):
+        jaxllm.load(tmp_path / "run")
+
+
 def test_converted_to_a_run_and_back(exported, tmp_path, capsys):
     assert convert([str(exported), str(tmp_path / "run")]) is None
     assert convert([str(tmp_path / "run"), str(tmp_path / "again")]) is None

@@ -1,0 +1,65 @@
+"""The golden fingerprint of a converted model: logits of a fixed prompt, kept beside it and checked at each load."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxllm.core import files
+from jaxllm.models.config import ComputeConfig
+
+if TYPE_CHECKING:
+    from jaxllm.language_model import LanguageModel
+
+FILE_NAME = "golden.json"
+KEPT = 256  # logits of the last token, evenly over the vocabulary
+ROUNDING, ELSEWHERE = 1e-5, 1e-4  # of the largest logit: the same program twice, or on another machine
+
+
+def logits(lm: "LanguageModel") -> Float[np.ndarray, "V"]:
+    """Return the logits after a fixed prompt of at most 16 tokens, in float32 whatever the model computes in."""
+    exact = type(lm)(lm.config, lm.params, lm.tokenizer, compute=ComputeConfig(dtype="float32"))
+    tokens = np.arange(1, 1 + min(16, lm.config.max_seq_len, lm.config.vocab_size - 1))[None]
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(exact.logits(tokens))[0, -1]
+
+
+def compare(lm: "LanguageModel", other: "LanguageModel") -> float:
+    """Return how far the logits of two models are apart.
+
+    Raises:
+      ValueError: further than rounding can explain.
+    """
+    what = "what was written computes something else; this is a bug, please report it with the config.json"
+    return _distance(logits(lm), logits(other), ROUNDING, what)
+
+
+def write(lm: "LanguageModel", directory: str | Path) -> None:
+    """Keep the fingerprint of a model in its directory."""
+    files.write_json(Path(directory) / FILE_NAME, {"logits": _sample(logits(lm)).tolist()})
+
+
+def check(lm: "LanguageModel", directory: str | Path) -> None:
+    """Compare a model with the fingerprint in its directory, if there is one.
+
+    Raises:
+      ValueError: they differ by more than rounding can explain.
+    """
+    path = Path(directory) / FILE_NAME
+    if path.is_file():
+        kept = np.asarray(files.read_json(path)["logits"], np.float32)
+        what = f"{path}: the model no longer computes what it did when it was converted; convert it again"
+        _distance(kept, _sample(logits(lm)), ELSEWHERE, what)
+
+
+def _sample(logits: Float[np.ndarray, "V"]) -> Float[np.ndarray, "K"]:
+    return logits[np.linspace(0, len(logits) - 1, min(KEPT, len(logits))).astype(int)]
+
+
+def _distance(one: np.ndarray, other: np.ndarray, tolerance: float, what: str) -> float:
+    difference = float(np.abs(one - other).max()) if one.shape == other.shape else np.inf
+    if not difference <= tolerance * np.abs(one).max():
+        raise ValueError(f"{what} (logits differ by up to {difference:.2e})")
+    return difference
