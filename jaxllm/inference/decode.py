@@ -74,8 +74,8 @@ class Decoder:
     """A model ready to decode: parameters cut into layers, and its compiled programs.
 
     Args:
-      params: stacked on L, as everywhere else; the blocks are copied, because a loop over a stacked array would copy
-        them per token; the tables are copied only where the compute dtype is not float32.
+      params: stacked on L, as everywhere else; cut into layers, because a loop over a stacked array would copy them per
+        token. On one CPU device in the compute dtype nothing is copied; elsewhere the blocks are.
       compute: resolved for the platform.
       max_rows: rows decoded at one time; more requests are taken in turns.
       vocab_size: ids of the tokenizer, where the model's table is larger.
@@ -236,14 +236,18 @@ def _programs(
     def prepare(params: Params) -> Params:
         """Unstack the blocks and cast matrices to the compute dtype, as each use would; norms are float32 and stay.
 
-        A table that needs no cast stays the caller's own array: jit would return a copy of it.
+        What needs no cast is not copied where that can be: tables stay the caller's own arrays (jit copies them), and
+        on a CPU the layers are parts of the stacked arrays, so that a model is in memory once.
         """
-        same = {
-            name: part
-            for name, part in params.items()
-            if name not in ("blocks", "decoder") and all(map(stays, jax.tree.leaves(part)))
-        }
-        return cut({name: part for name, part in params.items() if name not in same}) | same
+        kept = lambda name, part: name not in ("blocks", "decoder") and all(map(stays, jax.tree.leaves(part)))
+        same = {name: part for name, part in params.items() if kept(name, part)}
+        rest = {name: part for name, part in params.items() if name not in same}
+        leaves = jax.tree.leaves(rest)
+        device, *others = leaves[0].sharding.device_set
+        if device.platform == "cpu" and not others and all(map(stays, leaves)):
+            share = lambda leaf: jax.device_put(leaf, device, may_alias=True)
+            return jax.tree.map(share, unstack(jax.tree.map(np.asarray, rest))) | same
+        return cut(rest) | same
 
     def run_loop(params: Params, state: State, until: Int[Array, ""]) -> State:
         """Step until all rows are done or `until` tokens are written."""

@@ -6,7 +6,7 @@ from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _prog
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import LongRopeScaling, Rope
-from jaxllm.models.build import bind, graph
+from jaxllm.models.build import bind, graph, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 
 COMPUTE = ComputeConfig(dtype="float32", layers="unroll")
@@ -168,3 +168,12 @@ def test_no_requests_no_answers(decoder):
 def test_buckets():
     found = [bucket(n, 1000) for n in (1, 32, 33, 48, 49, 65, 96, 97, 200, 769, 900)]
     assert found == [32, 32, 48, 48, 64, 96, 96, 128, 256, 1000, 1000]
+
+
+def test_a_decoder_on_a_cpu_shares_the_memory_of_the_model():
+    config = CONFIG.model_copy(update={"d_model": 64, "n_heads": 4, "d_ff": 64})
+    params = jax.device_put(jax.jit(lambda: init_params(config, 0))(), jax.devices()[0])
+    stacked, layers = params["blocks"]["ffn"]["up"]["kernel"], Decoder(config, params, COMPUTE).params["blocks"]
+    start, size = stacked.unsafe_buffer_pointer(), stacked[0].nbytes
+    for i in range(2):
+        assert layers[i]["ffn"]["up"]["kernel"].unsafe_buffer_pointer() == start + i * size

