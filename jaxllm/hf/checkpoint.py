@@ -1,5 +1,7 @@
 """Checkpoints as mappings from tensor name to array, read one tensor at a time; safetensors files read and written."""
 
+import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -115,10 +117,19 @@ def _tensors(path: Path) -> Iterator[tuple[str, Stored]]:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; fetch it again") from error
+    with path.open("rb") as opened:  # safetensors checks the header, but keeps what it reads in memory
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
     for name in file.keys():  # noqa: SIM118  it is no mapping
-        view = file.get_slice(name)
-        dtype = DTYPES.get(view.get_dtype(), view.get_dtype())
-        yield name, Stored(tuple(view.get_shape()), dtype, partial(file.get_tensor, name))
+        entry = header[name]
+        stored = DTYPES.get(entry["dtype"], entry["dtype"])
+        offset = 8 + length + entry["data_offsets"][0]
+        yield name, Stored(tuple(entry["shape"]), stored, partial(_read, path, entry["shape"], stored, offset))
+
+
+def _read(path: Path, shape: list[int], dtype: str, offset: int) -> np.ndarray:
+    count = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.fromfile(path, np.uint8, count, offset=offset).view(dtype).reshape(shape)
 
 
 class Writer:

@@ -1,6 +1,7 @@
 """Weights from a checkpoint into sharded arrays, and back: one tensor on the host at a time."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -46,8 +47,8 @@ def read_params(
 ) -> Params:
     """Read all parameters, each straight into its place on the mesh.
 
-    A stacked parameter is filled on the devices, by layer and expert: the host holds one tensor of the checkpoint at a
-    time.
+    A stacked parameter is filled in its place, by layer and expert: beside the parameters, the host holds one tensor of
+    the checkpoint at a time.
 
     Args:
       shardings: tree of the parameters; None: one device.
@@ -64,14 +65,28 @@ def read_params(
         wanted = dtype or checkpoint.stored[tensors[0]].dtype
         if not stacked(row):
             return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
+        indices = np.ndindex(leaf.shape[: stacked(row)])
+        if sharding is None and jax.local_devices()[0].platform == "cpu":  # the memory of the device is this one
+            whole = _aligned(leaf.shape, np.dtype(wanted))
+            for index, theirs in zip(indices, tensors, strict=True):
+                whole[index] = get(theirs)
+            return jax.device_put(whole, may_alias=True)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
-        for index, theirs in zip(np.ndindex(leaf.shape[: stacked(row)]), tensors, strict=True):
+        for index, theirs in zip(indices, tensors, strict=True):
             part = get(theirs).astype(wanted)
             start = np.array([*index, *[0] * part.ndim], np.int32)
             stack = _set(stack, np.ascontiguousarray(part[(None,) * len(index)]), start)
         return stack
 
     return map_named(read, abstract_params(config))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array at an address that JAX takes without a copy: a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,11 @@ from jaxllm.models import presets
 from jaxllm.models.accounting import param_count
 from jaxllm.models.build import abstract_params
 
-# The peak is read from the kernel; what importing costs is measured first and taken off.
-PEAK = "import resource; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
+# The peak is read from the kernel (VmHWM, kB); what importing costs is measured first and taken off.
+PEAK = "import re; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 2**20\n"
 LOADS = {
-    "jaxllm": "import sys, time, jax, jaxllm.huggingface\njax.devices(); before = peak(); start = time.perf_counter()\n"
+    "jaxllm": "import sys, time, jax, jaxllm.huggingface\nfrom jaxllm.sharding import distributed\n"
+    "distributed.start(distributed.PlatformConfig()); jax.devices(); before = peak(); start = time.perf_counter()\n"
     "lm = jaxllm.huggingface.load(sys.argv[1])\njax.block_until_ready(lm.params)\n",
     "transformers": "import sys, time, torch, transformers\nbefore = peak(); start = time.perf_counter()\n"
     "lm = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
@@ -54,7 +56,8 @@ def main() -> int:
             results[name] = json.loads(done.stdout.splitlines()[-1])
             sys.stdout.write(f"{name}: {results[name]}\n")
         shutil.rmtree(path)
-    report({"machine": describe(), **results}, arguments.out)
+    versions = {"all": {name: version(name) for name in ("jax", "torch", "transformers", "safetensors")}}
+    report({"machine": describe(), "versions": versions, **results}, arguments.out)
     return 0
 
 
