@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text
 from jaxllm.inference.decode import bucket
-from jaxllm.models.build import Params, bind, graph
+from jaxllm.models.build import Params, bind, check_vocabulary, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
@@ -65,18 +65,14 @@ class Encoder:
     """An encoder with its tokenizer.
 
     Args:
-      params: blocks stacked on L, as `models.encoder.init_params` makes them.
+      params: blocks stacked on L, as `models.build.init_params` makes them.
       compute: precision; default: what suits this machine.
     """
 
     def __init__(
         self, config: EncoderConfig, params: Params, tokenizer: PairTokenizer, *, compute: ComputeConfig | None = None
     ):
-        if tokenizer.size > config.stack.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.size} ids and the model {config.stack.vocab_size}; use the one that the "
-                "model was trained with"
-            )
+        check_vocabulary(tokenizer.size, config.stack.vocab_size)
         self.config = config
         self.params = params
         self.tokenizer = tokenizer

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import PairTokenizer
+from jaxllm.data.text_pieces import TextPieces
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import Generation
-from jaxllm.models.build import Params, bind, graph
+from jaxllm.models.build import Params, bind, check_vocabulary, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
@@ -27,21 +28,17 @@ class EncoderDecoder:
     """A model with its tokenizer.
 
     Args:
-      params: blocks stacked on L, as `models.seq2seq.init_params` makes them.
+      params: blocks stacked on L, as `models.build.init_params` makes them.
       stop_ids: tokens that end a target.
       forced: tokens that every target begins with, behind the start token (BART: <s>).
       compute: precision; default: what suits this machine.
     """
 
     def __init__(
-        self, config: Seq2SeqConfig, params: Params, tokenizer: PairTokenizer, *, stop_ids: Sequence[int],
+        self, config: Seq2SeqConfig, params: Params, tokenizer: PairTokenizer | TextPieces, *, stop_ids: Sequence[int],
         forced: Sequence[int] = (), compute: ComputeConfig | None = None,
     ):  # fmt: skip
-        if tokenizer.size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.size} ids and the model {config.vocab_size}; use the one that the model "
-                "was trained with"
-            )
+        check_vocabulary(tokenizer.size, config.vocab_size)
         self.config = config
         self.params = params
         self.tokenizer = tokenizer

@@ -26,19 +26,19 @@ def logits(lm: "LanguageModel") -> Float[np.ndarray, "V"]:
         return np.asarray(exact.logits(tokens))[0, -1]
 
 
-def compare(lm: "LanguageModel", other: "LanguageModel") -> float:
-    """Return how far the logits of two models are apart.
+def compare(expected: Float[np.ndarray, "V"], other: "LanguageModel") -> float:
+    """Return how far the `logits` of another model are from the expected ones.
 
     Raises:
       ValueError: further than rounding can explain.
     """
     what = "what was written computes something else; this is a bug, please report it with the config.json"
-    return _distance(logits(lm), logits(other), ROUNDING, what)
+    return _distance(expected, logits(other), ROUNDING, what)
 
 
-def write(lm: "LanguageModel", directory: str | Path) -> None:
-    """Keep the fingerprint of a model in its directory."""
-    files.write_json(Path(directory) / FILE_NAME, {"logits": _sample(logits(lm)).tolist()})
+def write(expected: Float[np.ndarray, "V"], directory: str | Path) -> None:
+    """Keep the fingerprint of a model, some of its `logits`, in its directory."""
+    files.write_json(Path(directory) / FILE_NAME, {"logits": _sample(expected).tolist()})
 
 
 def check(lm: "LanguageModel", directory: str | Path) -> None:

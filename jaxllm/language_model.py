@@ -25,7 +25,7 @@ from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
 from jaxllm.locate import is_huggingface, locate
-from jaxllm.models.build import Params, bind, graph
+from jaxllm.models.build import Params, bind, check_vocabulary, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
@@ -68,11 +68,7 @@ class LanguageModel:
         self, config: ModelConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
         compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (),
     ):  # fmt: skip
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; use the one that "
-                "the model was trained with"
-            )
+        check_vocabulary(tokenizer.vocab_size, config.vocab_size)
         self.config = config
         self.params = params
         self.tokenizer = tokenizer

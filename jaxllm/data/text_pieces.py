@@ -71,12 +71,10 @@ class TextPieces:
         named = r"<extra_id_\d+>|</s>|<pad>|" if special else ""
         ids: list[int] = []
         for part in re.split(f"({named}^>>[^<>]+<<)", text):
-            whole = bool(part) and (part.startswith(">>") or special) and part in self.ids
-            ids += (
-                [self.ids[part]]
-                if whole
-                else (self.ids.get(p, self._unknown) for p in self._source.encode_as_pieces(part))
-            )
+            if part and (special or part.startswith(">>")) and part in self.ids:
+                ids.append(self.ids[part])
+            else:
+                ids += (self.ids.get(piece, self._unknown) for piece in self._source.encode_as_pieces(part))
         return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxllm.inference.sampling import Settings, choose
-from jaxllm.layers.cache import Cache, init_cache
+from jaxllm.layers.cache import Cache
 from jaxllm.models.decoder import Transformer
 from jaxllm.models.seq2seq import Seq2Seq
 from jaxllm.sharding.rules import constrain
@@ -96,11 +96,7 @@ def prefill(
     """
     config = model.config
     batch, length = prompts.shape
-    if sources is None:
-        shape = (batch, slots, config.kv_heads, config.head_width)
-        cache = init_cache(config.n_layers, shape, jnp.dtype(model.compute.dtype))
-    else:
-        cache = model.begin(*sources, slots)
+    cache = model.empty_cache(batch, slots) if sources is None else model.begin(*sources, slots)
     positions = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None, :], lengths[:, None] - 1)
     hidden, cache = model.prefill(prompts, positions, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)

@@ -19,6 +19,19 @@ Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked 
 _CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2SeqConfig: Seq2Seq}
 
 
+def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
+    """Refuse a tokenizer that has more ids than the model.
+
+    Raises:
+      ValueError: it has.
+    """
+    if tokenizer_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer_size} ids and the model {vocab_size}; use the one that the model was "
+            "trained with"
+        )
+
+
 def graph(config: AnyConfig, compute: ComputeConfig, **how: bool) -> tuple[nnx.GraphDef, nnx.State]:
     """Return (graph definition, abstract parameters with their logical axes); allocates nothing.
 

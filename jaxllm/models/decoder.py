@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.cache import Cache, Memory
+from jaxllm.layers.cache import Cache, Memory, init_cache
 from jaxllm.layers.config import Learned, RelativeBias, Sinusoids
 from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, param
@@ -156,6 +156,12 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T V"]:  # fmt: skip
         """Return float32 next-token logits of whole rows; arguments as of `routed_states`."""
         return self.logits(self.routed_states(tokens, segments, positions)[0])
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """Return a cache of `slots` places for each row."""
+        config = self.config
+        shape = (batch, slots, config.kv_heads, config.head_width)
+        return init_cache(config.n_layers, shape, jnp.dtype(self.compute.dtype))
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.cache import Cache, Memory, init_cache
+from jaxllm.layers.cache import Cache, Memory
 from jaxllm.layers.linear import constant
 from jaxllm.layers.masks import CacheMask, CausalMask, FullMask
 from jaxllm.models.config import ComputeConfig
@@ -67,9 +67,7 @@ class Seq2Seq(nnx.Module):
 
     def begin(self, sources: Int[Array, "B S"], segments: Int[Array, "B S"], slots: int) -> Cache:
         """Read the sources; return a cache of `slots` empty places for a target, with the source's keys and values."""
-        memory, config = self.encode(sources, segments), self.config.decoder
-        shape = (sources.shape[0], slots, config.kv_heads, config.head_width)
-        cache = init_cache(config.n_layers, shape, jnp.dtype(self.compute.dtype))
+        memory, cache = self.encode(sources, segments), self.decoder.empty_cache(sources.shape[0], slots)
         layers = zip(self.decoder.blocks, cache, strict=True)
         return tuple(layer._replace(memory=block.cross_attention.remember(memory)) for block, layer in layers)
 
