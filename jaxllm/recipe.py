@@ -119,6 +119,8 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
             f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; "
             "lower the first or raise the second"
         )
+    if model.latent is not None and not data.packing.whole:
+        problems.append("model.latent learns whole texts; set data.packing.whole=true")
     if data.batch_size % recipe.step.accumulate:
         problems.append(
             f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"

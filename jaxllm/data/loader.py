@@ -15,7 +15,7 @@ from jaxllm.core import files
 from jaxllm.core.batch import Batch
 from jaxllm.core.config import Config
 from jaxllm.data.mixture import Mixture
-from jaxllm.data.packing import PackingConfig, plan
+from jaxllm.data.packing import ChatPlan, PackingConfig, plan
 from jaxllm.data.shards import Dataset
 
 
@@ -131,6 +131,11 @@ class Loader(Iterator[Batch]):
         """Continue at `state`; {"sample": 0} starts again."""
         self._sample = state["sample"]
         self._batches = None
+
+    @property
+    def texts_per_row(self) -> int:
+        """Most texts of a row; 1 where rows cut texts."""
+        return max(each.texts_per_row if isinstance(each, ChatPlan) else 1 for each in self.plans)
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,8 @@
 """Packing: which tokens make up row i of T positions, planned from document lengths alone.
 
 A position holds an input token and its target, the next token of the same document: n tokens fill n - 1 positions.
-Text is cut wherever a row ends; conversations are never cut. Segments and positions restart in every row.
+Text is cut wherever a row ends, unless it is to stay whole; conversations are never cut. Segments and positions
+restart in every row.
 """
 
 from typing import Literal
@@ -22,6 +23,9 @@ class PackingConfig(Config):
     long: Literal["error", "drop"] = Field(
         "error",
         description="a conversation longer than seq_len: stop with an error, or drop it and count it; it is never cut",
+    )
+    whole: bool = Field(
+        False, description="do not cut texts where a row ends either (a VAE learns whole ones)"
     )
 
 
@@ -83,7 +87,7 @@ class TextPlan(_Rows):
 
 
 class ChatPlan(_Rows):
-    """Best-fit decreasing: whole conversations, each into the fullest row that still has room for it.
+    """Best-fit decreasing: whole conversations, or texts, each into the fullest row that still has room for it.
 
     Attributes:
       dropped: conversations longer than seq_len, left out.
@@ -139,6 +143,11 @@ class ChatPlan(_Rows):
             )
         return batch
 
+    @property
+    def texts_per_row(self) -> int:
+        """Documents of the row that has most of them."""
+        return int(np.diff(self._starts).max())
+
     def documents(self, index: int) -> Int[np.ndarray, "n"]:
         """Documents of row `index`, in the order of their segments."""
         return self._documents[self._starts[index] : self._starts[index + 1]]
@@ -149,7 +158,8 @@ Plan = TextPlan | ChatPlan
 
 def plan(dataset: Dataset, config: PackingConfig) -> Plan:
     """Return the packing that the dataset's kind asks for: the same dataset and config give the same rows."""
-    return ChatPlan(dataset, config) if dataset.kind == "chat" else TextPlan(dataset, config.seq_len)
+    whole = config.whole or dataset.kind == "chat"
+    return ChatPlan(dataset, config) if whole else TextPlan(dataset, config.seq_len)
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[int]:

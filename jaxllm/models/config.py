@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.layers.config import (
+    Experts,
     FfnConfig,
     Gated,
     LongRopeScaling,
@@ -15,6 +16,7 @@ from jaxllm.layers.config import (
     Rope,
     SlidingWindow,
 )
+from jaxllm.models.vae_config import Latent
 
 
 class ModelConfig(Config):
@@ -56,6 +58,7 @@ class ModelConfig(Config):
     tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
     embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    latent: Latent | None = Field(None, description="makes it the decoder of a variational autoencoder; none = no VAE")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,6 +72,8 @@ class ModelConfig(Config):
             raise ValueError("norm_placement=none does not train without residual_gate=true; set it, or take pre")
         if self.parallel and self.norm_placement == "post":
             raise ValueError("norm_placement=post normalises x between attention and ffn; parallel must be false")
+        if self.latent is not None and (isinstance(self.ffn, Experts) or self.window or self.parallel):
+            raise ValueError("latent: a VAE has no experts, windows or parallel layers; leave them out, or the latent")
         if isinstance(self.positions, Rope):
             rotated = int(self.head_width * self.positions.fraction)
             if rotated % 2 or not rotated:
@@ -81,6 +86,11 @@ class ModelConfig(Config):
     def kv_heads(self) -> int:
         """Key/value heads, K."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, those of a VAE's encoder included."""
+        return self.n_layers + (self.latent.encoder_layers if self.latent else 0)
 
     def explicit(self) -> Self:
         """Return the same architecture with the defaults that follow from other fields written out."""

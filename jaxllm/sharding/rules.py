@@ -30,6 +30,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "labels": (),
     "buckets": (),
+    "latent": (),
+    "slots": (),
 }
 
 
