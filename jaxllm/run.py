@@ -181,7 +181,9 @@ class Run:
         parts = self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer")
         monitor = self.recipe.monitor
         if self.recipe.model.latent is not None:
-            for prompt, text in zip(monitor.prompts, VAE(*parts).reconstruct(monitor.prompts), strict=True):
+            vae = VAE(*parts)
+            texts = vae.decode(vae.encode(monitor.prompts).mean, max_new_tokens=monitor.sample_tokens)
+            for prompt, text in zip(monitor.prompts, texts, strict=True):
                 self.log.sample(step, prompt, text)
             return
         model = LanguageModel(*parts, chat=self.is_chat)

@@ -24,9 +24,7 @@ class PackingConfig(Config):
         "error",
         description="a conversation longer than seq_len: stop with an error, or drop it and count it; it is never cut",
     )
-    whole: bool = Field(
-        False, description="do not cut texts where a row ends either (a VAE learns whole ones)"
-    )
+    whole: bool = Field(False, description="do not cut texts where a row ends either (a VAE learns whole ones)")
 
 
 class _Rows:
