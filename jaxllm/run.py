@@ -64,7 +64,7 @@ class Run:
         self._validation = Loader(recipe.data, "validation", *processes) if self._held_out else None
         evaluate = eval_step
         if recipe.model.latent is not None and self._validation is not None:
-            evaluate = functools.partial(elbo_eval_step, texts=self._validation.texts_per_row)
+            evaluate = functools.partial(elbo_eval_step, texts_per_row=self._validation.texts_per_row)
         self._eval = jax.jit(functools.partial(evaluate, model=recipe.model, compute=self.compute))
 
     @property
@@ -257,7 +257,7 @@ class Run:
         for plan in self.loader.plans:
             if plan.dropped:
                 notes.append(
-                    f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are "
+                    f"note: {plan.dropped:,} of {len(plan.dataset):,} {plan.what}s of {plan.dataset.directory} are "
                     f"longer than data.packing.seq_len={plan.seq_len} and left out; raise it to learn from them"
                 )
         rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size

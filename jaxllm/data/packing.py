@@ -88,7 +88,7 @@ class ChatPlan(_Rows):
     """Best-fit decreasing: whole conversations, or texts, each into the fullest row that still has room for it.
 
     Attributes:
-      dropped: conversations longer than seq_len, left out.
+      dropped: those longer than seq_len, left out. what: "conversation" or "text".
     Raises:
       ValueError: there are such conversations and `config.long` is "error", or nothing fits.
     """
@@ -99,14 +99,15 @@ class ChatPlan(_Rows):
         sizes = dataset.lengths - 1
         long = sizes > self.seq_len
         self.dropped = int(long.sum())
+        what = self.what = "conversation" if dataset.kind == "chat" else "text"
         if self.dropped and config.long == "error":
             raise ValueError(
-                f"{dataset.directory}: {self.dropped} of {len(dataset)} {dataset.split} conversations do not fit "
+                f"{dataset.directory}: {self.dropped} of {len(dataset)} {dataset.split} {what}s do not fit "
                 f"into seq_len={self.seq_len}; the longest needs {sizes.max()}; raise seq_len, or set long=drop"
             )
         kept = np.flatnonzero(~long)
         if len(dataset) and not len(kept):
-            raise ValueError(f"{dataset.directory}: no conversation fits into seq_len={self.seq_len}; raise seq_len")
+            raise ValueError(f"{dataset.directory}: no {what} fits into seq_len={self.seq_len}; raise seq_len")
         by_size = kept[np.argsort(-sizes[kept], kind="stable")]
         rows = np.array(best_fit(sizes[by_size].tolist(), self.seq_len), np.int64)
         order = np.argsort(rows, kind="stable")

@@ -67,7 +67,7 @@ def gradient_sums(
 
 def train_step(
     state: TrainState, batch: Batch, lr: Float[Array, ""], *, model: ModelConfig, compute: ComputeConfig,
-    optim: AdamW | Muon, step: StepConfig, texts: int = 1,
+    optim: AdamW | Muon, step: StepConfig, texts_per_row: int = 1,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Return the state after one update on `batch`, and the step's metrics.
 
@@ -76,14 +76,14 @@ def train_step(
 
     Args:
       lr: learning rate of this update; `schedules.learning_rate` of the step.
-      texts: most texts of a row, which a VAE must know.
+      texts_per_row: the most of a row, at least; read by a VAE alone.
     Returns:
       metrics: loss (mean nats per weighted token), objective (with z-loss and what routers add), grad_norm, lr, tokens
       (sum of weights), skipped, and `balance.router_metrics` of a model with experts; float32 scalars. The loss of a
       VAE is -ELBO, with `vae_losses.vae_metrics` and kl_weight beside it.
     """
     latent = model.latent
-    rows = batch if latent is None else draw(batch, step.elbo, latent.size, state.step, texts)
+    rows = batch if latent is None else draw(batch, step.elbo, latent.size, state.step, texts_per_row)
     gradient, loss, (nats, others) = gradient_sums(state.params, rows, model, compute, step)
     with jax.named_scope("update"):
         tokens = jnp.sum(batch.weights)
@@ -125,9 +125,11 @@ def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: Comp
 
 def compile_step(
     model: ModelConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
-    texts: int = 1,
+    texts_per_row: int = 1,
 ) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:  # fmt: skip
     """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
-    function = functools.partial(train_step, model=model, compute=compute, optim=optim, step=step, texts=texts)
+    function = functools.partial(
+        train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
+    )
     compiled = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
     return lambda state, batch, lr: compiled(state, batch, np.float32(lr))

@@ -74,10 +74,10 @@ def kl_divergence(mean: Float[Array, "*B Z"], logvar: Float[Array, "*B Z"]) -> F
     return 0.5 * (mean**2 + jnp.exp(logvar) - 1.0 - logvar)
 
 
-def draw(batch: Batch, config: Elbo, size: int, step: Int[Array, ""] | int, texts: int) -> Texts:
-    """Add the noise of `texts` latents of `size` to each row, word dropout and the weight of this update."""
+def draw(batch: Batch, config: Elbo, size: int, step: Int[Array, ""] | int, texts_per_row: int) -> Texts:
+    """Add the noise of `texts_per_row` latents of `size` to each row, word dropout and the weight of this update."""
     rows, length = batch.tokens.shape
-    noise = jax.random.normal(rng.key(config.seed, "latent", step), (rows, texts, size))
+    noise = jax.random.normal(rng.key(config.seed, "latent", step), (rows, texts_per_row, size))
     kept = None
     if config.word_dropout:
         stays = jax.random.bernoulli(rng.key(config.seed, "words", step), 1 - config.word_dropout, (rows, length))
@@ -100,13 +100,13 @@ def elbo_sums(
 
 
 def elbo_eval_step(
-    params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig, texts: int
+    params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig, texts_per_row: int
 ) -> dict[str, Array]:
     """Return what `batch` adds up to with one sample of each latent: nats (-ELBO), tokens, those guessed right
     (`correct`: the most likely token after the true ones before it), and `VaeSums`; see `vae_metrics`.
     """
     # Noise of its own for every batch, and the same whenever it is evaluated.
-    drawn = draw(batch, Elbo(warmup=0), model.latent.size, jnp.sum(batch.tokens), texts)
+    drawn = draw(batch, Elbo(warmup=0), model.latent.size, jnp.sum(batch.tokens), texts_per_row)
     module, hidden, posterior = _forward(params, drawn, model, compute)
     _, (nats, sums) = _sums(module, hidden, posterior, drawn, (0.0, 0.0, compute.loss_chunk))
     guesses = jax.lax.map(lambda row: jnp.argmax(module.logits(row[None])[0], axis=-1), hidden)

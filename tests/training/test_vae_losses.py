@@ -1,4 +1,4 @@
-"""The bound of a VAE: KL against sampling, sums and their one division, free bits, annealing; the step that trains it."""
+"""The bound of a VAE: KL against sampling, sums and their one division, free bits, annealing, the step."""
 
 import functools
 
@@ -99,7 +99,8 @@ def test_annealing_literals():
 
 def test_draws_depend_on_the_step_and_the_seed_alone_and_the_first_token_is_kept():
     config = Elbo(word_dropout=0.5)
-    one, again, later, other = (draw(batch(), c, 5, s, 2) for c, s in [(config, 3), (config, 3), (config, 4), (Elbo(word_dropout=0.5, seed=1), 3)])  # fmt: skip
+    one, again, later = (draw(batch(), config, 5, step, 2) for step in (3, 3, 4))
+    other = draw(batch(), Elbo(word_dropout=0.5, seed=1), 5, 3, 2)
     jax.tree.map(np.testing.assert_array_equal, one, again)
     assert np.abs(one.noise - later.noise).min() > 0 < np.abs(one.noise - other.noise).min()
     assert one.kept[batch().positions == 0].all()
@@ -109,15 +110,13 @@ def test_draws_depend_on_the_step_and_the_seed_alone_and_the_first_token_is_kept
 
 def test_active_units_literal():
     mean = np.array([[0.0, 1.0, 0.3], [0.0, -1.0, 0.31]])
-    sums = VaeSums(
-        jnp.array(6.0), jnp.array(4.0), jnp.array(2.0), jnp.asarray(mean.sum(0)), jnp.asarray((mean**2).sum(0))
-    )
+    sums = VaeSums(*map(jnp.asarray, (6.0, 4.0, 2.0, mean.sum(0), (mean**2).sum(0))))
     found = vae_metrics(sums, jnp.array(3.0))
     assert {key: float(value) for key, value in found.items()} == {"reconstruction": 2, "kl": 2, "active_units": 1}
 
 
 def test_evaluation_adds_up_batches_and_counts_right_guesses():
-    step = functools.partial(elbo_eval_step, PARAMS(), model=MODEL, compute=CPU, texts=2)
+    step = functools.partial(elbo_eval_step, PARAMS(), model=MODEL, compute=CPU, texts_per_row=2)
     one, two = step(batch(4)), step(batch(6, seed=1))
     found = vae_eval_metrics([one, two])
     assert found["accuracy"] == float(one["correct"] + two["correct"]) / float(one["tokens"] + two["tokens"])
