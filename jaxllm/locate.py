@@ -45,8 +45,8 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
     Raises:
-      ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly or
-        that writes no text.
+      ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly
+        or that writes no text.
     """
     if is_huggingface(model):
         from jaxllm.huggingface import describe

@@ -9,6 +9,7 @@ import pytest
 
 import jaxllm
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.shards import Dataset
 from jaxllm.data.sources import JsonLines
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
@@ -58,10 +59,8 @@ def vae(run):
 
 def held_in(run):
     """The sentences that were trained on: one of the eleven is held out."""
-    from jaxllm.data.shards import Dataset
-
     dataset = Dataset.open(run.parent / "data", "train")
-    return [bytes(np.asarray(dataset.tokens(i)[1:-1]) - 6).decode() for i in range(len(dataset))]
+    return [bytes((dataset.tokens(i)[1:-1] - 6).tolist()).decode() for i in range(len(dataset))]
 
 
 def test_it_reconstructs_what_it_has_learned_by_heart(vae, run):
