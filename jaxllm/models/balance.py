@@ -12,15 +12,6 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.config import Experts
 from jaxllm.layers.moe import RouterSums
-from jaxllm.models.config import ModelConfig
-
-
-def no_sums(config: ModelConfig) -> RouterSums | None:
-    """Return the sums of no token, to add to; None for a model without routers."""
-    if not isinstance(config.ffn, Experts):
-        return None
-    by_expert, by_layer = (jnp.zeros((config.n_layers, *rest), jnp.float32) for rest in ((config.ffn.number,), ()))
-    return RouterSums(by_expert, by_expert, by_layer, by_layer)
 
 
 def balance_loss(sums: RouterSums) -> Float[Array, ""]:

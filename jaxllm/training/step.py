@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
-from jaxllm.models.balance import no_sums, router_loss, router_metrics
+from jaxllm.models.balance import router_loss, router_metrics
 from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.rules import constrain
@@ -18,7 +18,7 @@ from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.losses import cross_entropy
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
-from jaxllm.training.vae_losses import Texts, VaeSums, draw, elbo_sums, vae_metrics
+from jaxllm.training.vae_losses import Texts, draw, elbo_sums, vae_metrics
 
 Metrics = dict[str, Array]
 NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradient norms
@@ -43,12 +43,8 @@ def gradient_sums(
     params: Params, batch: Batch | Texts, model: ModelConfig, compute: ComputeConfig, step: StepConfig
 ) -> tuple[Params, Float[Array, ""], tuple]:
     """Return (gradient of the loss sum, loss sum, (nats sum, other sums)), in `step.accumulate` microbatches."""
-    is_vae = isinstance(batch, Texts)
-    loss_of = functools.partial(elbo_sums, free_bits=step.elbo.free_bits) if is_vae else loss_sums
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    if step.accumulate == 1:
-        (loss, rest), gradient = value_and_grad(params, batch, model, compute, step.z_loss)
-        return gradient, loss, rest
+    loss_of = functools.partial(elbo_sums, free_bits=step.elbo.free_bits) if isinstance(batch, Texts) else loss_sums
+    both = jax.value_and_grad(functools.partial(loss_of, model=model, compute=compute, z=step.z_loss), has_aux=True)
 
     def split(x: Array) -> Array:
         # Strided, so that each device's rows stay on it: [B] -> [B / A, A] -> [A, B / A].
@@ -56,13 +52,16 @@ def gradient_sums(
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     def add(carry: tuple, microbatch: Batch | Texts) -> tuple[tuple, None]:
-        (loss, rest), gradient = value_and_grad(params, microbatch, model, compute, step.z_loss)
-        return jax.tree.map(jnp.add, carry, (gradient, loss, rest)), None
+        return jax.tree.map(jnp.add, carry, both(params, microbatch)), None
 
-    nothing = jnp.zeros((), jnp.float32)
-    rest = nothing, VaeSums.zeros(model.latent.size) if is_vae else no_sums(model)
-    zero = (jax.tree.map(jnp.zeros_like, params), nothing, rest)
-    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+    if step.accumulate == 1:
+        (loss, rest), gradient = both(params, batch)
+        return gradient, loss, rest
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(both, params, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (loss, rest), gradient = jax.lax.scan(add, zero, parts)[0]
+    return gradient, loss, rest
 
 
 def train_step(

@@ -18,7 +18,6 @@ from jaxllm.core import rng
 from jaxllm.core.batch import Batch
 from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.vae import Posterior, TransformerVae
 from jaxllm.training.config import Elbo
 from jaxllm.training.losses import cross_entropy
 
@@ -45,6 +44,7 @@ class VaeSums(NamedTuple):
     Attributes:
       reconstruction: nats of the tokens given z, weighted. kl: nats, of all texts; texts: how many there are.
       mean, square: of the means of q, and of their squares.
+      correct: tokens that are the likeliest after the true ones before them, weighted; 0 where nobody asked.
     """
 
     reconstruction: Float[Array, ""]
@@ -52,11 +52,7 @@ class VaeSums(NamedTuple):
     texts: Float[Array, ""]
     mean: Float[Array, "Z"]
     square: Float[Array, "Z"]
-
-    @classmethod
-    def zeros(cls, size: int) -> "VaeSums":
-        """Return the sums of no text, to add to."""
-        return cls(*[jnp.zeros(())] * 3, *[jnp.zeros(size)] * 2)
+    correct: Float[Array, ""]
 
 
 def kl_weight(config: Elbo, step: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -86,32 +82,45 @@ def draw(batch: Batch, config: Elbo, size: int, step: Int[Array, ""] | int, text
 
 
 def elbo_sums(
-    params: Params, texts: Texts, model: ModelConfig, compute: ComputeConfig, z: float = 0.0, free_bits: float = 0.0
-) -> tuple[Float[Array, ""], tuple[Float[Array, ""], VaeSums]]:
-    """Return (loss, (nats, sums)) of a batch: what is trained, and -ELBO.
+    params: Params, texts: Texts, model: ModelConfig, compute: ComputeConfig, z: float = 0.0, free_bits: float = 0.0,
+    guess: bool = False,
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], VaeSums]]:  # fmt: skip
+    """Return (loss, (nats, sums)) of a batch, with one sample of each latent: what is trained, and -ELBO.
 
     loss = reconstruction + kl_weight sum_texts sum_j max(KL_j, free_bits): below `free_bits` nats a dimension of a
     text is not pushed towards the prior. Source: Kingma et al. 2016, section 2.7, by text instead of by batch.
 
     Args:
       z: weight of the squared log-partition term, see `losses.cross_entropy`.
+      guess: count the tokens that are guessed right.
     """
-    return _sums(*_forward(params, texts, model, compute), texts, (z, free_bits, compute.loss_chunk))
+    batch, module = texts.batch, bind(graph(model, compute)[0], params)
+    numbers = jnp.arange(1, texts.noise.shape[1] + 1)[None, :, None]
+    present = jnp.any(batch.segments[:, None, :] == numbers, axis=-1, keepdims=True).astype(jnp.float32)
+    q = module.posterior(batch.tokens, batch.segments, batch.positions, texts.noise.shape[1])
+    latents = q.mean + jnp.exp(0.5 * q.logvar) * texts.noise
+    hidden = module.states(batch.tokens, batch.segments, batch.positions, latents, texts.kept)
+    with jax.named_scope("loss"):
+        table, cap = module.decoder.output_table(), model.logit_softcap
+        loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap)
+        kl, correct = kl_divergence(*q), jnp.zeros(())
+        loss += jnp.sum(present * texts.kl_weight[:, None, None] * jnp.maximum(kl, free_bits))
+        if guess:  # row by row, because the logits of a batch are large
+            guesses = jax.lax.map(lambda row: jnp.argmax(module.logits(row[None])[0], axis=-1), hidden)
+            correct = jnp.sum(batch.weights * (guesses == batch.targets))
+        moments = (jnp.sum(present * x, axis=(0, 1)) for x in (q.mean, q.mean**2))
+        sums = VaeSums(nats, jnp.sum(present * kl), jnp.sum(present), *moments, correct)
+        return loss, (nats + sums.kl, sums)
 
 
 def elbo_eval_step(
     params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig, texts_per_row: int
 ) -> dict[str, Array]:
-    """Return what `batch` adds up to with one sample of each latent: nats (-ELBO), tokens, those guessed right
-    (`correct`: the most likely token after the true ones before it), and `VaeSums`; see `vae_metrics`.
-    """
+    """Return what `batch` adds up to: nats (-ELBO), tokens, and `VaeSums`; see `vae_eval_metrics`."""
     # Noise of its own for every batch, and the same whenever it is evaluated.
-    drawn = draw(batch, Elbo(warmup=0), model.latent.size, jnp.sum(batch.tokens), texts_per_row)
-    module, hidden, posterior = _forward(params, drawn, model, compute)
-    _, (nats, sums) = _sums(module, hidden, posterior, drawn, (0.0, 0.0, compute.loss_chunk))
-    guesses = jax.lax.map(lambda row: jnp.argmax(module.logits(row[None])[0], axis=-1), hidden)
-    correct, tokens = jnp.sum(batch.weights * (guesses == batch.targets)), jnp.sum(batch.weights)
-    return {"nats": nats, "tokens": tokens, "correct": correct, **sums._asdict()}
+    texts = draw(batch, Elbo(warmup=0), model.latent.size, jnp.sum(batch.tokens), texts_per_row)
+    _, (nats, sums) = elbo_sums(params, texts, model, compute, guess=True)
+    return {"nats": nats, "tokens": jnp.sum(batch.weights), **sums._asdict()}
 
 
 def vae_metrics(sums: VaeSums, tokens: Float[Array, ""]) -> dict[str, Float[Array, ""]]:
@@ -133,29 +142,3 @@ def vae_eval_metrics(batches: Sequence[Mapping[str, Array]]) -> dict[str, float]
     total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *batches)
     found = vae_metrics(VaeSums(*(total[name] for name in VaeSums._fields)), total["tokens"])
     return {name: float(value) for name, value in found.items()} | {"accuracy": total["correct"] / total["tokens"]}
-
-
-def _forward(
-    params: Params, texts: Texts, model: ModelConfig, compute: ComputeConfig
-) -> tuple[TransformerVae, Float[Array, "B T D"], Posterior]:
-    """Return (model, hidden states of the decoder given one sample of each latent, q)."""
-    batch, module = texts.batch, bind(graph(model, compute)[0], params)
-    q = module.posterior(batch.tokens, batch.segments, batch.positions, texts.noise.shape[1])
-    latents = q.mean + jnp.exp(0.5 * q.logvar) * texts.noise
-    return module, module.states(batch.tokens, batch.segments, batch.positions, latents, texts.kept), q
-
-
-def _sums(
-    module: TransformerVae, hidden: Float[Array, "B T D"], q: Posterior, texts: Texts, how: tuple[float, float, int]
-) -> tuple[Float[Array, ""], tuple[Float[Array, ""], VaeSums]]:
-    """Return (loss, (nats, sums)); `how` is (z, free_bits, positions of a chunk)."""
-    (z, free_bits, chunk), batch, decoder = how, texts.batch, module.decoder
-    table, cap = decoder.output_table(), module.config.logit_softcap
-    with jax.named_scope("loss"):
-        loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, chunk, cap)
-        numbers = jnp.arange(1, texts.noise.shape[1] + 1)
-        present = jnp.any(batch.segments[:, None, :] == numbers[None, :, None], axis=-1).astype(jnp.float32)
-        kl, count = kl_divergence(*q), lambda x: jnp.sum(present[..., None] * x, axis=(0, 1))
-        loss += jnp.sum(count(texts.kl_weight[:, None, None] * jnp.maximum(kl, free_bits)))
-        kl_nats = jnp.sum(count(kl))
-        return loss, (nats + kl_nats, VaeSums(nats, kl_nats, jnp.sum(present), count(q.mean), count(q.mean**2)))

@@ -110,7 +110,7 @@ def test_draws_depend_on_the_step_and_the_seed_alone_and_the_first_token_is_kept
 
 def test_active_units_literal():
     mean = np.array([[0.0, 1.0, 0.3], [0.0, -1.0, 0.31]])
-    sums = VaeSums(*map(jnp.asarray, (6.0, 4.0, 2.0, mean.sum(0), (mean**2).sum(0))))
+    sums = VaeSums(*map(jnp.asarray, (6.0, 4.0, 2.0, mean.sum(0), (mean**2).sum(0), 0.0)))
     found = vae_metrics(sums, jnp.array(3.0))
     assert {key: float(value) for key, value in found.items()} == {"reconstruction": 2, "kl": 2, "active_units": 1}
 
