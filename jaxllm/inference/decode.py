@@ -89,7 +89,8 @@ class Decoder:
         self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
         self._latent = config.latent.size if isinstance(config, ModelConfig) and config.latent else 0
-        programs = (on_mesh_of(params, program) for program in _programs(config, compute))
+        turned = _one_cpu(params) and compute.dtype == "float32"
+        programs = (on_mesh_of(params, program) for program in _programs(config, compute, turned))
         prepare, self._prefill, self._step, self._advance = programs
         self.params = prepare(params)
 
@@ -229,12 +230,30 @@ def _answers(state: State) -> list[tuple[list[int], list[float]]]:
     return [(tokens[i, :n].tolist(), logprobs[i, :n].tolist()) for i, n in enumerate(counts)]
 
 
+def _one_cpu(params: Params) -> bool:
+    devices = jax.tree.leaves(params)[0].sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _turn(params: Params) -> Params:
+    """Hold the output table as `columns`, beside the input table if they are one."""
+    if "decoder" in params:
+        return {**params, "decoder": _turn(params["decoder"])}
+    table = params["head"] if "head" in params else params["embed"]["table"]
+    rest = {name: part for name, part in params.items() if name != "head"}
+    return {**rest, "columns": {"kernel": jnp.asarray(table, jnp.float32).T}}
+
+
 @cache
 def _programs(
-    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig
+    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig, turned: bool
 ) -> tuple[Callable, Callable, Callable, Callable]:
-    """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
-    graphdef, _ = graph(config, compute, stacked=False)
+    """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them.
+
+    Args:
+      turned: the output table is held as `columns`.
+    """
+    graphdef, _ = graph(config, compute, stacked=False, columns=turned)
     dtype = jnp.dtype(compute.dtype)
 
     stays = lambda leaf: leaf.ndim <= 1 or leaf.dtype == dtype
@@ -249,13 +268,12 @@ def _programs(
         What needs no cast is not copied where that can be: tables stay the caller's own arrays (jit copies them), and
         on a CPU the layers are parts of the stacked arrays, so that a model is in memory once.
         """
+        params = _turn(params) if turned else params
         kept = lambda name, part: name not in ("blocks", "decoder") and all(map(stays, jax.tree.leaves(part)))
         same = {name: part for name, part in params.items() if kept(name, part)}
         rest = {name: part for name, part in params.items() if name not in same}
-        leaves = jax.tree.leaves(rest)
-        device, *others = leaves[0].sharding.device_set
-        if device.platform == "cpu" and not others and all(map(stays, leaves)):
-            share = lambda leaf: jax.device_put(leaf, device, may_alias=True)
+        if _one_cpu(params) and all(map(stays, jax.tree.leaves(rest))):
+            share = lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True)
             return jax.tree.map(share, unstack(jax.tree.map(np.asarray, rest))) | same
         return cut(rest) | same
 

@@ -29,16 +29,16 @@ class Posterior(NamedTuple):
 class TransformerVae(nnx.Module):
     """p(x | z) = decoder(x before t, slots(z)) and q(z | x) = N(W m, exp(V m)), m = mean of encoder(x) over the text.
 
-    `stacked=False` holds the blocks of the decoder one by one, for decoding.
+    `how` the decoder's parameters are held, see `Transformer`: stacked, columns.
     """
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, *, stacked: bool = True):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, **how: bool):
         latent, width = config.latent, {"embed": config.d_model}
         self.config = config
         self.compute = compute
         reader = config.model_copy(update={"n_layers": latent.encoder_layers})
         self.encoder = Transformer(reader, compute, rngs, part="encoder")
-        self.decoder = Transformer(config, compute, rngs, part="decoder", stacked=stacked)
+        self.decoder = Transformer(config, compute, rngs, part="decoder", **how)
         statistic = lambda: Projection(rngs, width, {"latent": latent.size}, bias=True, std=config.init_std)
         self.mean, self.logvar = statistic(), statistic()
         # The slots are of the size of a normalised stream, and apart from the first step on by an offset of each.

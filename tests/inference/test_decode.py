@@ -35,7 +35,7 @@ def test_logprobs_are_those_of_the_full_forward(decoder, forward):
 
 def test_cached_logits_equal_the_full_forward(decoder, forward):
     config = decoder.config
-    model = bind(graph(config, COMPUTE, stacked=False)[0], decoder.params)
+    model = bind(graph(config, COMPUTE, stacked=False, columns=True)[0], decoder.params)
     tokens = np.asarray(PROMPTS[4])[None]
     positions = np.arange(17)[None]
     cache = init_cache(config.n_layers, (1, 32, config.kv_heads, config.head_width), np.float32)
@@ -148,7 +148,7 @@ def test_max_new_tokens_must_be_positive(decoder):
 def test_every_decoder_of_a_model_uses_the_same_programs(decoder, params):
     other = Decoder(decoder.config, params, COMPUTE)
     assert other._advance is decoder._advance
-    assert _programs(decoder.config, COMPUTE) is _programs(decoder.config, COMPUTE)
+    assert _programs(decoder.config, COMPUTE, True) is _programs(decoder.config, COMPUTE, True)
     assert other.params["embed"]["table"] is params["embed"]["table"]  # no copy in float32
     half = Decoder(decoder.config, params, COMPUTE.model_copy(update={"dtype": "bfloat16"})).params
     assert half["embed"]["table"].dtype == half["blocks"][0]["ffn"]["up"]["kernel"].dtype == "bfloat16"
