@@ -1,6 +1,6 @@
 """What a trained VAE does with sentences that it was not trained on, with new latents, and between two sentences.
 
-    python tools/bench/vae_report.py runs/vae --data data/captions --image docs/images/vae.svg
+    python tools/bench/vae_report.py runs/vae --data data/captions --image docs/images/vae.png
 
 Words in place: share of the words of a sentence that its reconstruction has at the same place. Words at all: share that
 it has anywhere. The control is the reconstruction of the sentence before, which says how alike sentences are anyway.
@@ -71,9 +71,10 @@ def draw(run: Path, image: Path) -> None:
     middle.plot([each["step"] for each in trained], weights, label="its weight (top = 1)", color="#9aa5b1")
     middle.set_title("nats per sentence")
     curve(right, held_out, "val_accuracy", "next token right, held out", color="#2563eb", marker="o", markersize=3)
-    right.set_title("share")
+    right.set_title("share of tokens")
     for axes in (left, middle, right):
         axes.set_ylim(bottom=0, top=7 if axes is left else None)
+        axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.grid(axis="y", color="#e5e7eb")
         axes.spines[["top", "right"]].set_visible(False)
