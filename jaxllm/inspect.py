@@ -28,8 +28,9 @@ def main(argv: list[str] | None = None) -> int | None:
     tok = tokenizer.load(loader.tokenizer_dir)
     console = Console(highlight=False)
     describe.show_legend(console)
-    for sample, row in zip(samples, describe.describe_samples(loader, samples, tok), strict=True):
-        describe.show(row, f"sample {sample}", console)
+    for sample in samples:
+        source, row = loader.locate(sample)
+        describe.show(loader.plans[source], row, tok, f"sample {sample}", console)
     return None
 
 
