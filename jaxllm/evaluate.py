@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
-from jaxllm.core.command import command
+from jaxllm.core.command import command, parser
 from jaxllm.data.world_tasks import APPLICATIONS
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.evaluate", description="Say how good a model is.", allow_abbrev=False
-    )
-    add = parser.add_argument
+    result = parser(__doc__)
+    add = result.add_argument
     add("model", metavar="MODEL", help="run directory, or one of its checkpoints")
     add("--tasks", metavar="T,...", default=",".join(TASKS), help=f"of {', '.join(TASKS)} (default: all)")
     add("--data", metavar="DATASET", help="dataset directory for perplexity (default: what the model was trained on)")
@@ -67,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="B", type=int, default=64, help="rows that are computed together (default: 64)")
     add("--seed", metavar="N", type=int, default=0, help="which exercises are drawn")
     add("--out", metavar="FILE", help="write the results as JSON")
-    return parser
+    return result
 
 
 def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:

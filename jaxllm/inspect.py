@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
-from jaxllm.core.command import command
+from jaxllm.core.command import command, parser
 from jaxllm.core.wording import count
 
 if TYPE_CHECKING:
@@ -35,17 +35,15 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.inspect", description="Show what is trained on.", allow_abbrev=False
-    )
-    add = parser.add_argument
+    result = parser(__doc__)
+    add = result.add_argument
     path = "dataset directory, or run directory (its own data, order and row length)"
     add("path", metavar="DATASET_OR_RUN", help=path)
     add("--step", metavar="N", type=int, help="the batch of update N of a run, from 1")
     add("--rows", metavar="K", type=int, help="show at most K rows (default: 4, or the whole batch with --step)")
     add("--split", choices=("train", "validation"), default="train")
     add("--seq-len", metavar="T", type=int, help="row length for a dataset (default: 256)")
-    return parser
+    return result
 
 
 def _run_dir(path: Path) -> Path | None:

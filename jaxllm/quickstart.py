@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxllm
 from jaxllm.core import files
-from jaxllm.core.command import command
+from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
 
 if TYPE_CHECKING:
@@ -71,13 +71,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jaxllm.quickstart", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
-    parser.add_argument("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
-    parser.add_argument(
-        "--skip-pretraining", action="store_true", help="tune random weights instead: what is pretraining good for?"
-    )
-    return parser
+    result = parser(__doc__)
+    add = result.add_argument
+    add("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
+    add("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
+    add("--skip-pretraining", action="store_true", help="tune random weights instead: what is pretraining good for?")
+    return result
 
 
 def _heading(console: "Console", number: int, text: str) -> None:
