@@ -202,9 +202,7 @@ class Encoder:
     def _rows(self, tokens: Array, mask: Array | None, types: Array | None) -> Rows:
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(
-                f"rows of {tokens.shape[1]} tokens; the model takes {self.config.max_seq_len} (max_seq_len)"
-            )
+            raise ValueError(f"rows of {tokens.shape[1]} tokens; the model takes max_seq_len={self.config.max_seq_len}")
         segments = jnp.ones_like(tokens) if mask is None else jnp.asarray(mask, bool).astype(jnp.int32)
         types = jnp.zeros_like(tokens) if types is None else jnp.asarray(types, jnp.int32)
         if int(types.max()) >= self.config.n_types:

@@ -79,8 +79,7 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
     """The validation data: of --data, or of the run's own recipe."""
     import jax
 
-    from jaxllm.data.loader import DataConfig, Source
-    from jaxllm.data.packing import PackingConfig
+    from jaxllm.data.loader import DataConfig
     from jaxllm.locate import is_huggingface, locate
     from jaxllm.recipe import load_recipe
 
@@ -101,8 +100,7 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
                 f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
             )
         return data.model_copy(update={"batch_size": arguments.batch_size})
-    packing = PackingConfig(seq_len=arguments.seq_len or model.config.max_seq_len, long="drop")
-    return DataConfig(sources=(Source(path=arguments.data),), packing=packing, batch_size=arguments.batch_size)
+    return DataConfig.of(arguments.data, arguments.seq_len or model.config.max_seq_len, arguments.batch_size)
 
 
 def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
@@ -119,12 +117,7 @@ def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
     from jaxllm.training.step import eval_step
 
     loader = Loader(data, "validation")
-    for plan in loader.plans:
-        if plan.dropped:
-            sys.stderr.write(
-                f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are longer "
-                f"than {plan.seq_len} tokens and left out\n"
-            )
+    sys.stderr.writelines(f"{note}\n" for note in loader.notes())
     if loader.tokenizer_fingerprint != model.tokenizer.fingerprint:
         raise ValueError(
             f"{data.sources[0].path} was tokenised with {loader.tokenizer_fingerprint}, the model has the tokenizer "

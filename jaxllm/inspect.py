@@ -55,8 +55,7 @@ def _run_dir(path: Path) -> Path | None:
 
 def _data_config(arguments: argparse.Namespace) -> "DataConfig":
     """The data section of the run's recipe, or the dataset alone."""
-    from jaxllm.data.loader import DataConfig, Source
-    from jaxllm.data.packing import PackingConfig
+    from jaxllm.data.loader import DataConfig
 
     path = Path(arguments.path)
     if run_dir := _run_dir(path):
@@ -67,8 +66,7 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
         return load_recipe(run_dir).data
     if arguments.step is not None:
         raise ValueError(f"--step needs a run directory, and {path} has no recipe.yaml; use --rows for a dataset")
-    packing = PackingConfig(seq_len=arguments.seq_len or 256, long="drop")
-    return DataConfig(sources=(Source(path=str(path)),), packing=packing, batch_size=1)
+    return DataConfig.of(str(path), arguments.seq_len or 256, batch_size=1)
 
 
 def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:

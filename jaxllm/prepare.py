@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
     recipe, overrides = _positional(rest)
     inputs = _inputs(arguments)
     if recipe and inputs:
-        raise ValueError(
-            f"sources are given twice: in {recipe} and as flags; write them all into the recipe, or use flags alone"
-        )
+        raise ValueError(f"sources are given twice: in {recipe} and as flags; write all into the recipe, or use flags")
     config = configs.load(prepare.PrepareConfig, recipe, inputs + _settings(arguments) + overrides)
 
     from rich.console import Console

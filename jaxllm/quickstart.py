@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int | None:
     after = _evaluate(tuned, arguments.smoke, (TASKS, LATE, NOVEL))
     results = _results(out, before, after, tuned)
     # Nothing is done twice, so a second call takes less, and says what the first one took.
-    earlier = files.read_json(path)["seconds"] if (path := out / "results.json").is_file() else 0.0
+    earlier = files.read_json(out / "results.json", {"seconds": 0.0})["seconds"]
     results["seconds"] = max(earlier, round(time.perf_counter() - start, 1))
-    files.write_json(path, results)
+    files.write_json(out / "results.json", results)
     _show(console, results)
     _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))

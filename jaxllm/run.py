@@ -238,12 +238,7 @@ class Run:
                 f"note: training and validation loss are of different mixtures: of all {len(self.recipe.data.sources)} "
                 f"sources by their weights, and of the held-out documents of {' and '.join(self._held_out)}"
             )
-        for plan in self.loader.plans:
-            if plan.dropped:
-                notes.append(
-                    f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are "
-                    f"longer than data.packing.seq_len={plan.seq_len} and left out; raise it to learn from them"
-                )
+        notes += self.loader.notes()
         rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size
         if rows < batch:
             notes.append(

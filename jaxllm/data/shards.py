@@ -167,9 +167,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     """
     path = Path(directory) / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is no dataset: it has no manifest.json; make one with python -m jaxllm.prepare"
-        )
+        raise FileNotFoundError(f"{directory} is no dataset (no manifest.json); make one with python -m jaxllm.prepare")
     content = files.read_json(path)
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:

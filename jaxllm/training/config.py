@@ -67,9 +67,7 @@ class MonitorConfig(Config):
     """What is written down and looked at while training."""
 
     log_every: int = Field(10, ge=1, description="steps between lines in timing.jsonl, TensorBoard and on the screen")
-    evaluate_every: int = Field(
-        250, ge=1, description="steps between validation losses; the last step is always evaluated"
-    )
+    evaluate_every: int = Field(250, ge=1, description="steps between validation losses; the last step has one as well")
     evaluate_batches: int | None = Field(
         None, ge=1,
         description="validation batches; none = the whole split (bits per byte then counts bytes as its average does)",

@@ -203,7 +203,7 @@ def test_dropped_conversations_are_shown_as_json(tmp_path):
         )
     )  # fmt: skip
     assert made.rules["duplicate"].examples == [f'{path}, line 2: [{{"user": "你好"}}, {{"assistant": "a"}}]']
-    assert made.problem_examples[0].endswith('a string role and a string content, found {"role": "user"}')
+    assert made.problem_examples[0].endswith('a string role and content, found {"role": "user"}')
     assert made.problem_examples[1].endswith('a non-empty list of {role, content}, found {"a": [1, true]}')
 
 

@@ -82,7 +82,7 @@ def test_damage_is_found_and_named(chat_dataset, part):
 
 
 def test_what_is_no_dataset_is_refused(text_dataset, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no dataset: it has no manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"is no dataset \(no manifest.json\)"):
         Dataset.open(tmp_path / "nothing")
     directory = text_dataset([5])
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
@@ -98,7 +98,7 @@ def test_what_is_no_dataset_is_refused(text_dataset, tmp_path):
 
 def test_existing_directory_is_kept_unless_overwrite(text_dataset, tmp_path, byte):
     directory = text_dataset([5])
-    with pytest.raises(FileExistsError, match="exists; choose another directory, or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="exists; choose another directory, or --overwrite"):
         DatasetWriter(directory, byte, "text")
     with DatasetWriter(directory, byte, "text", overwrite=True) as writer:
         writer.add_text("train", [10] * 8, "s", "l", 8)
