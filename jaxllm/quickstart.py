@@ -1,6 +1,7 @@
 """python -m jaxllm.quickstart: raw text to an instruction-following model in five minutes on two CPU cores."""
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -44,15 +45,18 @@ def main(argv: list[str] | None = None) -> int | None:
         _heading(console, 2, "Pretraining on raw text")
         if status := _train(out, "pretrain", arguments):
             return status
+    from jaxllm.evaluation.applications import evaluate_applications
+
+    evaluate = functools.partial(evaluate_applications, count=SMOKE["count"] if arguments.smoke else 200)
     base = None if arguments.skip_pretraining else jaxllm.load(out / "pretrain")
-    before = _evaluate(base, arguments.smoke, (TASKS,)) if base else None
+    before = evaluate(base, splits=(TASKS,)) if base else None
     _heading(console, 3, "Teaching it to follow instructions")
     if status := _train(out, "tune", arguments):
         return status
     _heading(console, 4, "Asking what it has never been asked")
     files.write_json(out / "run.json", {"model": "tune"})
     tuned = jaxllm.load(out / "tune")
-    after = _evaluate(tuned, arguments.smoke, (TASKS, LATE, NOVEL))
+    after = evaluate(tuned, splits=(TASKS, LATE, NOVEL))
     results = _results(out, before, after, tuned)
     # Nothing is done twice, so a second call takes less, and says what the first one took.
     earlier = files.read_json(out / "results.json", {"seconds": 0.0})["seconds"]
@@ -119,12 +123,6 @@ def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
     if arguments.smoke:
         overrides.append(str(SMOKE["steps"]))
     return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).status
-
-
-def _evaluate(model: "LanguageModel", smoke: bool, splits: tuple[str, ...]) -> dict[str, Any]:
-    from jaxllm.evaluation.applications import evaluate_applications
-
-    return evaluate_applications(model, count=SMOKE["count"] if smoke else 200, splits=splits)
 
 
 def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tuned: "LanguageModel") -> dict[str, Any]:

@@ -43,10 +43,7 @@ class StepConfig(Config):
     accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
     ema_decay: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="decay of a moving average of parameters, shorter at first; none = off",
+        None, gt=0, lt=1, description="decay of a moving average of parameters, shorter at first; none = off"
     )
     spike_factor: float | None = Field(
         None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
