@@ -64,9 +64,7 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     raw = gguf_config.describe(file) if file else files.read_json(origin)
     kind = raw.get("model_type")
     if kind in READERS and not encoders:
-        raise ValueError(
-            f"{origin}: {kind} has an encoder; jaxllm.load reads it, but this needs a model that continues text"
-        )
+        raise ValueError(f"{origin}: {kind} has an encoder; jaxllm.load reads it, but here a model must continue text")
     if kind in READERS:
         family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(model))
     elif kind in FAMILIES:
@@ -111,8 +109,7 @@ def load(
 
 def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return what generation is asked for by generation_config.json, or by config.json."""
-    path = directory / "generation_config.json"
-    found = files.read_json(path) if path.is_file() else {}
+    found = files.read_json(directory / "generation_config.json", {})
     return raw | {key: value for key, value in found.items() if value is not None}
 
 
