@@ -49,6 +49,10 @@ MODELS = {
         "router_aux_loss_coef": 0.5}),
     "qwen3_moe": ("Qwen3MoeConfig", {**SIZES, "head_dim": 32, "moe_intermediate_size": 48, "num_experts": 6,
         "num_experts_per_tok": 3}),
+    "gpt_oss": ("GptOssConfig", {**SIZES, "head_dim": 32, "sliding_window": 6, "num_local_experts": 6,
+        "num_experts_per_tok": 3, "swiglu_alpha": 1.5, "swiglu_limit": 0.5, "router_aux_loss_coef": 0.5,
+        "rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "truncate": False,
+                            "original_max_position_embeddings": 32}}),
     "gemma": ("GemmaConfig", {**SIZES, "head_dim": 32}),
     "gemma2": ("Gemma2Config", {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 6,
         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
@@ -71,7 +75,7 @@ WINDOWS = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 64},
 }
-GRADIENTS = ("llama", "mixtral", "qwen3_moe", "gemma2", "gpt2", "gpt_neox")
+GRADIENTS = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "gemma2", "gpt2", "gpt_neox")
 PROMPT, NEW = 8, 16
 # Every published config.json has these; leaving one out is an error here, or a shape that does not fit.
 REQUIRED = {
@@ -91,7 +95,9 @@ def pair(request, tmp_path_factory):
         for name, weight in model.named_parameters():
             norm = "norm" in name or "ln_" in name
             start = float(norm and name.endswith("weight") and not kind.startswith("Gemma"))
-            weight.copy_(start + (0.2 if norm or name.endswith("bias") else 0.12) * torch.randn_like(weight))
+            large = norm or name.endswith("bias")
+            scale = 2.0 if name.endswith("sinks") else 0.2 if large else 0.12
+            weight.copy_(start + scale * torch.randn_like(weight))
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return request.param, model, path
