@@ -151,7 +151,7 @@ def test_logits_padding_greedy_text_gradients_and_the_way_back(pair, tmp_path):
 
     if name in GRADIENTS:
         compare_gradients(model, family, config, params, tokens, tmp_path / "gradients")
-    way_back(model, family, config, path, tmp_path, tokens, expected)
+    way_back(model, family, config, path, tmp_path, (tokens, mask), expected)
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))
@@ -201,7 +201,7 @@ def compare_gradients(model, family, config, params, tokens, path):
             assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected) + 1e-7, row.ours
 
 
-def way_back(model, family, config, path, out, tokens, expected):
+def way_back(model, family, config, path, out, batch, expected):
     """Export is the inverse of import, bit for bit, and transformers computes the same from it."""
     checkpoint = Checkpoint(path)
     writer = Writer(out, max_bytes=200_000)
@@ -218,4 +218,4 @@ def way_back(model, family, config, path, out, tokens, expected):
     assert family.read(fields) == config
     fields.finish("the export")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").float().eval()
-    np.testing.assert_array_equal(theirs(reloaded, tokens, np.ones((3, 24), int))[0], expected[0])
+    np.testing.assert_array_equal(theirs(reloaded, *batch)[0], expected[0])
