@@ -230,7 +230,7 @@ def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[
     files.write_text(directory / FILE_NAME, configs.dump(recipe))
     model.tokenizer.save(directory / "tokenizer")
     with Checkpoints(directory) as checkpoints:
-        checkpoints.save_params(model.params, {"step": 0, **meta})
+        checkpoints.save(model.params, {"step": 0, **meta})
 
 
 def load(

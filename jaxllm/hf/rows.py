@@ -67,13 +67,18 @@ def _rows(ours: str, theirs: str, sizes: Sizes, transposed: bool, interleaved: b
     whole = "(heads three head_dim) ... -> (three heads head_dim) ..." if interleaved and lengths else ""
     for index, name in enumerate(parts):
         part = lambda axis, index=index: Part(axis, index, tuple(lengths)) if lengths else None
-        path, weight = f"{section}{slash}{name}", f"{theirs}.weight"
+        path, weight = f"{section}{slash}{name}", theirs if name == "sinks" else f"{theirs}.weight"
+        if section.endswith("/experts") and "{expert}" not in theirs:  # all in one, as ours are; parts take turns
+            turn = lambda axis, index=index: Part(axis, index, tuple(lengths), turns=True) if lengths else None
+            yield Row(path, theirs, "... -> ...", turn(2))
+            yield Row(f"{path}_bias", f"{theirs}_bias", "... -> ...", turn(1))
+            continue
         inputs, outputs = AXES.get(name, ("inputs", "outputs"))
         matrix = f"({inputs}) ({outputs})" if transposed else f"({outputs}) ({inputs})"
         bare = name == "router" or section.endswith("/experts")  # a kernel without a name of its own
         yield Row(
             path if bare else f"{path}/kernel", weight, f"{matrix} -> {inputs} {outputs}", part(int(transposed)), whole
         )
-        yield Row(f"{path}/bias", f"{theirs}.bias", f"({outputs}) -> {outputs}", part(0), whole)
+        yield Row(f"{path}{'_' if bare else '/'}bias", f"{theirs}.bias", f"({outputs}) -> {outputs}", part(0), whole)
         for kind in () if bare else AS_THEY_ARE:
             yield Row(f"{path}{kind}", weight, "... -> ...")

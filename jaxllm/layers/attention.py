@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.layers import cache as kv
 from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.kernels import Scores, attend, attend_cache
-from jaxllm.layers.linear import Projection
+from jaxllm.layers.linear import Projection, constant
 from jaxllm.layers.masks import CacheMask, CrossMask, Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rotate
@@ -26,6 +26,7 @@ class Attention(nnx.Module):
       bias: on all four projections (GPT-2; True or "attention"), or on those of q, k and v ("qkv", Qwen2).
       qk_norm: the norm of queries and keys, over each head (Qwen3) or over all heads at once (OLMo-2); None: no norm.
       scores: how scores are made of products; None: divided by sqrt(H).
+      sinks: the softmax has one more score, learned by head, whose weight goes to nothing.
       std: initial standard deviation of the projections of q, k and v, and of the output projection.
     Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
@@ -34,7 +35,7 @@ class Attention(nnx.Module):
         self, rngs: nnx.Rngs, *, d_model: int, heads: tuple[int, int, int],
         bias: bool | Literal["attention", "qkv"] = False,
         qk_norm: tuple[Literal["head", "width"], RMSNorm | LayerNorm] | None = None, scores: Scores | None = None,
-        std: tuple[float, float] = (0.02, 0.02),
+        sinks: bool = False, std: tuple[float, float] = (0.02, 0.02),
     ):  # fmt: skip
         n_heads, n_kv_heads, head_dim = heads
         queries = {"heads": n_heads, "head_dim": head_dim}
@@ -44,6 +45,7 @@ class Attention(nnx.Module):
         self.k = Projection(rngs, {"embed": d_model}, keys, bias=bool(bias), std=std[0])
         self.v = Projection(rngs, {"embed": d_model}, keys, bias=bool(bias), std=std[0])
         self.o = Projection(rngs, queries, {"embed": d_model}, bias=bias in (True, "attention"), std=std[1])
+        self.sinks = constant((n_heads,), ("heads",), 0.0) if sinks else None
         over, norm = qk_norm or (None, None)
         self.q_norm = Norm(norm, head_dim if over == "head" else n_heads * head_dim) if norm else None
         self.k_norm = Norm(norm, head_dim if over == "head" else n_kv_heads * head_dim) if norm else None
@@ -70,18 +72,21 @@ class Attention(nnx.Module):
             if cache is not None:
                 cache = kv.update(cache, k, v, positions)
                 if isinstance(mask, CacheMask):  # a causal mask with a cache is a prefill: x is all there is to see
-                    return self.o(attend_cache(q, cache, mask, self.scores)), cache
+                    return self.o(attend_cache(q, cache, mask, *self._how())), cache
             elif isinstance(mask, CacheMask):
                 raise TypeError("CacheMask needs a cache; pass one, or a mask of whole rows")
-            return self.o(attend(q, k, v, mask, self.scores)), cache
+            return self.o(attend(q, k, v, mask, *self._how())), cache
 
     def read(self, x: Float[Array, "B T D"], memory: kv.Memory) -> Float[Array, "B T D"]:
         """Attend from x to the source in `memory`."""
         with jax.named_scope("cross_attention"):
             q, mask = self.q(x), CrossMask(memory.segments, memory.targets)
             if isinstance(memory.states, kv.LayerCache):
-                return self.o(attend_cache(q, memory.states, mask, self.scores))
-            return self.o(attend(q, self.k(memory.states), self.v(memory.states), mask, self.scores))
+                return self.o(attend_cache(q, memory.states, mask, *self._how()))
+            return self.o(attend(q, self.k(memory.states), self.v(memory.states), mask, *self._how()))
+
+    def _how(self) -> tuple[Scores | None, Array | None]:
+        return self.scores, None if self.sinks is None else self.sinks[...]
 
     def remember(self, memory: kv.Memory) -> kv.Memory:
         """Return the source as the keys and values that this layer reads."""

@@ -51,9 +51,14 @@ class ModelConfig(Config):
     )
     score_scale: float | None = Field(None, gt=0, description="factor on attention scores; none = 1 / sqrt(head_dim)")
     score_softcap: float | None = Field(None, gt=0, description="bends attention scores to below this (Gemma 2)")
+    sinks: bool = Field(
+        False, description="a learned score per head that takes part in the softmax and has no value (gpt-oss)"
+    )
     logit_softcap: float | None = Field(None, gt=0, description="bends logits to below this (Gemma 2)")
     bias: bool | Literal["attention", "qkv"] = Field(
-        False, description="biases on all projections (GPT-2), those of attention, or its q, k and v alone (Qwen2)"
+        False,
+        description="biases on all projections (GPT-2; of experts and router, too), those of attention, or its q, k "
+        "and v alone (Qwen2)",
     )
     tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
     embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")

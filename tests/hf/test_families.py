@@ -49,6 +49,10 @@ MODELS = {
         "router_aux_loss_coef": 0.5}),
     "qwen3_moe": ("Qwen3MoeConfig", {**SIZES, "head_dim": 32, "moe_intermediate_size": 48, "num_experts": 6,
         "num_experts_per_tok": 3}),
+    "gpt_oss": ("GptOssConfig", {**SIZES, "head_dim": 32, "sliding_window": 6, "num_local_experts": 6,
+        "num_experts_per_tok": 3, "swiglu_alpha": 1.5, "swiglu_limit": 0.5, "router_aux_loss_coef": 0.5,
+        "rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0, "truncate": False,
+                            "original_max_position_embeddings": 32}}),
     "gemma": ("GemmaConfig", {**SIZES, "head_dim": 32}),
     "gemma2": ("Gemma2Config", {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 6,
         "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
@@ -71,7 +75,7 @@ WINDOWS = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3},
     "qwen3_moe": {"use_sliding_window": True, "sliding_window": 64},
 }
-GRADIENTS = ("llama", "mixtral", "qwen3_moe", "gemma2", "gpt2", "gpt_neox")
+GRADIENTS = ("llama", "mixtral", "qwen3_moe", "gpt_oss", "gemma2", "gpt2", "gpt_neox")
 PROMPT, NEW = 8, 16
 # Every published config.json has these; leaving one out is an error here, or a shape that does not fit.
 REQUIRED = {
@@ -91,7 +95,9 @@ def pair(request, tmp_path_factory):
         for name, weight in model.named_parameters():
             norm = "norm" in name or "ln_" in name
             start = float(norm and name.endswith("weight") and not kind.startswith("Gemma"))
-            weight.copy_(start + (0.2 if norm or name.endswith("bias") else 0.12) * torch.randn_like(weight))
+            large = norm or name.endswith("bias")
+            scale = 2.0 if name.endswith("sinks") else 0.2 if large else 0.12
+            weight.copy_(start + scale * torch.randn_like(weight))
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return request.param, model, path
@@ -145,7 +151,7 @@ def test_logits_padding_greedy_text_gradients_and_the_way_back(pair, tmp_path):
 
     if name in GRADIENTS:
         compare_gradients(model, family, config, params, tokens, tmp_path / "gradients")
-    way_back(model, family, config, path, tmp_path, tokens, expected)
+    way_back(model, family, config, path, tmp_path, (tokens, mask), expected)
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))
@@ -195,7 +201,7 @@ def compare_gradients(model, family, config, params, tokens, path):
             assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected) + 1e-7, row.ours
 
 
-def way_back(model, family, config, path, out, tokens, expected):
+def way_back(model, family, config, path, out, batch, expected):
     """Export is the inverse of import, bit for bit, and transformers computes the same from it."""
     checkpoint = Checkpoint(path)
     writer = Writer(out, max_bytes=200_000)
@@ -212,4 +218,4 @@ def way_back(model, family, config, path, out, tokens, expected):
     assert family.read(fields) == config
     fields.finish("the export")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").float().eval()
-    np.testing.assert_array_equal(theirs(reloaded, tokens, np.ones((3, 24), int))[0], expected[0])
+    np.testing.assert_array_equal(theirs(reloaded, *batch)[0], expected[0])

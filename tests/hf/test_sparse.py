@@ -28,7 +28,7 @@ COMMON = {
     "output_router_logits": False, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "use_cache": True,
 }  # fmt: skip
-# config.json of mistralai/Mixtral-8x7B-v0.1 and of Qwen/Qwen3-30B-A3B, less what concerns tokens.
+# config.json of mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b, less what concerns tokens.
 PUBLISHED = {
     "mixtral-8x7b": {
         **COMMON, "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000,
@@ -42,30 +42,57 @@ PUBLISHED = {
         "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
         "rope_scaling": None, "router_aux_loss_coef": 0.001, "use_sliding_window": False, "vocab_size": 151936,
     },
+    "gpt-oss-20b": {
+        **{key: value for key, value in COMMON.items() if key != "torch_dtype"}, "model_type": "gpt_oss",
+        "attention_bias": True, "experts_per_token": 4, "head_dim": 64, "hidden_size": 2880,
+        "initial_context_length": 4096, "intermediate_size": 2880, "max_position_embeddings": 131072,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "num_attention_heads": 64,
+        "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+        "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+        "swiglu_limit": 7.0, "vocab_size": 201088,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"
+            ],
+            "quant_method": "mxfp4",
+        },
+        "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+            "rope_type": "yarn", "truncate": False,
+        },
+    },
 }  # fmt: skip
+COUNTS = {"mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624, "gpt-oss-20b": 20_914_757_184}
 
 
 def parse(raw):
     return FAMILIES[raw["model_type"]].parse(raw, "config.json")
 
 
-@pytest.mark.parametrize(("name", "count"), [("mixtral-8x7b", 46_702_792_704), ("qwen3-30b-a3b", 30_532_122_624)])
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_a_published_config_is_the_preset_and_its_tensors_hold_every_parameter(name, count):
     raw, config = PUBLISHED[name], presets.get(name)
     assert parse(raw).model_copy(update={"head_dim": config.head_dim}) == config
     sizes, leaves = sizes_of(config), named_leaves(abstract_params(config))
     rows = FAMILIES[raw["model_type"]].rows(config)
     assert {row.ours for row in rows} == set(leaves)
-    shapes = {row.theirs: stored_shape(row, leaves[row.ours].shape[stacked(row) :], sizes) for row in rows}
-    assert sum(len(names(row, sizes)) * math.prod(shapes[row.theirs]) for row in rows) == count
+    shapes = {}  # of a tensor that several rows share, once
+    for row in rows:
+        shapes |= dict.fromkeys(names(row, sizes), stored_shape(row, leaves[row.ours].shape[stacked(row) :], sizes))
+    assert sum(map(math.prod, shapes.values())) == count
 
 
 def test_tensors_of_an_expert_have_the_published_names_and_shapes():
     expected_of = {
         "mixtral-8x7b": {"experts.7.w2.weight": (4096, 14336), "gate.weight": (8, 4096)},
         "qwen3-30b-a3b": {"experts.127.up_proj.weight": (768, 2048), "gate.weight": (128, 2048)},
-    }
-    for (name, expected), layer in zip(expected_of.items(), ("block_sparse_moe", "mlp"), strict=True):
+        "gpt-oss-20b": {
+            "experts.gate_up_proj": (32, 2880, 5760), "experts.gate_up_proj_bias": (32, 5760),
+            "experts.down_proj": (32, 2880, 2880), "experts.down_proj_bias": (32, 2880),
+            "router.weight": (32, 2880), "router.bias": (32,),
+        },
+    }  # fmt: skip
+    for (name, expected), layer in zip(expected_of.items(), ("block_sparse_moe", "mlp", "mlp"), strict=True):
         config = presets.get(name)
         sizes, leaves = sizes_of(config), named_leaves(abstract_params(config))
         found = {}
@@ -86,6 +113,13 @@ def test_tensors_of_an_expert_have_the_published_names_and_shapes():
         ("qwen3-30b-a3b", {"attention_bias": True}, "attention_bias=True: only False"),
         ("qwen3-30b-a3b", {"num_local_experts": 8}, "num_experts=128 and num_local_experts=8"),
         ("qwen3-30b-a3b", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64: unknown"),
+        ("gpt-oss-20b", {"attention_bias": False}, "attention_bias=False: only True"),
+        ("gpt-oss-20b", {"experts_per_token": 8}, "experts_per_token=8 and num_experts_per_tok=4"),
+        ("gpt-oss-20b", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method='fp8'"),
+        ("gpt-oss-20b", {"quantization_config": {"group_size": 16}}, "quantization_config.group_size=16"),
+        ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, "layer_types has chunked_attention"),
+        ("gpt-oss-20b", {"mlp_bias": True}, "mlp_bias=True: unknown"),
+        ("mixtral-8x7b", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config={.*}: unknown"),
         ("qwen3-30b-a3b", {"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\]: unknown"),
     ],
 )
@@ -117,9 +151,15 @@ def test_mixtral_has_no_words_for_weights_that_do_not_sum_to_one():
         FAMILIES["mixtral"].write(config)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_gpt_oss_without_a_word_on_positions_has_those_of_its_class():
+    raw = {key: value for key, value in PUBLISHED["gpt-oss-20b"].items() if not key.startswith("rope")}
+    assert parse(raw).positions == presets.get("gpt-oss-20b").positions
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_experts_are_read_onto_the_devices_that_own_them(model_type, tmp_path):
-    config = CONFIG.model_copy(update={"qk_norm": "head" if model_type == "qwen3_moe" else "none"})
+    own = {"qwen3_moe": {"qk_norm": "head"}, "gpt_oss": {"bias": True, "sinks": True}}
+    config = CONFIG.model_copy(update=own.get(model_type, {}))
     rows, params = FAMILIES[model_type].rows(config), init_params(config, 0)
     writer = Writer(tmp_path)
     write_params(params, rows, config, writer)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.config import Experts
+from jaxllm.layers.config import ClampedGate, Experts
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
@@ -25,6 +25,9 @@ MODEL = ModelConfig(
     vocab_size=64, d_model=16, n_layers=2, n_heads=2, d_ff=12, max_seq_len=32, init_std=0.2, ffn=EXPERTS
 )
 PLAIN = MODEL.model_copy(update={"ffn": EXPERTS.model_copy(update={"balance": 0.0, "router_z": 0.0})})
+OSS = MODEL.model_copy(
+    update={"ffn": EXPERTS.model_copy(update={"clamped": ClampedGate(limit=0.1)}), "bias": True, "sinks": True}
+)
 CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)
 
 
@@ -39,12 +42,12 @@ def batch(rows=8, length=12):
 
 
 @functools.cache
-def run(mesh=None, devices=1):
+def run(model=MODEL, mesh=None, devices=1):
     """Metrics and parameters after two updates."""
     mesh, optim = make_mesh(mesh or MeshConfig(), jax.devices()[:devices]), AdamW()
     with jax.set_mesh(mesh):
-        state, shardings = init_state(MODEL, optimizer(optim), mesh, seed=0)
-        update = compile_step(MODEL, CPU, optim, StepConfig(), shardings)
+        state, shardings = init_state(model, optimizer(optim), mesh, seed=0)
+        update = compile_step(model, CPU, optim, StepConfig(), shardings)
         history = []
         for _ in range(2):
             state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 1e-2)
@@ -60,9 +63,10 @@ def run(mesh=None, devices=1):
     ],
     ids=["expert", "all"],
 )
-def test_sharded_equals_one_device(mesh, split):
-    history, params, placed = run(mesh, 8)
-    expected, expected_params, _ = run()
+@pytest.mark.parametrize("model", [MODEL, OSS], ids=["plain", "biases"])
+def test_sharded_equals_one_device(model, mesh, split):
+    history, params, placed = run(model, mesh, 8)
+    expected, expected_params, _ = run(model)
     assert placed["blocks"]["ffn"]["experts"]["up"].sharding.spec == PartitionSpec(*split)
     for found, wanted in zip(history, expected, strict=True):
         for key in wanted:
@@ -70,8 +74,18 @@ def test_sharded_equals_one_device(mesh, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
 
 
+def test_weights_decay_and_no_bias_norm_or_sink_does():
+    params = jax.tree.map(jnp.ones_like, init_params(OSS, 0))
+    tx = optimizer(AdamW(weight_decay=1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    kept = {name for name, leaf in named_leaves(updates).items() if not np.any(leaf)}
+    attention = {f"attention/{name}/bias" for name in "qkvo"} | {"attention/sinks", "attention_norm/scale"}
+    ffn = {f"ffn/experts/{name}_bias" for name in ("gate", "up", "down")} | {"ffn/router_bias", "ffn_norm/scale"}
+    assert kept == {f"blocks/{name}" for name in attention | ffn} | {"final_norm/scale"}
+
+
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
-    params = init_params(MODEL, 0)
+    params = init_params(OSS, 0)
     tx = optimizer(Muon(weight_decay=0.0))
     updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)  # noise for a gradient
     sizes = np.linalg.svd(updates["blocks"]["ffn"]["experts"]["up"], compute_uv=False)
