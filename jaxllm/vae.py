@@ -50,7 +50,10 @@ class VAE:
         Raises:
           ValueError: no texts, or one that is longer than the model's rows.
         """
-        rows = [[*self.tokenizer.prefix, *self.tokenizer.encode(text)] for text in _listed(texts)]
+        texts = [texts] if isinstance(texts, str) else texts
+        if not texts:
+            raise ValueError("no texts; give at least one")
+        rows = [[*self.tokenizer.prefix, *self.tokenizer.encode(text)] for text in texts]
         longest = self.config.max_seq_len
         for index, row in enumerate(rows):
             if not 0 < len(row) <= longest:
@@ -104,10 +107,3 @@ class VAE:
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `jaxllm.load` reads: recipe, tokenizer, one checkpoint."""
         save_run(directory, self, {})
-
-
-def _listed(texts: str | Sequence[str]) -> list[str]:
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts:
-        raise ValueError("no texts; give at least one")
-    return texts
