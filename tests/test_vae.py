@@ -40,6 +40,7 @@ compute: {layers: scan, dtype: float32}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Ten sentences, learned by heart."""
+    jax.devices()  # all eight, before `train` can ask for one per core
     path = tmp_path_factory.mktemp("vae")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
