@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
 from jaxllm.models.accounting import param_count
-from jaxllm.models.build import Params, bind, graph, unstack
+from jaxllm.models.build import STACKS, Params, bind, graph, unstack
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.config import MeshConfig
@@ -239,7 +239,7 @@ def _programs(
         What needs no cast is not copied where that can be: tables stay the caller's own arrays (jit copies them), and
         on a CPU the layers are parts of the stacked arrays, so that a model is in memory once.
         """
-        kept = lambda name, part: name not in ("blocks", "decoder") and all(map(stays, jax.tree.leaves(part)))
+        kept = lambda name, part: name not in (*STACKS, "decoder") and all(map(stays, jax.tree.leaves(part)))
         same = {name: part for name, part in params.items() if kept(name, part)}
         rest = {name: part for name, part in params.items() if name not in same}
         leaves = jax.tree.leaves(rest)

@@ -19,7 +19,8 @@ def no_sums(config: ModelConfig) -> RouterSums | None:
     """Return the sums of no token, to add to; None for a model without routers."""
     if not isinstance(config.ffn, Experts):
         return None
-    by_expert, by_layer = (jnp.zeros((config.n_layers, *rest), jnp.float32) for rest in ((config.ffn.number,), ()))
+    layers = len(config.stacks()[-1].layers)
+    by_expert, by_layer = (jnp.zeros((layers, *rest), jnp.float32) for rest in ((config.ffn.number,), ()))
     return RouterSums(by_expert, by_expert, by_layer, by_layer)
 
 

@@ -4,6 +4,7 @@ Blocks are stacked on a leading L axis: one parameter layout in memory, on disk 
 on the same parameters cut into layers, because a loop over a stacked array copies the weights per token.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -20,7 +21,7 @@ from jaxllm.layers.moe import RouterSums
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import RelativeScores, sinusoids
 from jaxllm.models.block import Block
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, Stack
 from jaxllm.models.views import Traits, Views, layer_traits
 from jaxllm.sharding.rules import constrain
 
@@ -53,12 +54,13 @@ class Transformer(nnx.Module):
         relative = isinstance(places, RelativeBias)
         self.relative = RelativeScores(rngs, places, config.n_heads, both_ways=encoder, std=std) if relative else None
         self.embed_norm = Norm(config.norm, d_model) if config.embed_norm else None
-        block = lambda rngs: Block(rngs, config, cross=part == "decoder")
-        if stacked:
-            build = nnx.vmap(block, transform_metadata={nnx.PARTITION_NAME: None, "axes": "layers"})
-            self.blocks = nnx.split_rngs(splits=config.n_layers)(build)(rngs)
-        else:
-            self.blocks = nnx.List([block(rngs) for _ in range(config.n_layers)])
+        for name, layers, kind in config.stacks():  # self.blocks, and what comes before them
+            block = functools.partial(Block, config=kind, cross=part == "decoder")
+            if stacked:
+                build = nnx.vmap(block, transform_metadata={nnx.PARTITION_NAME: None, "axes": "layers"})
+                setattr(self, name, nnx.split_rngs(splits=len(layers))(build)(rngs))
+            else:
+                setattr(self, name, nnx.List([block(rngs) for _ in layers]))
         self.final_norm = None if config.norm_placement in ("post", "none") else Norm(config.norm, d_model)
         untied = not (config.tie_embeddings or encoder)
         self.head = param(rngs, (config.vocab_size, d_model), ("vocab", "embed"), std) if untied else None
@@ -97,8 +99,8 @@ class Transformer(nnx.Module):
         if cache is None:
             x, sums = self.run_blocks(x, views, memory)
         else:
-            updated = []
-            for block, traits, layer in zip(self.blocks, layer_traits(self.config), cache, strict=True):
+            updated, blocks = [], [block for stack in self.config.stacks() for block in getattr(self, stack.name)]
+            for block, traits, layer in zip(blocks, layer_traits(self.config), cache, strict=True):
                 x, layer, _ = block(x, *views.of(traits), layer, positions)
                 updated.append(layer)
             cache = tuple(updated)
@@ -108,8 +110,17 @@ class Transformer(nnx.Module):
         """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters.
 
         Returns:
-          (x, what the routers did, stacked on L).
+          (x, what the routers did, stacked on the L of the layers that have one).
         """
+        for stack in self.config.stacks():
+            x, sums = self._run_stack(x, stack, views, memory)
+        return x, sums
+
+    def _run_stack(
+        self, x: Array, stack: Stack, views: Views, memory: Memory | None
+    ) -> tuple[Array, RouterSums | None]:
+        """Run the blocks of one kind."""
+        blocks, traits = getattr(self, stack.name), layer_traits(self.config)[stack.layers.start : stack.layers.stop]
 
         def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, RouterSums | None]:
             block, traits = layer
@@ -118,12 +129,11 @@ class Transformer(nnx.Module):
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
-        traits = layer_traits(self.config)
-        unroll = self.config.n_layers if self.compute.layers == "unroll" else 1
+        unroll = len(traits) if self.compute.layers == "unroll" else 1
         if len(set(traits)) == 1:  # no layer differs: facts of the program, not data of the loop
-            return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, self.blocks, unroll=unroll)
+            return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, blocks, unroll=unroll)
         stacked = Traits(*(jnp.asarray(values) for values in zip(*traits, strict=True)))
-        return jax.lax.scan(apply, x, (self.blocks, stacked), unroll=unroll)
+        return jax.lax.scan(apply, x, (blocks, stacked), unroll=unroll)
 
     def output_table(self) -> Float[Array, "V D"]:
         """Return the table of output vectors: logits are products of hidden states with its rows."""
@@ -159,9 +169,10 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache of `slots` places for each row."""
-        config = self.config
-        shape = (batch, slots, config.kv_heads, config.head_width)
-        return init_cache(config.n_layers, shape, jnp.dtype(self.compute.dtype))
+        config, latent = self.config, self.config.latent
+        kept = (1, latent.rank + latent.rotated) if latent else (config.kv_heads, config.head_width)
+        dtype = jnp.dtype(self.compute.dtype)
+        return init_cache(config.n_layers, (batch, slots, *kept), dtype, latent=latent is not None)
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
