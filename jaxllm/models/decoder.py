@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.cache import Cache, Memory, init_cache
+from jaxllm.layers.cache import Cache, LayerCache, Memory, init_cache
 from jaxllm.layers.config import Learned, RelativeBias, Sinusoids
 from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, param
@@ -98,6 +98,13 @@ class Transformer(nnx.Module):
         sums = None
         if cache is None:
             x, sums = self.run_blocks(x, views, memory)
+        elif not isinstance(self.blocks, nnx.List):
+            updated = []
+            for stack in self.config.stacks():
+                layers = jax.tree.map(lambda *z: jnp.stack(z), *(cache[i] for i in stack.layers))
+                x, layers, _ = self._run_stack(x, stack, views, None, layers, positions)
+                updated += [jax.tree.map(lambda z, i=i: z[i], layers) for i in range(len(stack.layers))]
+            cache = tuple(updated)
         else:
             updated, blocks = [], [block for stack in self.config.stacks() for block in getattr(self, stack.name)]
             for block, traits, layer in zip(blocks, layer_traits(self.config), cache, strict=True):
@@ -113,27 +120,29 @@ class Transformer(nnx.Module):
           (x, what the routers did, stacked on the L of the layers that have one).
         """
         for stack in self.config.stacks():
-            x, sums = self._run_stack(x, stack, views, memory)
+            x, _, sums = self._run_stack(x, stack, views, memory)
         return x, sums
 
     def _run_stack(
-        self, x: Array, stack: Stack, views: Views, memory: Memory | None
-    ) -> tuple[Array, RouterSums | None]:
-        """Run the blocks of one kind."""
+        self, x: Array, stack: Stack, views: Views, memory: Memory | None, cache: LayerCache | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Array, LayerCache | None, RouterSums | None]:  # fmt: skip
+        """Run the blocks of one kind; `cache` is stacked as they are."""
         blocks, traits = getattr(self, stack.name), layer_traits(self.config)[stack.layers.start : stack.layers.stop]
 
-        def apply(x: Array, layer: tuple[Block, Traits]) -> tuple[Array, RouterSums | None]:
-            block, traits = layer
-            x, _, sums = block(x, *views.of(traits), memory=memory)
-            return constrain(x, "batch", "length", None), sums
+        def apply(x: Array, layer: tuple[Block, Traits | None, LayerCache | None]) -> tuple[Array, tuple]:
+            block, own, cache = layer
+            x, *rest = block(x, *views.of(own or traits[0]), cache, positions, memory)
+            return constrain(x, "batch", "length", None), tuple(rest)
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
-        unroll = len(traits) if self.compute.layers == "unroll" else 1
-        if len(set(traits)) == 1:  # no layer differs: facts of the program, not data of the loop
-            return jax.lax.scan(lambda x, block: apply(x, (block, traits[0])), x, blocks, unroll=unroll)
-        stacked = Traits(*(jnp.asarray(values) for values in zip(*traits, strict=True)))
-        return jax.lax.scan(apply, x, (blocks, stacked), unroll=unroll)
+        # Unrolled on a cache, all layers of narrow weights would be widened at one time.
+        unroll = len(traits) if self.compute.layers == "unroll" and cache is None else 1
+        # If no layer differs, traits are facts of the program, not data of the loop.
+        differ = Traits(*(jnp.asarray(z) for z in zip(*traits, strict=True))) if len(set(traits)) > 1 else None
+        x, (cache, sums) = jax.lax.scan(apply, x, (blocks, differ, cache), unroll=unroll)
+        return x, cache, sums
 
     def output_table(self) -> Float[Array, "V D"]:
         """Return the table of output vectors: logits are products of hidden states with its rows."""
