@@ -5,6 +5,7 @@ per row. The jitted loop and the Python stream run the same step over the same `
 2, 3, 4, 6, 8 ... and rows in powers of two), so that few programs exist and all are reused.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from jaxllm.sharding.mesh import make_mesh, on_mesh_of
 
 MIN_LENGTH = 32  # tokens; smaller buckets save nothing
 MIN_SPLIT_PARAMS = 8_000_000  # a smaller model is read faster than its parts are joined
+MAX_WIDENED = 0.4  # of the host's memory: a copy in float32 may take so much
 CHECK_EVERY = 16  # tokens between two calls of `Limits.finished`, which runs on the host
 
 
@@ -88,7 +90,7 @@ class Decoder:
         self.config = config
         self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
-        programs = (on_mesh_of(params, program) for program in _programs(config, compute))
+        programs = (on_mesh_of(params, program) for program in _programs(config, compute, _layout(params, compute)))
         prepare, self._prefill, self._step, self._advance = programs
         self.params = prepare(params)
 
@@ -219,12 +221,48 @@ def _answers(state: State) -> list[tuple[list[int], list[float]]]:
     return [(tokens[i, :n].tolist(), logprobs[i, :n].tolist()) for i, n in enumerate(counts)]
 
 
+class Layout(NamedTuple):
+    """How the parameters of a model are held to decode.
+
+    Attributes:
+      stacked: as they are, in their narrower type: each layer is widened when its turn comes.
+      columns: with the output table turned.
+    """
+
+    stacked: bool
+    columns: bool
+
+
+def _layout(params: Params, compute: ComputeConfig) -> Layout:
+    """A CPU multiplies by float32 alone; widened all at once, a model of bfloat16 takes three times its memory."""
+    if not _one_cpu(params) or compute.dtype != "float32":
+        return Layout(stacked=False, columns=False)
+    leaves = jax.tree.leaves(params)
+    widened = 4 * sum(leaf.size for leaf in leaves if leaf.dtype.itemsize < 4)
+    stacked = widened > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MAX_WIDENED
+    return Layout(stacked=stacked, columns=not stacked)
+
+
+def _one_cpu(params: Params) -> bool:
+    devices = jax.tree.leaves(params)[0].sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _turn(params: Params) -> Params:
+    """Hold the output table as `columns`, beside the input table if they are one."""
+    if "decoder" in params:
+        return {**params, "decoder": _turn(params["decoder"])}
+    table = params["head"] if "head" in params else params["embed"]["table"]
+    rest = {name: part for name, part in params.items() if name != "head"}
+    return {**rest, "columns": {"kernel": jnp.asarray(table, jnp.float32).T}}
+
+
 @cache
 def _programs(
-    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig
+    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig, layout: Layout
 ) -> tuple[Callable, Callable, Callable, Callable]:
     """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
-    graphdef, _ = graph(config, compute, stacked=False)
+    graphdef, _ = graph(config, compute, **layout._asdict())
     dtype = jnp.dtype(compute.dtype)
 
     stays = lambda leaf: leaf.ndim <= 1 or leaf.dtype == dtype
@@ -239,13 +277,14 @@ def _programs(
         What needs no cast is not copied where that can be: tables stay the caller's own arrays (jit copies them), and
         on a CPU the layers are parts of the stacked arrays, so that a model is in memory once.
         """
+        params = _turn(params) if layout.columns else params
+        if layout.stacked:
+            return params
         kept = lambda name, part: name not in (*STACKS, "decoder") and all(map(stays, jax.tree.leaves(part)))
         same = {name: part for name, part in params.items() if kept(name, part)}
         rest = {name: part for name, part in params.items() if name not in same}
-        leaves = jax.tree.leaves(rest)
-        device, *others = leaves[0].sharding.device_set
-        if device.platform == "cpu" and not others and all(map(stays, leaves)):
-            share = lambda leaf: jax.device_put(leaf, device, may_alias=True)
+        if _one_cpu(params) and all(map(stays, jax.tree.leaves(rest))):
+            share = lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True)
             return jax.tree.map(share, unstack(jax.tree.map(np.asarray, rest))) | same
         return cut(rest) | same
 
