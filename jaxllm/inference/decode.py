@@ -225,22 +225,24 @@ class Layout(NamedTuple):
     """How the parameters of a model are held to decode.
 
     Attributes:
-      stacked: as they are, in their narrower type: each layer is widened when its turn comes.
-      columns: with the output table turned.
+      stacked, columns, packed: see `Transformer`.
     """
 
-    stacked: bool
-    columns: bool
+    stacked: bool = False
+    columns: bool = False
+    packed: str | None = None
 
 
 def _layout(params: Params, compute: ComputeConfig) -> Layout:
-    """A CPU multiplies by float32 alone; widened all at once, a model of bfloat16 takes three times its memory."""
+    """Choose. Widened all at once, a model of bfloat16 takes three times its memory: not if that is all there is."""
     if not _one_cpu(params) or compute.dtype != "float32":
-        return Layout(stacked=False, columns=False)
-    leaves = jax.tree.leaves(params)
-    widened = 4 * sum(leaf.size for leaf in leaves if leaf.dtype.itemsize < 4)
-    stacked = widened > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MAX_WIDENED
-    return Layout(stacked=stacked, columns=not stacked)
+        return Layout()
+    matrices = [leaf for leaf in jax.tree.leaves([params.get(name) for name in STACKS]) if leaf.ndim > 2]
+    narrow = {str(leaf.dtype) for leaf in matrices} & {"bfloat16", "float16"}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if len(narrow) != 1 or 4 * sum(leaf.size for leaf in matrices) < MAX_WIDENED * memory:
+        return Layout(columns=True)
+    return Layout(stacked=True, packed=narrow.pop())
 
 
 def _one_cpu(params: Params) -> bool:
@@ -278,8 +280,10 @@ def _programs(
         on a CPU the layers are parts of the stacked arrays, so that a model is in memory once.
         """
         params = _turn(params) if layout.columns else params
-        if layout.stacked:
-            return params
+        if layout.packed:
+            bits = lambda leaf: leaf.view(np.uint16) if leaf.dtype == layout.packed and leaf.ndim > 2 else leaf
+            place = lambda leaf: jax.device_put(bits(np.asarray(leaf)), jax.devices("cpu")[0], may_alias=True)
+            return params | {name: jax.tree.map(place, params[name]) for name in STACKS if name in params}
         kept = lambda name, part: name not in (*STACKS, "decoder") and all(map(stays, jax.tree.leaves(part)))
         same = {name: part for name, part in params.items() if kept(name, part)}
         rest = {name: part for name, part in params.items() if name not in same}

@@ -38,15 +38,19 @@ class Transformer(nnx.Module):
     Args:
       stacked: False holds the blocks one by one, for decoding.
       columns: hold the output table turned, [D, V]: a CPU multiplies a single row with it 1.4 times as fast.
+      packed: this type, whose bits the blocks' matrices are given as (uint16). A CPU multiplies by float32 alone, and
+        XLA would widen all layers at one time if it saw that they are numbers.
       part: "encoder" has no tables of tokens, "decoder" attends to a source as well.
     """
 
     def __init__(
         self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs, *, stacked: bool = True,
-        columns: bool = False, part: Literal["whole", "encoder", "decoder"] = "whole",
+        columns: bool = False, packed: str | None = None,
+        part: Literal["whole", "encoder", "decoder"] = "whole",
     ):  # fmt: skip
         self.config = config
         self.compute = compute
+        self.packed = packed
         d_model, std, encoder = config.d_model, config.init_std, part == "encoder"
         self.embed = None if encoder else Embed(rngs, config.vocab_size, d_model, std=std)
         places = config.positions
@@ -134,13 +138,16 @@ class Transformer(nnx.Module):
 
         def apply(x: Array, layer: tuple[Block, Traits | None, LayerCache | None]) -> tuple[Array, tuple]:
             block, own, cache = layer
+            if self.packed:
+                block = jax.tree.map(
+                    lambda z: jax.lax.bitcast_convert_type(z, self.packed) if z.dtype == jnp.uint16 else z, block
+                )
             x, *rest = block(x, *views.of(own or traits[0]), cache, positions, memory)
             return constrain(x, "batch", "length", None), tuple(rest)
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
-        # Unrolled on a cache, all layers of narrow weights would be widened at one time.
-        unroll = len(traits) if self.compute.layers == "unroll" and cache is None else 1
+        unroll = len(traits) if self.compute.layers == "unroll" and not self.packed else 1
         # If no layer differs, traits are facts of the program, not data of the loop.
         differ = Traits(*(jnp.asarray(z) for z in zip(*traits, strict=True))) if len(set(traits)) > 1 else None
         x, (cache, sums) = jax.lax.scan(apply, x, (blocks, differ, cache), unroll=unroll)
