@@ -1,30 +1,23 @@
 """`jaxllm VERB ...`, the same as `python -m jaxllm.VERB ...`.
 
-A verb is a module of this package with a function `main`; its description is the first line of its docstring. Both are
+A verb is a module of this package with a `@command`; its description is the first line of its docstring. Both are
 read from the source, so that listing them imports none of them.
 """
 
-import ast
 import difflib
 import importlib
-import importlib.util
-import pkgutil
 import sys
+from pathlib import Path
 
 import jaxllm
 
 
 def verbs() -> dict[str, str]:
     """Return the commands with their one-line descriptions, in alphabetical order."""
-    found = {}
-    for module in sorted(pkgutil.iter_modules(jaxllm.__path__)):
-        if module.ispkg or module.name.startswith("_"):
-            continue
-        spec = importlib.util.find_spec(f"jaxllm.{module.name}")
-        tree = ast.parse(spec.loader.get_source(spec.name))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))}
+    return {
+        name: text.partition("\n")[0].strip('"') for name, text in sources.items() if "\n@command\ndef main(" in text
+    }
 
 
 def main(argv: list[str] | None = None) -> int | None:

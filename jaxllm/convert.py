@@ -1,13 +1,5 @@
-"""python -m jaxllm.convert: a Hugging Face directory or a GGUF file to a run, or a run to a Hugging Face directory."""
+"""python -m jaxllm.convert: a Hugging Face directory or a GGUF file to a run, or a run to a Hugging Face directory.
 
-import argparse
-import sys
-from pathlib import Path
-
-from jaxllm.core import files
-from jaxllm.core.command import command
-
-NOTES = """
 A Hugging Face directory has config.json and safetensors files; a run directory is what train and tune write. What FROM
 is decides the direction. sample, evaluate and tune read all three, so that converting is for other programs' sake.
 
@@ -17,11 +9,20 @@ examples:
   python -m jaxllm.convert model.Q4_K_M.gguf runs/model
 """
 
+import sys
+from pathlib import Path
+
+from jaxllm.core import files
+from jaxllm.core.command import command, parser
+
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Load, write, compare what was written with what was loaded."""
-    arguments = _parser().parse_args(argv)
+    line = parser(__doc__)
+    line.add_argument("source", metavar="FROM", help="model to read")
+    line.add_argument("target", metavar="TO", type=Path, help="directory to write; must not exist or be empty")
+    arguments = line.parse_args(argv)
     from jaxllm.locate import is_huggingface, look
     from jaxllm.models.accounting import param_count
     from jaxllm.models.config import ComputeConfig
@@ -48,16 +49,6 @@ def main(argv: list[str] | None = None) -> int | None:
         f"{arguments.source}, {same}\n"
     )
     return None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.convert", description=__doc__.partition(": ")[2], epilog=NOTES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("source", metavar="FROM", help="model to read")
-    parser.add_argument("target", metavar="TO", type=Path, help="directory to write; must not exist or be empty")
-    return parser
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from jaxllm.models.heads import first_token
 from jaxllm.sharding.mesh import on_mesh_of
 
 Pooling = Literal["mean", "first", "pooler"]
+Tokens = Int[Array, "B T"]
+Mask = Bool[Array, "B T"]
 
 
 class Classification(NamedTuple):
@@ -56,9 +58,9 @@ class Filling(NamedTuple):
 class Rows(NamedTuple):
     """A batch as the model takes it; segments are 1 for a token and 0 for padding."""
 
-    tokens: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    types: Int[Array, "B T"]
+    tokens: Tokens
+    segments: Tokens
+    types: Tokens
 
 
 class Encoder:
@@ -78,10 +80,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.stack.n_layers)
 
-    def hidden(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None,
-        types: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:  # fmt: skip
+    def hidden(self, tokens: Tokens, mask: Mask | None = None, types: Tokens | None = None) -> Float[Array, "B T D"]:
         """Return hidden states after the last block.
 
         Args:
@@ -93,9 +92,8 @@ class Encoder:
         return self._hidden(self.params, self._rows(tokens, mask, types))
 
     def logits(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None,
-        types: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:  # fmt: skip
+        self, tokens: Tokens, mask: Mask | None = None, types: Tokens | None = None
+    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
         """Return float32 logits: of the token at each place (masked LM), or of each label; arguments as of `hidden`.
 
         Raises:
@@ -202,9 +200,7 @@ class Encoder:
     def _rows(self, tokens: Array, mask: Array | None, types: Array | None) -> Rows:
         tokens = jnp.asarray(tokens, jnp.int32)
         if tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(
-                f"rows of {tokens.shape[1]} tokens; the model takes {self.config.max_seq_len} (max_seq_len)"
-            )
+            raise ValueError(f"rows of {tokens.shape[1]} tokens; the model takes max_seq_len={self.config.max_seq_len}")
         segments = jnp.ones_like(tokens) if mask is None else jnp.asarray(mask, bool).astype(jnp.int32)
         types = jnp.zeros_like(tokens) if types is None else jnp.asarray(types, jnp.int32)
         if int(types.max()) >= self.config.n_types:

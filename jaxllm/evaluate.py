@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
-from jaxllm.core.command import command
+from jaxllm.core.command import command, parser
 from jaxllm.data.world_tasks import APPLICATIONS
 
 if TYPE_CHECKING:
@@ -54,10 +54,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.evaluate", description="Say how good a model is.", allow_abbrev=False
-    )
-    add = parser.add_argument
+    result = parser(__doc__)
+    add = result.add_argument
     add("model", metavar="MODEL", help="run directory, or one of its checkpoints")
     add("--tasks", metavar="T,...", default=",".join(TASKS), help=f"of {', '.join(TASKS)} (default: all)")
     add("--data", metavar="DATASET", help="dataset directory for perplexity (default: what the model was trained on)")
@@ -67,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="B", type=int, default=64, help="rows that are computed together (default: 64)")
     add("--seed", metavar="N", type=int, default=0, help="which exercises are drawn")
     add("--out", metavar="FILE", help="write the results as JSON")
-    return parser
+    return result
 
 
 def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
@@ -81,8 +79,7 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
     """The validation data: of --data, or of the run's own recipe."""
     import jax
 
-    from jaxllm.data.loader import DataConfig, Source
-    from jaxllm.data.packing import PackingConfig
+    from jaxllm.data.loader import DataConfig
     from jaxllm.locate import is_huggingface, locate
     from jaxllm.recipe import load_recipe
 
@@ -103,8 +100,7 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
                 f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
             )
         return data.model_copy(update={"batch_size": arguments.batch_size})
-    packing = PackingConfig(seq_len=arguments.seq_len or model.config.max_seq_len, long="drop")
-    return DataConfig(sources=(Source(path=arguments.data),), packing=packing, batch_size=arguments.batch_size)
+    return DataConfig.of(arguments.data, arguments.seq_len or model.config.max_seq_len, arguments.batch_size)
 
 
 def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
@@ -121,12 +117,7 @@ def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
     from jaxllm.training.step import eval_step
 
     loader = Loader(data, "validation")
-    for plan in loader.plans:
-        if plan.dropped:
-            sys.stderr.write(
-                f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are longer "
-                f"than {plan.seq_len} tokens and left out\n"
-            )
+    sys.stderr.writelines(f"{note}\n" for note in loader.notes())
     if loader.tokenizer_fingerprint != model.tokenizer.fingerprint:
         raise ValueError(
             f"{data.sources[0].path} was tokenised with {loader.tokenizer_fingerprint}, the model has the tokenizer "

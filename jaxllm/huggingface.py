@@ -64,9 +64,7 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     raw = gguf_config.describe(file) if file else files.read_json(origin)
     kind = raw.get("model_type")
     if kind in READERS and not encoders:
-        raise ValueError(
-            f"{origin}: {kind} has an encoder; jaxllm.load reads it, but this needs a model that continues text"
-        )
+        raise ValueError(f"{origin}: {kind} has an encoder; jaxllm.load reads it, but here a model must continue text")
     if kind in READERS:
         family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(model))
     elif kind in FAMILIES:
@@ -86,7 +84,8 @@ def load(
 
     Args:
       model: a path, or what `describe` has found there.
-      dtype: of the parameters; None: as stored, and float32 for what is quantised, which holds its values exactly.
+      dtype: of the parameters; None: as stored, and for what is quantised a type that holds its values exactly:
+        float32, of MXFP4 bfloat16.
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """
@@ -111,8 +110,7 @@ def load(
 
 def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return what generation is asked for by generation_config.json, or by config.json."""
-    path = directory / "generation_config.json"
-    found = files.read_json(path) if path.is_file() else {}
+    found = files.read_json(directory / "generation_config.json", {})
     return raw | {key: value for key, value in found.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
-from jaxllm.core.command import command
+from jaxllm.core.command import command, parser
 from jaxllm.core.wording import count
 
 if TYPE_CHECKING:
@@ -28,23 +28,22 @@ def main(argv: list[str] | None = None) -> int | None:
     tok = tokenizer.load(loader.tokenizer_dir)
     console = Console(highlight=False)
     describe.show_legend(console)
-    for sample, row in zip(samples, describe.describe_samples(loader, samples, tok), strict=True):
-        describe.show(row, f"sample {sample}", console)
+    for sample in samples:
+        source, row = loader.locate(sample)
+        describe.show(loader.plans[source], row, tok, f"sample {sample}", console)
     return None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.inspect", description="Show what is trained on.", allow_abbrev=False
-    )
-    add = parser.add_argument
+    result = parser(__doc__)
+    add = result.add_argument
     path = "dataset directory, or run directory (its own data, order and row length)"
     add("path", metavar="DATASET_OR_RUN", help=path)
     add("--step", metavar="N", type=int, help="the batch of update N of a run, from 1")
     add("--rows", metavar="K", type=int, help="show at most K rows (default: 4, or the whole batch with --step)")
     add("--split", choices=("train", "validation"), default="train")
     add("--seq-len", metavar="T", type=int, help="row length for a dataset (default: 256)")
-    return parser
+    return result
 
 
 def _run_dir(path: Path) -> Path | None:
@@ -56,8 +55,7 @@ def _run_dir(path: Path) -> Path | None:
 
 def _data_config(arguments: argparse.Namespace) -> "DataConfig":
     """The data section of the run's recipe, or the dataset alone."""
-    from jaxllm.data.loader import DataConfig, Source
-    from jaxllm.data.packing import PackingConfig
+    from jaxllm.data.loader import DataConfig
 
     path = Path(arguments.path)
     if run_dir := _run_dir(path):
@@ -68,8 +66,7 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
         return load_recipe(run_dir).data
     if arguments.step is not None:
         raise ValueError(f"--step needs a run directory, and {path} has no recipe.yaml; use --rows for a dataset")
-    packing = PackingConfig(seq_len=arguments.seq_len or 256, long="drop")
-    return DataConfig(sources=(Source(path=str(path)),), packing=packing, batch_size=1)
+    return DataConfig.of(str(path), arguments.seq_len or 256, batch_size=1)
 
 
 def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:

@@ -192,7 +192,7 @@ class LanguageModel:
         self.tokenizer.save(directory / "tokenizer")
         with Checkpoints(directory) as checkpoints:
             meta = {"step": 0, "chat": self.is_chat, "stop_ids": list(self.stop_ids)}
-            checkpoints.save_params(self.params, meta)
+            checkpoints.save(self.params, meta)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids that come before the answer: bos and the text, or the conversation in the chat template."""

@@ -1,18 +1,17 @@
-"""python -m jaxllm.prepare: text to a dataset that `train` and `tune` read."""
+"""python -m jaxllm.prepare: text to a dataset that `train` and `tune` read.
 
-import argparse
-import re
-import sys
-
-from jaxllm.core.command import command
-
-EXAMPLES = """
 examples:
   python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --vocab-size 16000 --out data/books
   python -m jaxllm.prepare --jsonl news.jsonl:body --jsonl forum.jsonl:post --tokenizer data/books --out data/web
   python -m jaxllm.prepare --chat --jsonl alpaca.jsonl --jsonl math.jsonl:question,answer --tokenizer data/books --out d
   python -m jaxllm.prepare RECIPE.yaml clean.min_chars=200 seed=1
 """
+
+import argparse
+import re
+import sys
+
+from jaxllm.core.command import command, parser
 
 
 @command
@@ -24,15 +23,13 @@ def main(argv: list[str] | None = None) -> int | None:
 
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.help:
-        sys.stdout.write(_parser().format_help() + EXAMPLES + "\nkeys of RECIPE and of key=value:\n")
+        sys.stdout.write(_parser().format_help() + "\nkeys of RECIPE and of key=value:\n")
         sys.stdout.write(schema.describe(prepare.PrepareConfig))
         return 0
     recipe, overrides = _positional(rest)
     inputs = _inputs(arguments)
     if recipe and inputs:
-        raise ValueError(
-            f"sources are given twice: in {recipe} and as flags; write them all into the recipe, or use flags alone"
-        )
+        raise ValueError(f"sources are given twice: in {recipe} and as flags; write all into the recipe, or use flags")
     config = configs.load(prepare.PrepareConfig, recipe, inputs + _settings(arguments) + overrides)
 
     from rich.console import Console
@@ -43,11 +40,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     """The flags; what is no source and not the tokenizer is stored under its key in a recipe."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxllm.prepare", usage="%(prog)s [RECIPE] [flags] [key=value ...]", add_help=False,
-        allow_abbrev=False,
-    )  # fmt: skip
-    add = parser.add_argument
+    result = parser(__doc__, usage="%(prog)s [RECIPE] [flags] [key=value ...]", add_help=False)
+    add = result.add_argument
     switch = {"action": "store_const", "const": True}
     add("-h", "--help", **switch, help="show this text")
     add("--text", metavar="GLOB", action="append", default=[], help="text files; may be given again")
@@ -68,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq-len", metavar="T", type=int, help=row_length)
     add("--seed", metavar="N", type=int, help="decides which documents are held out, and what --world says")
     add("--overwrite", **switch, help="replace the directory if it exists")
-    return parser
+    return result
 
 
 def _positional(rest: list[str]) -> tuple[str | None, list[str]]:

@@ -1,6 +1,7 @@
 """python -m jaxllm.quickstart: raw text to an instruction-following model in five minutes on two CPU cores."""
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxllm
 from jaxllm.core import files
-from jaxllm.core.command import command
+from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
 
 if TYPE_CHECKING:
@@ -44,20 +45,23 @@ def main(argv: list[str] | None = None) -> int | None:
         _heading(console, 2, "Pretraining on raw text")
         if status := _train(out, "pretrain", arguments):
             return status
+    from jaxllm.evaluation.applications import evaluate_applications
+
+    evaluate = functools.partial(evaluate_applications, count=SMOKE["count"] if arguments.smoke else 200)
     base = None if arguments.skip_pretraining else jaxllm.load(out / "pretrain")
-    before = _evaluate(base, arguments.smoke, (TASKS,)) if base else None
+    before = evaluate(base, splits=(TASKS,)) if base else None
     _heading(console, 3, "Teaching it to follow instructions")
     if status := _train(out, "tune", arguments):
         return status
     _heading(console, 4, "Asking what it has never been asked")
     files.write_json(out / "run.json", {"model": "tune"})
     tuned = jaxllm.load(out / "tune")
-    after = _evaluate(tuned, arguments.smoke, (TASKS, LATE, NOVEL))
+    after = evaluate(tuned, splits=(TASKS, LATE, NOVEL))
     results = _results(out, before, after, tuned)
     # Nothing is done twice, so a second call takes less, and says what the first one took.
-    earlier = files.read_json(path)["seconds"] if (path := out / "results.json").is_file() else 0.0
+    earlier = files.read_json(out / "results.json", {"seconds": 0.0})["seconds"]
     results["seconds"] = max(earlier, round(time.perf_counter() - start, 1))
-    files.write_json(path, results)
+    files.write_json(out / "results.json", results)
     _show(console, results)
     _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))
@@ -71,13 +75,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jaxllm.quickstart", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
-    parser.add_argument("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
-    parser.add_argument(
-        "--skip-pretraining", action="store_true", help="tune random weights instead: what is pretraining good for?"
-    )
-    return parser
+    result = parser(__doc__)
+    add = result.add_argument
+    add("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
+    add("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
+    add("--skip-pretraining", action="store_true", help="tune random weights instead: what is pretraining good for?")
+    return result
 
 
 def _heading(console: "Console", number: int, text: str) -> None:
@@ -120,12 +123,6 @@ def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
     if arguments.smoke:
         overrides.append(str(SMOKE["steps"]))
     return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).status
-
-
-def _evaluate(model: "LanguageModel", smoke: bool, splits: tuple[str, ...]) -> dict[str, Any]:
-    from jaxllm.evaluation.applications import evaluate_applications
-
-    return evaluate_applications(model, count=SMOKE["count"] if smoke else 200, splits=splits)
 
 
 def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tuned: "LanguageModel") -> dict[str, Any]:

@@ -106,40 +106,29 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     Args:
       vocab_size: ids of the datasets' tokenizer.
     """
-    model, data = recipe.model, recipe.data
-    problems = []
-    if model.vocab_size < vocab_size:
-        remedy = (
-            f"set it to {vocab_size} or more" if recipe.start_from is None
-            else f"prepare the data in the tokens of the model: --tokenizer {recipe.start_from}"
-        )  # fmt: skip
-        problems.append(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; {remedy}")
-    if data.packing.seq_len > model.max_seq_len:
-        problems.append(
-            f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; "
-            "lower the first or raise the second"
-        )
-    if data.batch_size % recipe.step.accumulate:
-        problems.append(
-            f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"
-        )
-    else:
-        rows = data.batch_size // recipe.step.accumulate
-        parts = batch_parts(axis_sizes(recipe.mesh, n_devices))
-        if rows % parts:
-            fits = -(-rows // parts) * parts * recipe.step.accumulate
-            problems.append(
-                f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = "
-                f"{parts} devices; use data.batch_size={fits}, or another mesh"
-            )
-    if n_processes > 1 and (n_devices // n_processes) % axis_sizes(recipe.mesh, n_devices)["tensor"]:
-        problems.append(
-            f"mesh.tensor={recipe.mesh.tensor} spans processes of {n_devices // n_processes} devices each, and the rows"
-            " of a batch cannot be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher"
-        )
-    if recipe.monitor.prompts and recipe.monitor.sample_tokens >= model.max_seq_len:
-        problems.append(
-            f"monitor.sample_tokens={recipe.monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"
-        )
-    if problems:
-        raise ConfigError("the recipe contradicts itself:\n  " + "\n  ".join(problems))
+    model, data, monitor = recipe.model, recipe.data, recipe.monitor
+    rows, rest = divmod(data.batch_size, recipe.step.accumulate)
+    sizes = axis_sizes(recipe.mesh, n_devices)
+    parts, devices = batch_parts(sizes), n_devices // n_processes
+    remedy = (
+        f"set it to {vocab_size} or more" if recipe.start_from is None
+        else f"prepare the data in the tokens of the model: --tokenizer {recipe.start_from}"
+    )  # fmt: skip
+    problems = [
+        (model.vocab_size < vocab_size,
+         f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; {remedy}"),
+        (data.packing.seq_len > model.max_seq_len,
+         (f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; lower "
+         "the first or raise the second")),
+        (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
+        (rows % parts and not rest,
+         (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "
+         f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
+        (n_processes > 1 and devices % sizes["tensor"],
+         (f"mesh.tensor={recipe.mesh.tensor} spans processes of {devices} devices each, and the rows of a batch cannot "
+         "be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher")),
+        (monitor.prompts and monitor.sample_tokens >= model.max_seq_len,
+         f"monitor.sample_tokens={monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"),
+    ]  # fmt: skip
+    if found := [text for wrong, text in problems if wrong]:
+        raise ConfigError("the recipe contradicts itself:\n  " + "\n  ".join(found))

@@ -18,14 +18,7 @@ from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
 from jaxllm.locate import is_huggingface, locate, look
-from jaxllm.models.accounting import (
-    active_param_count,
-    flops_per_token,
-    memory_line,
-    param_count,
-    peak_flops,
-    training_bytes,
-)
+from jaxllm.models import accounting
 from jaxllm.recipe import Recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
@@ -201,24 +194,26 @@ class Run:
 
     def flops_per_step(self) -> tuple[float, float | None]:
         """Return (model FLOPs of a step, peak FLOP/s of all devices or None)."""
-        peak = peak_flops(jax.devices()[0].device_kind)
-        per_token = flops_per_token(self.recipe.model, self.recipe.data.packing.seq_len)
+        peak = accounting.peak_flops(jax.devices()[0].device_kind)
+        per_token = accounting.flops_per_token(self.recipe.model, self.recipe.data.packing.seq_len)
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
 
     def memory(self, state: TrainState) -> str:
         """Estimate a device's share: parameters lie over fsdp x expert x tensor, optimizer state over all devices."""
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
         rows = data.batch_size // self.recipe.step.accumulate // batch_parts(shape)
-        copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / param_count(model)
+        copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / accounting.param_count(model)
         split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
-        sizes = training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
-        return f"memory per device, estimated: {memory_line({k: size / split[k] for k, size in sizes.items()})}"
+        sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
+        return (
+            f"memory per device, estimated: {accounting.memory_line({k: size / split[k] for k, size in sizes.items()})}"
+        )
 
     def describe(self, steps: int) -> str:
         """Say in a line what is about to happen."""
         data, done = self.recipe.data, self.begin.step
-        total, active = param_count(self.recipe.model), active_param_count(self.recipe.model)
+        total, active = accounting.param_count(self.recipe.model), accounting.active_param_count(self.recipe.model)
         kind = jax.devices()[0].device_kind
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
         samples = min(self.begin.at(steps), self.loader.n_samples or self.begin.at(steps))  # the last may be filled up
@@ -238,12 +233,7 @@ class Run:
                 f"note: training and validation loss are of different mixtures: of all {len(self.recipe.data.sources)} "
                 f"sources by their weights, and of the held-out documents of {' and '.join(self._held_out)}"
             )
-        for plan in self.loader.plans:
-            if plan.dropped:
-                notes.append(
-                    f"note: {plan.dropped:,} of {len(plan.dataset):,} conversations of {plan.dataset.directory} are "
-                    f"longer than data.packing.seq_len={plan.seq_len} and left out; raise it to learn from them"
-                )
+        notes += self.loader.notes()
         rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size
         if rows < batch:
             notes.append(

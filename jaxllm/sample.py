@@ -1,24 +1,5 @@
-"""python -m jaxllm.sample: text from a model, for one prompt, many, or a conversation."""
+"""python -m jaxllm.sample: text from a model, for one prompt, many, or a conversation.
 
-import argparse
-import contextlib
-import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from jaxllm.core import config as configs
-from jaxllm.core.command import command
-
-if TYPE_CHECKING:
-    from jaxllm.inference.sampling import Sampler
-    from jaxllm.language_model import LanguageModel
-
-CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line"
-COMPILES = "/jax/compilation_cache/compile_requests_use_cache"  # what JAX announces before it compiles
-NOTES = """
 Without --prompt, --prompts or --chat, the prompts are read from standard input, one per line.
 
 A model that was tuned on conversations gets each prompt as a user's message in its chat template; --raw continues the
@@ -31,6 +12,27 @@ examples:
   echo 'Once upon a time' | python -m jaxllm.sample runs/pretrain --stream
 """
 
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxllm.core import config as configs
+from jaxllm.core.command import command, parser
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from jaxllm.inference.sampling import Sampler
+    from jaxllm.language_model import LanguageModel
+
+CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line"
+COMPILES = "/jax/compilation_cache/compile_requests_use_cache"  # what JAX announces before it compiles
+
 
 class Prompt(NamedTuple):
     """What is asked, and where it was written: "--prompt", "questions.txt, line 3"."""
@@ -42,7 +44,7 @@ class Prompt(NamedTuple):
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Parse, load, answer; what the user waits for is said on standard error, if that is a terminal."""
-    arguments = parser().parse_args(argv)
+    arguments = _parser().parse_args(argv)
     if arguments.chat:
         _check_chat(arguments)
     prompts = [] if arguments.chat else read_prompts(arguments)
@@ -76,23 +78,12 @@ def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
     return load(model, mesh=tensor_mesh(config)), sampler
 
 
-@contextmanager
-def _status(text: str) -> Iterator[Callable[[str], None]]:
-    """Say on standard error, if it is a terminal, what takes so long; give what says another text there."""
-    width = 0
+def _status(text: str) -> "Status":
+    """Say on standard error, if it is a terminal, what takes so long."""
+    from rich.console import Console
+    from rich.markup import escape
 
-    def say(text: str, end: str = "") -> None:
-        nonlocal width
-        if sys.stderr.isatty():
-            sys.stderr.write("\r" * (width > 0) + text.ljust(width) + end)
-            sys.stderr.flush()
-        width = max(width, len(text))
-
-    say(text)
-    try:
-        yield say
-    finally:
-        say("", end="\r")
+    return Console(stderr=True).status(escape(text), refresh_per_second=4)
 
 
 @contextmanager
@@ -100,8 +91,8 @@ def _answering() -> Iterator[None]:
     """Show that an answer is under way, and if it waits for the compiler, that too."""
     from jax import monitoring
 
-    with _status("answering ...") as say:
-        heard = lambda event, **_: say("answering (compiling) ...") if event == COMPILES else None
+    with _status("answering ...") as status:
+        heard = lambda event, **_: status.update("answering (compiling) ...") if event == COMPILES else None
         monitoring.register_event_listener(heard)
         try:
             yield
@@ -117,12 +108,8 @@ def _pieces(stream: Iterator[str]) -> Iterator[str]:
     yield from stream
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line of `sample`."""
-    result = argparse.ArgumentParser(
-        prog="python -m jaxllm.sample", description=__doc__.partition(": ")[2], epilog=NOTES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def _parser() -> argparse.ArgumentParser:
+    result = parser(__doc__)
     result.add_argument(
         "model", metavar="MODEL", help="run directory, such as runs/quickstart, or RUN/checkpoints/STEP"
     )

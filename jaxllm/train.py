@@ -1,10 +1,6 @@
-"""python -m jaxllm.train: pretrain a model, or continue a run."""
+"""python -m jaxllm.train: pretrain a model, or continue a run.
 
-import sys
-
-from jaxllm.core.command import command
-
-USAGE = """usage: python -m jaxllm.train RECIPE.yaml [key=value ...]
+usage: python -m jaxllm.train RECIPE.yaml [key=value ...]
        python -m jaxllm.train RUN_DIR [key=value ...]      resume a run
 
 Trains as RECIPE says and writes the run directory `out`. A run that is already there is resumed from its newest
@@ -15,13 +11,17 @@ checkpoint. Ctrl-C saves and stops; a second Ctrl-C leaves at once.
 keys:
 """
 
+import sys
+
+from jaxllm.core.command import command
+
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Train as a recipe says."""
     from jaxllm.recipe import of_command_line
 
-    recipe = of_command_line(argv, USAGE)
+    recipe = of_command_line(argv, __doc__)
     if recipe is None:
         return 0
     from jaxllm.wiring import train

@@ -1,10 +1,6 @@
-"""python -m jaxllm.tune: teach a pretrained model to follow instructions."""
+"""python -m jaxllm.tune: teach a pretrained model to follow instructions.
 
-import sys
-
-from jaxllm.core.command import command
-
-USAGE = """usage: python -m jaxllm.tune RECIPE.yaml [key=value ...]
+usage: python -m jaxllm.tune RECIPE.yaml [key=value ...]
        python -m jaxllm.tune RUN_DIR [key=value ...]       resume a run
 
 Trains the model `start_from` on conversations (a dataset prepared with --chat): the loss is on the assistant's words
@@ -15,13 +11,17 @@ and on the token that ends them. The same recipe keys and the same loop as `trai
 keys:
 """
 
+import sys
+
+from jaxllm.core.command import command
+
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Tune as a recipe says."""
     from jaxllm.recipe import of_command_line
 
-    recipe = of_command_line(argv, USAGE)
+    recipe = of_command_line(argv, __doc__)
     if recipe is None:
         return 0
     from jaxllm.wiring import train

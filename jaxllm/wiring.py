@@ -165,8 +165,7 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
         if first and not (run_dir / "tokenizer").exists():
             with files.new_directory(run_dir / "tokenizer") as temporary:
                 shutil.copytree(loader.tokenizer_dir, temporary, dirs_exist_ok=True)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the first process has made the run directory")
+        multihost_utils.sync_global_devices("the first process has made the run directory")
         yield
 
 

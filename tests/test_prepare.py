@@ -22,7 +22,7 @@ def test_flags_make_a_dataset(text, tmp_path, capsys):
     assert "60 read, 60 kept" in capsys.readouterr().out
     assert len(Dataset.open(out, "validation")) == 5
     assert prepare.main(flags) == 2
-    assert f"error: {out} exists; choose another directory, or pass --overwrite" in capsys.readouterr().err
+    assert f"error: {out} exists; choose another directory, or --overwrite" in capsys.readouterr().err
     assert prepare.main([*flags, "--overwrite"]) is None
     chat = ["--chat", "--world", "40", "--tokenizer", str(out), "--out", str(tmp_path / "c")]
     assert prepare.main(chat) is None
@@ -123,4 +123,4 @@ def test_inspect_shows_a_dataset(text, tmp_path, capsys):
     assert inspect.main([str(out), "--step", "1"]) == 2
     assert "--step needs a run directory" in capsys.readouterr().err
     assert inspect.main([str(tmp_path)]) == 2
-    assert "is no dataset: it has no manifest.json" in capsys.readouterr().err
+    assert "is no dataset (no manifest.json)" in capsys.readouterr().err

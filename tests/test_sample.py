@@ -52,7 +52,15 @@ def test_stream_prints_what_generate_prints(run, capsys):
     assert outcome(capsys, *arguments)[1] == outcome(capsys, *arguments, "--stream")[1]
 
 
+START, WIPE = "\x1b[?25l", "\x1b[1A\x1b[2K"  # a status hides the cursor, and in the end clears its line
+
+
 class Terminal(io.StringIO):
+    def __init__(self, monkeypatch):
+        super().__init__()
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr("sys.stderr", self)
+
     def isatty(self):
         return True
 
@@ -61,21 +69,21 @@ class Terminal(io.StringIO):
 def test_a_terminal_shows_what_takes_so_long_and_standard_output_stays_the_same(run, capsys, monkeypatch, flags):
     arguments = [run, "--prompt", "hi", "--max-new-tokens", 4, "--temperature", 0, *flags]
     _, expected, nothing = outcome(capsys, *arguments)
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
+    terminal = Terminal(monkeypatch)
     assert outcome(capsys, *arguments)[1] == expected
     assert nothing == ""
-    loading, wiped, answering, _ = terminal.getvalue().split("\r")[:4]
-    assert (loading, wiped.strip()) == (f"loading {run} ...", "")
-    assert answering.startswith("answering")
-    assert terminal.getvalue().endswith(" \r")
+    before, loading, answering = terminal.getvalue().split(START)
+    assert before == ""
+    assert "loading" in loading and loading.endswith(WIPE)
+    assert "answering" in answering and answering.endswith(WIPE)
 
 
-def test_a_mistake_wipes_out_the_status(capsys, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
+def test_a_mistake_wipes_out_the_status(monkeypatch):
+    terminal = Terminal(monkeypatch)
     assert sample.main(["nowhere", "--prompt", "x"]) == 2
-    assert re.fullmatch(r"loading nowhere \.\.\.\r +\rerror: nowhere does not exist.*\n", terminal.getvalue())
+    loading, _, error = terminal.getvalue().rpartition(WIPE)
+    assert "loading nowhere ..." in loading
+    assert re.fullmatch(r"error: nowhere does not exist.*\n", error)
 
 
 def test_raw_differs_from_the_template(run, capsys):
@@ -91,11 +99,10 @@ def test_standard_input_is_a_prompt(run, capsys, monkeypatch):
 
 
 def test_only_an_answer_that_is_compiled_is_said_to_be(run, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
+    terminal = Terminal(monkeypatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/reset\nho\n"))
     assert sample.main([run, "--chat", "--max-new-tokens", "50", "--temperature", "0"]) is None
-    first, second = terminal.getvalue().split("answering ...")[1:]
+    _, _, first, second = terminal.getvalue().split(START)
     assert "answering (compiling) ..." in first
     assert "compiling" not in second
 

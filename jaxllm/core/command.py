@@ -1,10 +1,12 @@
 """The frame of every command: what a user can repair is one line, what is our bug a traceback."""
 
+import argparse
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int | None]:
@@ -33,6 +35,21 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
             return 2
 
     return run
+
+
+def parser(doc: str, **options: Any) -> argparse.ArgumentParser:
+    """Return a command line without arguments yet, described by the docstring of its module.
+
+    Args:
+      doc: "python -m jaxllm.VERB: what it does", and notes from the second line on.
+      options: of `argparse.ArgumentParser`.
+    """
+    program, _, text = doc.partition(": ")
+    does, _, notes = text.partition("\n")
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=program, description=does, epilog=notes, allow_abbrev=False, formatter_class=form, **options
+    )
 
 
 def _reason(error: ValueError | OSError) -> str:

@@ -41,12 +41,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Parse the JSON file at `path`.
+def read_json(path: str | os.PathLike, missing: Any = None) -> Any:
+    """Parse the JSON file at `path`; return `missing`, if it is given, where there is no file.
 
     Raises:
       ValueError: the file is not JSON; the message names it.
     """
+    if missing is not None and not Path(path).is_file():
+        return missing
     text = Path(path).read_text(encoding="utf-8")
     try:
         return json.loads(text)

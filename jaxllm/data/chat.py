@@ -144,7 +144,5 @@ def _unused_characters(text: str) -> list[str]:
     candidates = map(chr, itertools.chain(_NONCHARACTERS, _PRIVATE_USE))
     unused = list(itertools.islice((character for character in candidates if character not in used), 3))
     if len(unused) < 3:
-        raise ValueError(
-            "the messages use every private-use character of Unicode; no chat template can be applied to them"
-        )
+        raise ValueError("the messages use all private-use characters of Unicode; no chat template can be applied")
     return unused

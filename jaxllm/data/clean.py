@@ -26,9 +26,7 @@ class CleanConfig(Config):
     """Which rules run, in this order."""
 
     nfc: bool = Field(False, description="compose characters (Unicode NFC); changes no meaning, but is not reversible")
-    control: bool = Field(
-        True, description="remove control characters; form feeds and foreign line ends become newlines"
-    )
+    control: bool = Field(True, description="remove control characters; form feed, foreign line ends become newlines")
     trailing_space: bool = Field(True, description="remove spaces at line ends and blank lines around a text")
     min_chars: int = Field(1, ge=1, description="drop texts shorter than this (characters)")
     deduplicate: bool = Field(True, description="drop exact copies of an earlier document or conversation")

@@ -54,8 +54,6 @@ def parse_messages(value: object) -> tuple[Message, ...]:
     for index, entry in enumerate(value):
         role, content = (entry.get("role"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(
-                f"message {index} must have a string role and a string content, found {as_json(entry, 80)}"
-            )
+            raise ValueError(f"message {index} must have a string role and content, found {as_json(entry, 80)}")
         messages.append(Message(role, content))
     return tuple(messages)

@@ -1,8 +1,8 @@
-"""Our tokenizers as a `tokenizer.json`, so that other programs read them."""
+"""What a `tokenizer.json` is made of, and our tokenizers as one, so that other programs read them."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from jaxllm.data.tokenizer import Tokenizer
 
 NEVER = -1e6  # logarithm of the frequency of a piece that no text may be cut into
+BPE, SPACES_TO_MARKS, MARKS_TO_SPACES = json.loads(
+    resources.files(__package__).joinpath("fast_export.json").read_text("utf-8")
+).values()
+FALLBACK = [{"type": "ByteFallback"}, {"type": "Fuse"}]  # decoders of pieces that may be bytes
 
 
 def to_json(tokenizer: "Tokenizer") -> str:
@@ -29,27 +33,40 @@ def to_json(tokenizer: "Tokenizer") -> str:
         return pieces.source
     if isinstance(pieces, SentencePieces) and not pieces.escape_mark:
         raise ValueError("a SentencePiece model from elsewhere is passed on as tokenizer.model, not as tokenizer.json")
-    constant = json.loads(resources.files(__package__).joinpath("fast_export.json").read_text("utf-8"))
     names = {token: name for name, token in tokenizer.special.items()}
-    bos = names[tokenizer.bos_id]
-    special, text = {"SpecialToken": {"id": bos, "type_id": 0}}, lambda name: {"Sequence": {"id": name, "type_id": 0}}
-    description = constant["tokenizer"] | {
-        "added_tokens": [
-            {"id": token, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True} for token, name in sorted(names.items())
-        ],
-        "normalizer": None if isinstance(pieces, BytePieces) else constant["space"],
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [special, text("A")],
-            "pair": [special, text("A"), special, text("B")],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
-        "model": _model(pieces, tokenizer.special, constant["bpe"]),
-    }  # fmt: skip
-    return json.dumps(description, ensure_ascii=False)
+    return compose(
+        dict(sorted(names.items())), names, [(names[tokenizer.bos_id], tokenizer.bos_id)], [],
+        normalizer=None if isinstance(pieces, BytePieces) else SPACES_TO_MARKS,
+        decoder={"type": "Sequence", "decoders": [MARKS_TO_SPACES, *FALLBACK]},
+        model=_model(pieces, tokenizer.special),
+    )  # fmt: skip
 
 
-def _model(pieces: BytePieces | SentencePieces, special: dict[str, int], bpe: dict[str, Any]) -> dict[str, Any]:
+def compose(
+    added: Mapping[int, str], special: Container[int], before: Sequence[tuple[str, int]],
+    after: Sequence[tuple[str, int]], **parts: Any,
+) -> str:  # fmt: skip
+    """Return a tokenizer.json of its parts: model, normalizer, pre_tokenizer, decoder.
+
+    Args:
+      added: by id, tokens that are cut out of a text before all else; special: which of them text should not spell.
+      before, after: (token, id) of what is put around a text.
+    """
+    tokens = [
+        {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": token in special} for token, text in added.items()
+    ]  # fmt: skip
+    first, last = ([{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in side] for side in (before, after))
+    one, other = ([*first, {"Sequence": {"id": name, "type_id": 0}}, *last] for name in "AB")
+    named = {text: {"id": text, "ids": [token], "tokens": [text]} for text, token in (*before, *after)}
+    around = {"type": "TemplateProcessing", "single": one, "pair": one + other, "special_tokens": named}
+    description = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens}
+    description |= {"normalizer": None, "pre_tokenizer": None, "decoder": None, "model": None} | parts
+    return json.dumps(description | {"post_processor": around if named else None}, ensure_ascii=False)
+
+
+def _model(pieces: BytePieces | SentencePieces, special: dict[str, int]) -> dict[str, Any]:
+    bpe = BPE | {"fuse_unk": True, "byte_fallback": True}
     if isinstance(pieces, BytePieces):
         vocabulary = special | {f"<0x{byte:02X}>": pieces.reserved + byte for byte in range(256)}
         return bpe | {"vocab": vocabulary, "merges": []}

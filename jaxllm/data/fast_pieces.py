@@ -95,8 +95,7 @@ def read_source(directory: Path) -> str | None:
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     if not (vocabulary.is_file() and merges.is_file()):
         return None
-    config = directory / "config.json"
-    kind = files.read_json(config).get("model_type", "gpt2") if config.is_file() else "gpt2"
+    kind = files.read_json(directory / "config.json", {}).get("model_type", "gpt2")
     if kind != "gpt2":
         raise ValueError(
             f"{directory} has vocab.json and merges.txt, but no tokenizer.json: how {kind} cuts text before it merges "

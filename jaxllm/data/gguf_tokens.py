@@ -1,7 +1,7 @@
 """The tokenizer in the metadata of a GGUF file, translated to a tokenizer.json and a tokenizer_config.json.
 
 Two models: "llama", SentencePiece's BPE with a score for each piece, and "gpt2", byte-level BPE with merges, whose way
-of cutting text before merging has only a name there (`tokenizer.ggml.pre`) and is spelled out here.
+of cutting text before merging has only a name there (`tokenizer.ggml.pre`) and is spelled out in gguf_tokens.yaml.
 
 What the file does not say is lost: whether a token that looks like `<|word|>` was special to the original (llama.cpp's
 converter takes it for special), whether an added token swallows the space beside it, and whether SentencePiece's space
@@ -11,61 +11,18 @@ Source: gguf.md of ggml for the keys; llama-vocab.cpp of llama.cpp for the names
 tokenizer.json of SmolLM2, Llama 3, Qwen2 and Mistral Nemo for the expressions.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from importlib import resources
+from typing import Any
 
-from jaxllm.data.fast_export import merges_of
+import yaml
+
+from jaxllm.data.fast_export import BPE, FALLBACK, MARKS_TO_SPACES, SPACES_TO_MARKS, compose, merges_of
 from jaxllm.data.pieces import SPACE_MARK
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_MARKED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TEKKEN = "|".join(
-    r"[^\r\n\p{L}\p{N}]?" + "".join(f"{kind}{count}" for kind, count in zip(_MARKED, counts, strict=True))
-    for counts in ("*+", "+*")
-)
-
-
-class Cut(NamedTuple):
-    """How a byte-level BPE cuts text before it merges.
-
-    Attributes:
-      pattern: a regular expression whose matches are the words; None: GPT-2's, which the library has built in.
-      digits: each digit is cut off first.
-      ignore_merges: a word that is a token is that token, whatever the merges would make of it.
-      add_bos: what an absent add_bos_token means.
-    """
-
-    pattern: str | None = None
-    digits: bool = False
-    normalizer: str | None = None
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-_LLAMA3 = Cut(
-    rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}",
-    ignore_merges=True,
-    add_bos=True,
-)
-CUTS: Mapping[str, Cut] = {
-    "gpt-2": Cut(), "smollm": Cut(digits=True), "starcoder": Cut(digits=True),
-    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
-    "qwen2": Cut(rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}", normalizer="NFC"),
-    "tekken": Cut(rf"{_TEKKEN}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}", ignore_merges=True, add_bos=True),
-}  # fmt: skip
-
-# Names of tokens that end an answer; llama.cpp stops at them too, because many files name only one end.
-ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
-KNOWN = frozenset(
-    """
-    model pre tokens token_type token_type_count scores merges add_bos_token add_eos_token add_space_prefix
-    remove_extra_whitespaces
-    """.split()  # noqa: SIM905
-)
+TABLE = yaml.safe_load(resources.files(__package__).joinpath("gguf_tokens.yaml").read_text("utf-8"))
+CUTS: Mapping[str, Mapping[str, Any]] = TABLE["cuts"]
 
 
 def describe(metadata: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]:
@@ -90,19 +47,17 @@ def describe(metadata: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any
                if (token := keys.get(f"{role}_token_id")) is not None}  # fmt: skip
     special |= {token for token, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
     added = sorted(special | {token for token, kind in enumerate(types) if kind == USER_DEFINED})
+    starts = keys.get("add_bos_token", keys["model"] == "llama" or CUTS[keys["pre"]].get("add_bos"))
+    before, after = (
+        [(tokens[token], token)] if wanted and (token := keys.get(f"{role}_token_id")) is not None else []
+        for role, wanted in (("bos", starts), ("eos", keys.get("add_eos_token")))
+    )
     parts = _spm(keys, tokens, types) if keys["model"] == "llama" else _bpe(keys, tokens)
-    source = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [
-            {"id": token, "content": tokens[token], "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": token in special} for token in added
-        ],
-        **parts, "post_processor": _template(keys, tokens),
-    }  # fmt: skip
+    source = compose({token: tokens[token] for token in added}, special, before, after, **parts)
     roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
     ids = {role: keys.get(f"{key}_token_id") for role, key in roles.items()}
     config = {role: None if token is None else tokens[token] for role, token in ids.items()}
-    return json.dumps(source, ensure_ascii=False), {**config, "chat_template": metadata.get("tokenizer.chat_template")}
+    return source, {**config, "chat_template": metadata.get("tokenizer.chat_template")}
 
 
 def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
@@ -110,7 +65,7 @@ def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
     declared = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
     types = metadata.get("tokenizer.ggml.token_type", ())
     tokens = zip(metadata["tokenizer.ggml.tokens"], types, strict=False)
-    named = [token for token, (text, kind) in enumerate(tokens) if kind == CONTROL and text in ENDS]
+    named = [token for token, (text, kind) in enumerate(tokens) if kind == CONTROL and text in TABLE["ends"]]
     return list(dict.fromkeys([token for token in declared if token is not None] + named))
 
 
@@ -138,7 +93,7 @@ def _problems(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> list[str]
         problems.append("tokenizer.ggml.remove_extra_whitespaces=True: only False is computed here")
     unknown = [
         key for key in metadata if key.startswith("tokenizer.ggml.") and not key.endswith(("_token_id", "_token_ids"))
-        and key.removeprefix("tokenizer.ggml.") not in KNOWN
+        and key.removeprefix("tokenizer.ggml.") not in TABLE["known"]
     ]  # fmt: skip
     return problems + [f"{key}: unknown, and it may change the ids" for key in unknown]
 
@@ -146,16 +101,18 @@ def _problems(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> list[str]
 def _bpe(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     """Return the parts of a tokenizer.json of a byte-level BPE."""
     cut = CUTS[keys["pre"]]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not cut.pattern}
-    first = [{"type": "Digits", "individual_digits": True}] if cut.digits else []
-    if cut.pattern:
-        first.append({"type": "Split", "pattern": {"Regex": cut.pattern}, "behavior": "Isolated", "invert": False})
-    model = _model(tokens, [merge.split(" ") for merge in keys["merges"]], ignore_merges=cut.ignore_merges)
+    words, normalizer = cut.get("words"), cut.get("normalizer")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not words}
+    first = [{"type": "Digits", "individual_digits": True}] if cut.get("digits") else []
+    if words:
+        first.append({"type": "Split", "pattern": {"Regex": "|".join(words)}, "behavior": "Isolated", "invert": False})
+    options = {"ignore_merges": cut.get("ignore_merges", False)}
     return {
-        "normalizer": {"type": cut.normalizer} if cut.normalizer else None,
+        "normalizer": {"type": normalizer} if normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*first, byte_level]},
-        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True}, "model": model,
-    }  # fmt: skip
+        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+        "model": BPE | options | {"vocab": _ids(tokens), "merges": [merge.split(" ") for merge in keys["merges"]]},
+    }
 
 
 def _spm(keys: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
@@ -167,41 +124,15 @@ def _spm(keys: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[s
     ids = {text: token for token, text in enumerate(tokens) if types[token] == NORMAL}
     order = sorted(ids, key=lambda text: (-scores[ids[text]], ids[text]))
     unknown = next((text for text, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
-    model = _model(tokens, merges_of(ids, order), unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types)
-    marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
-    spaces = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": BYTE in types}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     prepend = [{"type": "Prepend", "prepend": SPACE_MARK}] if prefix else []
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, marks]}, "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": model,
-    }  # fmt: skip
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, SPACES_TO_MARKS]},
+        "decoder": {"type": "Sequence", "decoders": [MARKS_TO_SPACES, *FALLBACK, *strip]},
+        "model": BPE | options | {"vocab": _ids(tokens), "merges": merges_of(ids, order)},
+    }
 
 
-def _model(tokens: list[str], merges: list[Any], **options: Any) -> dict[str, Any]:
-    plain = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-    }  # fmt: skip
-    return plain | options | {"vocab": {text: token for token, text in enumerate(tokens)}, "merges": merges}
-
-
-def _template(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
-    """Return the post-processor: bos before and eos after a text, where the file says so."""
-    starts = keys.get("add_bos_token", keys["model"] == "llama" or CUTS[keys["pre"]].add_bos)
-    around = [
-        keys.get("bos_token_id") if starts else None,
-        keys.get("eos_token_id") if keys.get("add_eos_token") else None,
-    ]
-    if around == [None, None]:
-        return None
-    before, after = (
-        [{"SpecialToken": {"id": tokens[token], "type_id": 0}}] if token is not None else [] for token in around
-    )
-    sequence = lambda name: [*before, {"Sequence": {"id": name, "type_id": 0}}, *after]
-    named = {tokens[token]: token for token in around if token is not None}
-    return {
-        "type": "TemplateProcessing", "single": sequence("A"), "pair": sequence("A") + sequence("B"),
-        "special_tokens": {text: {"id": text, "ids": [token], "tokens": [text]} for text, token in named.items()},
-    }  # fmt: skip
+def _ids(tokens: list[str]) -> dict[str, int]:
+    return {text: token for token, text in enumerate(tokens)}

@@ -47,6 +47,12 @@ class DataConfig(Config):
     threads: int = Field(2, ge=0, description="threads that read ahead; 0: read when asked")
     prefetch: int = Field(4, ge=1, description="batches to read ahead")
 
+    @classmethod
+    def of(cls, dataset: str, seq_len: int, batch_size: int) -> "DataConfig":
+        """Return one dataset, to be looked at or measured; conversations that are longer than a row are left out."""
+        packing = PackingConfig(seq_len=seq_len, long="drop")
+        return cls(sources=(Source(path=dataset),), packing=packing, batch_size=batch_size)
+
 
 class Loader(Iterator[Batch]):
     """Iterator over host-local batches, NumPy arrays [batch_size / process_count, T].
@@ -145,6 +151,14 @@ class Loader(Iterator[Batch]):
         """UTF-8 bytes per trained token over all sources of this split."""
         tokens = [each.n_trained for each in self.datasets]
         return sum(each.bytes_per_token * n for each, n in zip(self.datasets, tokens, strict=True)) / sum(tokens)
+
+    def notes(self) -> list[str]:
+        """Say of each dataset which conversations are left out."""
+        return [
+            f"note: {each.dropped:,} of {len(each.dataset):,} conversations of {each.dataset.directory} are longer "
+            f"than data.packing.seq_len={each.seq_len} and left out; raise it to have them"
+            for each in self.plans if each.dropped
+        ]  # fmt: skip
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(source, row of its plan) of a global sample."""

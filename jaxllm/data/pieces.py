@@ -99,9 +99,7 @@ class SentencePieces:
                 return [self._model.encode(part) for part in parts]
             return self._model.encode(parts, num_threads=-1)
         except RuntimeError as error:
-            raise ValueError(
-                f"SentencePiece cannot encode the text; is there a lone surrogate in it? ({error})"
-            ) from error
+            raise ValueError(f"SentencePiece cannot encode this; is there a lone surrogate in it? ({error})") from error
 
     def bytes_of(self, token: int) -> bytes:
         return self._table[token]

@@ -23,9 +23,7 @@ class TokenizerConfig(Config):
     """A SentencePiece tokenizer to train: lossless (identity normalisation, byte fallback) and with chat tokens."""
 
     kind: Literal["train"] = "train"
-    algorithm: Literal["bpe", "unigram"] = Field(
-        "bpe", description="bpe trains about 10 times faster, unigram codes a little shorter"
-    )
+    algorithm: Literal["bpe", "unigram"] = Field("bpe", description="bpe trains 10 times faster, unigram codes shorter")
     vocab_size: int = Field(8192, ge=300, description="ids in all, with 7 special tokens, newline and 256 bytes")
     character_coverage: float = Field(
         0.9995,

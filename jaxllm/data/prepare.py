@@ -38,9 +38,7 @@ class ExistingTokenizer(Config):
     """A tokenizer that exists: what a model was trained with, above all."""
 
     kind: Literal["existing"] = "existing"
-    path: str = Field(
-        description="tokenizer directory, a dataset or run that holds one, or a SentencePiece .model file"
-    )
+    path: str = Field(description="tokenizer directory, dataset or run that holds one, or SentencePiece .model file")
 
 
 class PrepareConfig(Config):

@@ -64,9 +64,7 @@ def _docstrings(root: Path | None) -> Iterator[tuple[str, ast.AST, str]]:
     root = root or Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if not EXCLUDED_PARTS.intersection(path.relative_to(root).parts))
     if not paths:
-        raise ValueError(
-            f"this Python has no .py files under {root}, so it has no documentation to read; use other sources"
-        )
+        raise ValueError(f"this Python has no .py files under {root}, so no documentation to read; use other sources")
     for path in paths:
         parts = path.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -37,9 +37,7 @@ class DatasetWriter:
         self.directory = Path(directory)
         self.tokenizer, self.kind, self.overwrite = tokenizer, kind, overwrite
         if self.directory.exists() and not overwrite:
-            raise FileExistsError(
-                f"{self.directory} exists; choose another directory, or pass --overwrite to replace it"
-            )
+            raise FileExistsError(f"{self.directory} exists; choose another directory, or --overwrite to replace it")
         self._sealed = False
         self._temporary = files.temporary_beside(self.directory)
         self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"

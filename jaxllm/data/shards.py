@@ -119,16 +119,15 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> Int[np.ndarray, "T"]:
-        """Tokens [start, stop) of one document."""
-        return self.stream(*self._range(document, start, stop))
+    def tokens(self, document: int) -> Int[np.ndarray, "T"]:
+        """Tokens of one document."""
+        return self.stream(int(self.starts[document]), int(self.starts[document + 1]))
 
-    def trained(self, document: int, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, "T"]:
+    def trained(self, document: int) -> Bool[np.ndarray, "T"]:
         """For chat, which of those tokens belong to an answer; for text, all but the first token of the document."""
-        first, last = self._range(document, start, stop)
         if self.kind == "chat":
-            return self._read(self._trained, first, last)
-        return np.arange(first, last) != self.starts[document]
+            return self._read(self._trained, int(self.starts[document]), int(self.starts[document + 1]))
+        return np.arange(self.lengths[document]) > 0
 
     def stream(self, start: int, stop: int) -> Int[np.ndarray, "T"]:
         """Tokens [start, stop) of all documents in a row, across shards; a view where one shard holds them."""
@@ -143,10 +142,6 @@ class Dataset:
         path = self.directory / self.split / f"{shard.name}.origins.jsonl"
         with open(path, encoding="utf-8", newline="\n") as file:
             return json.loads(next(islice(file, document, None)))
-
-    def _range(self, document: int, start: int, stop: int | None) -> tuple[int, int]:
-        first, length = int(self.starts[document]), int(self.lengths[document])
-        return first + min(start, length), first + (length if stop is None else min(stop, length))
 
     def _read(self, arrays: list[np.ndarray], start: int, stop: int) -> np.ndarray:
         shard = int(np.searchsorted(self._bounds, start, side="right")) - 1
@@ -167,9 +162,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     """
     path = Path(directory) / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} is no dataset: it has no manifest.json; make one with python -m jaxllm.prepare"
-        )
+        raise FileNotFoundError(f"{directory} is no dataset (no manifest.json); make one with python -m jaxllm.prepare")
     content = files.read_json(path)
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:

@@ -98,9 +98,7 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
     """
     match source:
         case TextFiles():
-            raise ValueError(
-                f"--text {source.path} has no conversations; use --jsonl for chat data, or leave out --chat"
-            )
+            raise ValueError(f"--text {source.path} has no conversations; use --jsonl for them, or leave out --chat")
         case JsonLines():
             for path, number, row in _rows(source.path, problems):
                 place = f"{path}:{number}"

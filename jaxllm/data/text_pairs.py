@@ -56,9 +56,7 @@ class PairTokenizer:
         self.size = max(self._model.get_vocab().values()) + 1
         _, pad_id = self._special("pad")
         if pad_id is None:
-            raise ValueError(
-                "the tokenizer has no token for padding ([PAD] or <pad>); name it in tokenizer_config.json"
-            )
+            raise ValueError("the tokenizer has no padding token ([PAD] or <pad>); name it in tokenizer_config.json")
         self.pad_id = pad_id
         self.mask, self.mask_id = self._special("mask")
 
@@ -110,8 +108,7 @@ def load(directory: str | Path) -> PairTokenizer:
       FileNotFoundError: neither tokenizer.json nor vocab.txt is there.
     """
     directory = Path(directory)
-    path = directory / "tokenizer_config.json"
-    settings = files.read_json(path) if path.is_file() else {}
+    settings = files.read_json(directory / "tokenizer_config.json", {})
     if (directory / "tokenizer.json").is_file():
         return PairTokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), settings)
     if (directory / "vocab.txt").is_file():

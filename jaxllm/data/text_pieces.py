@@ -31,8 +31,7 @@ class TextPieces:
         one = directory / "spiece.model"
         names = ("spiece.model",) if one.is_file() else ("source.spm", "target.spm", "vocab.json")
         self._files = {name: (directory / name).read_bytes() for name in names}
-        path = directory / "tokenizer_config.json"
-        self.settings: Mapping[str, Any] = files.read_json(path) if path.is_file() else {}
+        self.settings: Mapping[str, Any] = files.read_json(directory / "tokenizer_config.json", {})
         models = [SentencePieceProcessor(model_proto=self._files[name]) for name in names[:2] if name != "vocab.json"]
         self._source, self._target = models[0], models[-1]
         if one.is_file():

@@ -156,7 +156,7 @@ def load(path: str | Path) -> Tokenizer:
     if path.is_file():
         return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    description = _json(path / "tokenizer.json")
+    description = files.read_json(path / "tokenizer.json", {})
     if not description or "model" in description:
         return _from_huggingface(path)
     if description.get("version") != VERSION:
@@ -183,10 +183,6 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return files.read_json(path) if path.is_file() else {}
-
-
 def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: int) -> ChatTemplate | None:
     names = {token: name for name, token in special.items()}
     return None if source is None else ChatTemplate(source, tuple(special), names.get(bos, ""), names[eos])
@@ -194,7 +190,7 @@ def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: 
 
 def _from_huggingface(directory: Path) -> Tokenizer:
     """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model or vocab.json and merges.txt."""
-    config = _json(directory / "tokenizer_config.json")
+    config = files.read_json(directory / "tokenizer_config.json", {})
     source = read_source(directory)
     if source is None:
         for name in ("tokenizer.model", "spiece.model"):
@@ -244,9 +240,7 @@ def _from_sentencepiece(pieces: SentencePieces) -> Tokenizer:
     """Read the special tokens from the model; the default chat template applies if all roles are control symbols."""
     bos, eos, pad, unknown = (pieces.id_of(role) for role in ("bos", "eos", "pad", "unk"))
     if bos is None or eos is None:
-        raise ValueError(
-            f"the SentencePiece model has bos id {bos} and eos id {eos}; both are needed (options bos_id, eos_id)"
-        )
+        raise ValueError(f"the SentencePiece model has bos id {bos} and eos id {eos}; both are needed (bos_id, eos_id)")
     source = DEFAULT_TEMPLATE if all(name in pieces.control for name in ROLE_TOKENS) else None
     # Padding is never attended nor trained, so a model without a pad id can pad with any id it has.
     padding = next(token for token in (pad, unknown, eos) if token is not None)

@@ -12,7 +12,7 @@ from functools import partial
 
 from jaxllm.data.documents import Conversation, Document, Message
 from jaxllm.data.world_tasks import TASKS
-from jaxllm.data.world_texts import Basket, Clause, FilmLog, Review, Story, Text, fact_words
+from jaxllm.data.world_texts import Story, Text, basket, clause, fact_words, films, review, story
 from jaxllm.data.world_words import EN, EVERY, NOVEL_PEOPLE, SEEN, WORLD, ZH, Word
 
 SOURCE = "world"
@@ -45,20 +45,20 @@ def conversations(count: int, seed: int) -> Iterator[Conversation]:
         yield Conversation(messages, SOURCE, f"seed {seed}, conversation {index}, {task.name}")
 
 
-def _told(name: str, about: type[Text], rng: random.Random) -> str:
-    text = about.draw(rng, EVERY, False)
+def _told(name: str, draw: Callable[..., Text], rng: random.Random) -> str:
+    text = draw(rng, EVERY, False)
     language = rng.choice((EN, ZH))
     return text.fill(WORLD["documents"][name][language], language)
 
 
 def _comprehension(rng: random.Random) -> str:
-    story, language = Story.draw(rng, EVERY, False), rng.choice((EN, ZH))
+    told, language = Story.draw(rng, EVERY, False), rng.choice((EN, ZH))
     if language == EN and rng.random() < 0.3:
         name = _invented_name(rng)  # names are there to be copied, also those never met before
-        story = replace(story, hero=Word(name, name))
-    questions = story.questions(language)
+        told = replace(told, hero=Word(name, name))
+    questions = told.text.questions(language)
     asked = [line for index in sorted(rng.sample(range(len(questions)), 3)) for line in questions[index]]
-    return story.fill(WORLD["documents"]["comprehension"][language], language, questions="\n".join(asked))
+    return told.text.fill(WORLD["documents"]["comprehension"][language], language, questions="\n".join(asked))
 
 
 def _invented_name(rng: random.Random) -> str:
@@ -75,8 +75,8 @@ def _fact(rng: random.Random) -> str:
 
 def _diary(rng: random.Random) -> str:
     language = rng.choice((EN, ZH))
-    name, about = ("shopping", Basket) if rng.random() < 0.7 else ("watching", FilmLog)
-    return about.draw(rng, EVERY, False).fill(WORLD["documents"][name][language], language)
+    name, draw = ("shopping", basket) if rng.random() < 0.7 else ("watching", films)
+    return draw(rng, EVERY, False).fill(WORLD["documents"][name][language], language)
 
 
 def _exercise(rng: random.Random) -> str:
@@ -85,11 +85,11 @@ def _exercise(rng: random.Random) -> str:
 
 
 _DOCUMENTS: tuple[tuple[Callable[[random.Random], str], float], ...] = (
-    (partial(_told, "tale", Story), 0.17),
+    (partial(_told, "tale", story), 0.17),
     (_comprehension, 0.22),
-    (partial(_told, "parallel", Clause), 0.16),
+    (partial(_told, "parallel", clause), 0.16),
     (_fact, 0.07),
-    (partial(_told, "critique", Review), 0.09),
+    (partial(_told, "critique", review), 0.09),
     (_diary, 0.13),
     (_exercise, 0.18),
 )

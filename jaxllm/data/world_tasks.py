@@ -4,10 +4,10 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxllm.data.world_texts import Basket, Clause, FilmLog, Review, Story, fact_words
+from jaxllm.data.world_texts import basket, clause, fact_words, films, review, story
 from jaxllm.data.world_words import WORLD, Pool
 
-_TEXTS = {"story": Story, "clause": Clause, "review": Review, "films": FilmLog, "basket": Basket}
+_TEXTS = {"story": story, "clause": clause, "review": review, "films": films, "basket": basket}
 
 
 class Exercise(NamedTuple):
@@ -47,7 +47,7 @@ class Task:
         if self.closed_book:
             words = fact_words(rng.choice(pool.things))
             return Exercise(*(template.format(**words) for template in rng.choice(self.ask)))
-        text = _TEXTS[self.about].draw(rng, pool, held_out)
+        text = _TEXTS[self.about](rng, pool, held_out)
         if self.answer is not None:
             prompt = text.fill(rng.choice(self.ask), self.language)
             return Exercise(prompt, text.fill(self.answer, self.language))

@@ -1,23 +1,26 @@
 """The texts of the micro-world: each draws its content and says it in English and Chinese.
 
-A text is told from a template and a story is read back by the same template, so they cannot differ.
+`clause`, `story`, `review`, `films` and `basket` draw a text of a pool's words, so that it is held out or, for what is
+trained on, is not. A text is told from a template and a story is read back by the same template, so they cannot differ.
 """
 
 import random
 import re
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Self
 
 from jaxllm.data import world_words as known
-from jaxllm.data.world_words import EN, WORLD, ZH, Pool, Series, Thing, Word, draw_triple, is_held_out, with_article
+from jaxllm.data.world_words import EN, WORLD, ZH, Pool, Thing, Word, draw_triple, is_held_out, with_article
 
 
-class Text:
-    """Content that can be said in two languages: `draw` makes it, so that it is held out or, for everything trained on,
-    is not; the `template` of a language says it, whose slots are the `words`.
-    """
+class Text(NamedTuple):
+    """Content that can be said in two languages: the template of each, and the words for its slots."""
+
+    template: tuple[str, str]
+    words: Mapping[str, Word | Thing]
 
     def say(self, language: int) -> str:
         """Return the text."""
@@ -28,30 +31,21 @@ class Text:
         texts = {"text": self.say(language), "translation": self.say(1 - language)}
         return template.format(**self._slots(language), **texts, **more)
 
+    def questions(self, language: int) -> list[tuple[str, str]]:
+        """Return every (question, answer) about a story; each answer is one that the text determines."""
+        return [(self.fill(q, language), self.fill(a, language)) for q, a in WORLD["questions"][language]]
+
     def _slots(self, language: int) -> dict[str, str]:
-        return {slot: word[language] for slot, word in self.words().items()}
+        return {slot: word[language] for slot, word in self.words.items()}
 
 
-@dataclass(frozen=True)
-class Clause(Text):
-    """Somebody does something with a coloured thing at a place: the unit of translation."""
-
-    person: Word
-    verb: Word
-    colour: Word
-    thing: Thing
-    place: Word
-    template = WORLD["texts"]["clause"]
-
-    @classmethod
-    def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random clause; the (person, colour, thing) decides whether it is held out."""
-        person, colour, thing = draw_triple(rng, pool.people + known.RELATIVES, pool.things, held_out)
-        return cls(person, rng.choice(known.VERBS), colour, thing, rng.choice(known.PLACES))
-
-    def words(self) -> dict[str, Word | Thing]:
-        kind = Word(with_article(self.thing.kind.en).capitalize(), self.thing.kind.zh)
-        return vars(self) | {"measure": Word("", self.thing.measure), "A_kind": kind}
+def clause(rng: random.Random, pool: Pool, held_out: bool) -> Text:
+    """Somebody does something with a coloured thing at a place, the unit of translation: the first three decide."""
+    person, colour, thing = draw_triple(rng, pool.people + known.RELATIVES, pool.things, held_out)
+    words = {"person": person, "verb": rng.choice(known.VERBS), "colour": colour, "thing": thing}
+    words |= {"place": rng.choice(known.PLACES), "measure": Word("", thing.measure)}
+    words["A_kind"] = Word(with_article(thing.kind.en).capitalize(), thing.kind.zh)
+    return Text(WORLD["texts"]["clause"], words)
 
 
 class Plot(NamedTuple):
@@ -67,7 +61,7 @@ PLOTS = tuple(Plot(**plot) for plot in WORLD["plots"])
 
 
 @dataclass(frozen=True)
-class Story(Text):
+class Story:
     """A hero sees a thing somewhere, and a relative comes in."""
 
     plot: Plot
@@ -79,22 +73,21 @@ class Story(Text):
 
     @classmethod
     def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random story; the (hero, colour, thing) decides, as in `Clause.draw`."""
+        """Return a random story; the (hero, colour, thing) decides whether it is held out."""
         hero, colour, thing = draw_triple(rng, pool.people, pool.things, held_out)
         return cls(rng.choice(PLOTS), hero, rng.choice(known.RELATIVES), colour, thing, rng.choice(known.PLACES))
 
     @property
-    def template(self) -> tuple[str, str]:
-        return self.plot.telling
-
-    def words(self) -> dict[str, Word | Thing]:
+    def text(self) -> Text:
+        """The story as it is told."""
         words = {slot: word for slot, word in vars(self).items() if slot != "plot"}
         end = {"owner": words[self.plot.owner], "feeler": words[self.plot.feeler], "feeling": self.plot.feeling}
-        return words | end | {"measure": Word("", self.thing.measure)}
+        return Text(self.plot.telling, words | end | {"measure": Word("", self.thing.measure)})
 
-    def questions(self, language: int) -> list[tuple[str, str]]:
-        """Return every (question, answer) about the story; each answer is one that the text determines."""
-        return [(self.fill(q, language), self.fill(a, language)) for q, a in WORLD["questions"][language]]
+
+def story(rng: random.Random, pool: Pool, held_out: bool) -> Text:
+    """The text of a random `Story`."""
+    return Story.draw(rng, pool, held_out).text
 
 
 _SLOT_WORDS = {
@@ -112,7 +105,7 @@ def parse(text: str, language: int) -> Story | None:
         if match := _pattern(plot.telling[language], language).fullmatch(text):
             story = Story(plot, **{slot: _lookup(slot, language)[match[slot]] for slot in _SLOT_WORDS})
             # The pattern does not know which measure word goes with which thing.
-            return story if story.say(language) == text else None
+            return story if story.text.say(language) == text else None
     return None
 
 
@@ -135,91 +128,52 @@ def _pattern(template: str, language: int) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-@dataclass(frozen=True)
-class Review(Text):
-    """Two remarks of one mind, (aspect, word, negated), of which at most one says it by negation."""
-
-    positive: bool
-    remarks: tuple[tuple[Word, Word, bool], ...]
-    template = WORLD["texts"]["review"]
-
-    @classmethod
-    def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random review; its two aspects and two adjectives decide whether it is held out."""
-        while True:
-            positive, negated = rng.random() < 0.5, rng.choice((None, None, 0, 1))
-            remarks = []
-            for index, aspect in enumerate(rng.sample(known.ASPECTS, 2)):
-                words = pool.praise if positive != (index == negated) else pool.blame
-                remarks.append((aspect, rng.choice(words), index == negated))
-            if is_held_out(*(word.en for aspect, adjective, _ in remarks for word in (aspect, adjective))) == held_out:
-                return cls(positive, tuple(remarks))
-
-    def words(self) -> dict[str, Word | Thing]:
-        words = {
-            "mood": Word("positive", "正面") if self.positive else Word("negative", "负面"),
-            "verdict": Word("loved", "喜欢") if self.positive else Word("hated", "讨厌"),
-        }
-        for name, (aspect, adjective, negated) in zip(("first", "second"), self.remarks, strict=True):
-            negation = Word("not ", "不") if negated else Word("", "")
+def review(rng: random.Random, pool: Pool, held_out: bool) -> Text:
+    """Two remarks of one mind, of which at most one says it by negation: the aspects and adjectives decide."""
+    while True:
+        positive, negated = rng.random() < 0.5, rng.choice((None, None, 0, 1))
+        words, content = {}, []
+        for index, (name, aspect) in enumerate(zip(("first", "second"), rng.sample(known.ASPECTS, 2), strict=True)):
+            adjective = rng.choice(pool.praise if positive != (index == negated) else pool.blame)
+            negation = Word("not ", "不") if index == negated else Word("", "")
             words |= {name: adjective, f"{name}_aspect": aspect, f"{name}_not": negation}
-        return words
+            content += [aspect.en, adjective.en]
+        if is_held_out(*content) == held_out:
+            break
+    words["mood"] = Word("positive", "正面") if positive else Word("negative", "负面")
+    words["verdict"] = Word("loved", "喜欢") if positive else Word("hated", "讨厌")
+    return Text(WORLD["texts"]["review"], words)
 
 
-@dataclass(frozen=True)
-class FilmLog(Text):
-    """What a person watched: consecutive films of one series."""
-
-    person: Word
-    series: Series
-    start: int
-    length: int
-    template = WORLD["texts"]["films"]
-
-    @classmethod
-    def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random log of 2 to 4 films; the person and the first film decide whether it is held out."""
-        while True:
-            person, series = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.series)
-            start = rng.randrange(len(series.titles))
-            if is_held_out(person.en, series.titles[start]) == held_out:
-                return cls(person, series, start, rng.randint(2, 4))
-
-    def words(self) -> dict[str, Word | Thing]:
-        titles = [self.series.titles[(self.start + i) % len(self.series.titles)] for i in range(self.length + 1)]
-        *watched, following = (Word(title, title) for title in titles)
-        return {"person": self.person, "watched": _listing(watched), "next": following}
+def films(rng: random.Random, pool: Pool, held_out: bool) -> Text:
+    """What a person watched, two to four consecutive films of one series: the person and the first film decide."""
+    while True:
+        person, series = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.series)
+        start = rng.randrange(len(series.titles))
+        if is_held_out(person.en, series.titles[start]) == held_out:
+            break
+    titles = [series.titles[(start + i) % len(series.titles)] for i in range(rng.randint(2, 4) + 1)]
+    *watched, following = (Word(title, title) for title in titles)
+    return Text(WORLD["texts"]["films"], {"person": person, "watched": _listing(watched), "next": following})
 
 
-@dataclass(frozen=True)
-class Basket(Text):
-    """What a person bought: two things of one kind, and three on offer of which one, `wanted`, is of that kind."""
-
-    person: Word
-    bought: tuple[Thing, ...]
-    offered: tuple[Thing, ...]
-    wanted: Thing
-    template = WORLD["texts"]["basket"]
-
-    @classmethod
-    def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random basket; the person and the two things bought decide whether it is held out."""
-        # A pool may have one thing of a kind only, to be offered; things that every pool knows can have been bought.
-        familiar = dict.fromkeys(known.SEEN.things + pool.things)
-        while True:
-            person, wanted = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.things)
-            bought = rng.sample([t for t in familiar if t.kind == wanted.kind and t != wanted], 2)
-            if is_held_out(person.en, *(thing.en for thing in bought)) == held_out:
-                break
-        kinds = rng.sample([kind for kind in known.KINDS if kind != wanted.kind], 2)
-        offered = [wanted, *(rng.choice([t for t in pool.things if t.kind == kind]) for kind in kinds)]
-        rng.shuffle(offered)
-        return cls(person, tuple(bought), tuple(offered), wanted)
-
-    def words(self) -> dict[str, Word | Thing]:
-        bought = _listing([Word(with_article(thing.en), thing.zh) for thing in self.bought])
-        offer = Word(*(mark.join(t[language] for t in self.offered) for language, mark in ((EN, ", "), (ZH, "、"))))
-        return {"person": self.person, "bought": bought, "offer": offer, "wanted": self.wanted}
+def basket(rng: random.Random, pool: Pool, held_out: bool) -> Text:
+    """What a person bought, two things of one kind, and three on offer of which one, `wanted`, is of that kind: the
+    person and the two things decide.
+    """
+    # A pool may have one thing of a kind only, to be offered; things that every pool knows can have been bought.
+    familiar = dict.fromkeys(known.SEEN.things + pool.things)
+    while True:
+        person, wanted = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.things)
+        bought = rng.sample([t for t in familiar if t.kind == wanted.kind and t != wanted], 2)
+        if is_held_out(person.en, *(thing.en for thing in bought)) == held_out:
+            break
+    kinds = rng.sample([kind for kind in known.KINDS if kind != wanted.kind], 2)
+    offered = [wanted, *(rng.choice([t for t in pool.things if t.kind == kind]) for kind in kinds)]
+    rng.shuffle(offered)
+    offer = Word(*(mark.join(t[language] for t in offered) for language, mark in ((EN, ", "), (ZH, "、"))))
+    listing = _listing([Word(with_article(thing.en), thing.zh) for thing in bought])
+    return Text(WORLD["texts"]["basket"], {"person": person, "bought": listing, "offer": offer, "wanted": wanted})
 
 
 def fact_words(thing: Thing) -> dict[str, str]:

@@ -3,39 +3,25 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.evaluation.tasks import APPLICATIONS, Example, Split, TaskScore, held_out, score
+from jaxllm.evaluation.tasks import APPLICATIONS, Example, Split, held_out, is_correct
 from jaxllm.inference.sampling import Sampler
 
 MAX_FAILURES = 20  # per application and split, that are kept to look at
 GREEDY = Sampler(temperature=0.0)
 
 
-class Answerer(Protocol):
-    """What is evaluated: `jaxllm.LanguageModel`, or anything that answers like it."""
-
-    tokenizer: Tokenizer
-
-    def generate(
-        self, prompts: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int, sampler: Sampler
-    ) -> Sequence[Any]:
-        """Answer each conversation, in order, with a `text` and its `tokens`."""
-
-
 def evaluate_applications(
-    model: Answerer,
-    count: int = 200,
-    seed: int = 0,
-    splits: Sequence[Split] = ("new_combinations",),
+    model: Any, count: int = 200, seed: int = 0, splits: Sequence[Split] = ("new_combinations",),
     applications: Sequence[str] = APPLICATIONS,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Ask `count` exercises of each application and split, and say how many answers are right.
 
     Every model gets the same tokens, those of the chat template, also one that was never taught to answer.
 
     Args:
+      model: `jaxllm.LanguageModel`, or what has a `tokenizer` and a `generate` like it.
       splits: as in `tasks.held_out`; "novel" is asked of "qa" alone, where it exists.
     Returns:
       What JSON can hold:
@@ -53,7 +39,7 @@ def evaluate_applications(
     answers = _answer(model, [example for examples in asked.values() for example in examples])
     texts = (answer.text for answer in answers)
     for (split, application), examples in asked.items():
-        results[split][application] = _entry(examples, score(examples, [next(texts) for _ in examples]))
+        results[split][application] = _entry(examples, [next(texts) for _ in examples])
     written = sum(len(answer.tokens) for answer in answers)
     return {**results, "seconds": time.perf_counter() - start, "answer_tokens": written}
 
@@ -71,7 +57,7 @@ def compare(base: Mapping[str, Any] | None, tuned: Mapping[str, Any], split: Spl
     }
 
 
-def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Any]:
+def _answer(model: Any, examples: Sequence[Example]) -> Sequence[Any]:
     """Answer all prompts in one call, so that few shapes are compiled, with as much room as a right answer can need."""
     if not examples:
         return []
@@ -81,13 +67,11 @@ def _answer(model: Answerer, examples: Sequence[Example]) -> Sequence[Any]:
     return model.generate(prompts, max_new_tokens=limit, sampler=GREEDY)
 
 
-def _entry(examples: Sequence[Example], result: TaskScore) -> dict[str, Any]:
-    asked, failed = Counter(each.task for each in examples), Counter(each.task for each, _ in result.failures)
-    return {
-        "fraction": result.fraction, "correct": result.correct, "n": result.total,
-        "by_task": {task: 1 - failed[task] / asked[task] for task in asked},
-        "failures": [
-            {"prompt": example.prompt, "expected": example.answer, "got": text}
-            for example, text in result.failures[:MAX_FAILURES]
-        ],
-    }  # fmt: skip
+def _entry(examples: Sequence[Example], texts: Sequence[str]) -> dict[str, Any]:
+    """Judge one text per example."""
+    failures = [(e, text) for e, text in zip(examples, texts, strict=True) if not is_correct(e, text)]
+    asked, failed = Counter(each.task for each in examples), Counter(each.task for each, _ in failures)
+    correct, n = len(examples) - len(failures), len(examples)
+    kept = [{"prompt": e.prompt, "expected": e.answer, "got": text} for e, text in failures[:MAX_FAILURES]]
+    by_task = {task: 1 - failed[task] / asked[task] for task in asked}
+    return {"fraction": correct / n, "correct": correct, "n": n, "by_task": by_task, "failures": kept}

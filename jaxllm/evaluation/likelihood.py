@@ -52,9 +52,7 @@ def evaluate_loss(
         total = sums(batch)
         nats, tokens = nats + float(total["nats"]), tokens + float(total["tokens"])
     if not tokens:
-        raise ValueError(
-            "there is no token to evaluate; give a validation split with text, and max_batches of at least 1"
-        )
+        raise ValueError("there is no token to evaluate; give a validation split with text, and max_batches >= 1")
     mean = nats / tokens
     # math.exp raises above 709 nats, which a diverged model reaches
     perplexity = math.exp(mean) if mean < 700 else math.inf

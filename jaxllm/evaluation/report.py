@@ -110,7 +110,7 @@ def render(report: Report) -> str:
         report=report, version=jaxllm.__version__, table=scores.table, amount=_amount, duration=_duration,
         charts=charts, summary=scores.summarise(report.results.get("tasks", {})),
         diaries=[(stage.name, list(_diaries(stage.samples))) for stage in stages],
-        application_name=scores.name, language=_language,
+        language=_language,
     )  # fmt: skip
 
 

@@ -4,14 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-TASK_NAMES = {
-    "generation": ("Text generation", "a story about what is asked for"),
-    "translation": ("Translation", "between English and Chinese, to the letter"),
-    "qa": ("Question answering", "read a story, answer about it"),
-    "classification": ("Classification", "the mood of a review, the topic of a sentence"),
-    "recommendation": ("Recommendation", "the next film, the right thing to buy"),
-}
-
 
 class Score(NamedTuple):
     """One bar: a fraction in percent, with the 95% interval that n examples leave open."""
@@ -24,8 +16,7 @@ class Score(NamedTuple):
 class Row(NamedTuple):
     """A line of a results table."""
 
-    name: str
-    text: str
+    application: str
     base: Score | None
     tuned: Score | None
     n: int
@@ -55,18 +46,13 @@ def summarise(scores: Mapping[str, Mapping[str, float]]) -> Summary | None:
 def table(scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """Return a row per application of {application: {"base", "tuned", "n"}}; base or tuned may be absent."""
     rows = []
-    for key, entry in scores.items():
+    for application, entry in scores.items():
         base, tuned = (
             Score(*(100 * x for x in (entry[kind], *interval(entry[kind], entry["n"])))) if kind in entry else None
             for kind in ("base", "tuned")
         )
-        rows.append(Row(*TASK_NAMES.get(key, (key, "")), base, tuned, int(entry["n"])))
+        rows.append(Row(application, base, tuned, int(entry["n"])))
     return rows
-
-
-def name(application: str) -> str:
-    """Return what the page calls an application."""
-    return TASK_NAMES.get(application, (application, ""))[0]
 
 
 def interval(fraction: float, n: int) -> tuple[float, float]:

@@ -5,7 +5,6 @@ document and conversation, whatever their number and seed.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,10 +50,8 @@ def held_out(application: str, split: Split, count: int, seed: int) -> list[Exam
     if not tasks:
         raise ValueError(f"application={application!r} is unknown; use one of {', '.join(APPLICATIONS)}")
     if split not in _POOLS or (split == "novel" and application != "qa"):
-        raise ValueError(
-            f"split={split!r} does not exist for {application}; use new_combinations or pretrain_only"
-            " (or novel, for qa)"
-        )
+        known = "new_combinations or pretrain_only (or novel, for qa)"
+        raise ValueError(f"split={split!r} does not exist for {application}; use {known}")
     if split == "novel":
         tasks = [task for task in tasks if task.name == "reading_en"]  # the novel names are not written in Chinese
     elif split == "new_combinations":
@@ -87,31 +84,3 @@ def is_correct(example: Example, text: str) -> bool:
     if told is None or asked is None:
         return False
     return replace(asked, plot=told.plot) == told
-
-
-@dataclass(frozen=True, slots=True)
-class TaskScore:
-    """How many of `total` examples were answered correctly, and which were not: (example, text) pairs."""
-
-    correct: int
-    total: int
-    failures: tuple[tuple[Example, str], ...]
-
-    @property
-    def fraction(self) -> float:
-        """Correct answers per example, 0 to 1."""
-        return self.correct / self.total
-
-
-def score(examples: Sequence[Example], texts: Sequence[str]) -> TaskScore:
-    """Judge one text per example.
-
-    Raises:
-      ValueError: the lengths differ, or there is nothing to judge.
-    """
-    if len(examples) != len(texts) or not examples:
-        raise ValueError(
-            f"{len(examples)} examples and {len(texts)} texts: give one text for each of at least 1 example"
-        )
-    failures = tuple((e, t) for e, t in zip(examples, texts, strict=True) if not is_correct(e, t))
-    return TaskScore(len(examples) - len(failures), len(examples), failures)

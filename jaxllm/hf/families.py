@@ -10,7 +10,8 @@ from flax.traverse_util import unflatten_dict
 
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
-from jaxllm.hf.ropes import read_rope, read_scaling, write_rope
+from jaxllm.hf.mxfp4 import unpacked
+from jaxllm.hf.ropes import ORIGINAL, read_rope, read_scaling, write_rope
 from jaxllm.hf.rows import rows_of, sizes_of
 from jaxllm.hf.table import Row, names
 from jaxllm.layers.config import Rope, YarnScaling
@@ -97,7 +98,7 @@ class Family(NamedTuple):
         table = f"{self.tensors['embed']}.weight"
         copies = {f"{self.tensors.get('head', 'lm_head')}.weight": table} if config.tie_embeddings else {}
         ignored = rf"{BUFFERS}|layers\.{config.n_layers}\." if self.extra_layer else BUFFERS
-        return checkpoint.under(wanted, first=table.partition(".")[0], copies=copies, ignored=ignored)
+        return unpacked(checkpoint).under(wanted, first=table.partition(".")[0], copies=copies, ignored=ignored)
 
 
 class Own(NamedTuple):
@@ -237,13 +238,30 @@ def _read_deepseek(fields: Fields) -> Found:
 def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
     if not config.ffn.shared:
         raise ValueError("ffn.shared=0: this family has shared experts in every layer with experts")
-    rotated, groups, dense = config.latent.rotated, config.ffn.groups, config.dense
+    rotated, groups, dense = config.mla.rotated, config.ffn.groups, config.dense
     return {
         "qk_nope_head_dim": config.head_width - rotated, "head_dim": rotated, "qk_head_dim": config.head_width,
         "n_group": groups.number if groups else 1, "topk_group": groups.top_k if groups else 1,
         "first_k_dense_replace": dense.number if dense else 0, "intermediate_size": (dense or config).d_ff,
         "scoring_func": "sigmoid", "topk_method": "noaux_tc",
     }  # fmt: skip
+
+
+def _read_gpt_oss(fields: Fields) -> Found:
+    chosen = fields.take("num_experts_per_tok", 4)
+    if (other := fields.take("experts_per_token", chosen)) != chosen:
+        fields.problems.append(f"experts_per_token={other} and num_experts_per_tok={chosen}: they are the same number")
+    # Which tensors are quantised, their names say; here, only how.
+    how = {"quant_method": "mxfp4", **fields.take("quantization_config", {})}
+    ignored = ("modules_to_not_convert", "dequantize")
+    fields.problems += [
+        f"quantization_config.{key}={value!r}: only quant_method='mxfp4' is read" for key, value in how.items()
+        if key not in ignored and (key, value) != ("quant_method", "mxfp4")
+    ]  # fmt: skip
+    if "rope_parameters" in fields or "rope_scaling" in fields:
+        return {}
+    yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, ORIGINAL: 4096}
+    return {"positions.scaling": read_scaling(yarn, fields, 0)}
 
 
 WHOLE_HEADS, BIASES = Own(_whole_heads), Own(_read_biases, _write_biases)
@@ -264,6 +282,7 @@ OWN: Mapping[str, tuple[Own, ...]] = {
     "gemma3_text": (WHOLE_HEADS, GEMMA, SCALE, Own(_read_gemma3, _write_gemma3)),
     "phi3": (Own(lambda fields: {}, _write_phi3),), "smollm3": (Own(_read_smollm3, _write_smollm3),),
     "gpt_neox": (WHOLE_HEADS,), "deepseek_v3": (BIASES, Own(_read_deepseek, _write_deepseek)),
+    "gpt_oss": (EVERY_OTHER, Own(_read_experts), Own(_read_gpt_oss)),
 }  # fmt: skip
 
 

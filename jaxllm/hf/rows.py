@@ -19,7 +19,7 @@ AXES = {
     "q": ("inputs", QUERIES), "q_up": ("inputs", QUERIES), "k": ("inputs", "kv_heads key_dim"),
     "v": ("inputs", "kv_heads value_dim"), "o": ("heads value_dim", "outputs"),
 }  # fmt: skip
-WITHOUT_END = ("choice_bias",)  # what the files call by a name without an end like ".weight"
+WITHOUT_END = ("choice_bias", "sinks")  # what the files call by a name without an end like ".weight"
 AS_THEY_ARE = ("/table", "/scale", "")  # what lies in the files as it does here; the last is the head
 
 
@@ -34,7 +34,7 @@ def sizes_of(config: AnyConfig) -> Sizes:
     return {
         "layers": config.n_layers, "dense_layers": config.dense.number if config.dense else 0,
         "heads": config.n_heads, "kv_heads": config.kv_heads, "head_dim": config.head_width,
-        "key_dim": config.head_width - (config.latent.rotated if config.latent else 0),
+        "key_dim": config.head_width - (config.mla.rotated if config.mla else 0),
         "value_dim": config.value_width, "mlp": config.d_ff,
         "experts": config.ffn.number if isinstance(config.ffn, Experts) else 0,
     }  # fmt: skip
@@ -78,6 +78,11 @@ def _rows(ours: str, theirs: str, sizes: Sizes, transposed: bool, interleaved: b
     for index, name in enumerate(parts):
         part = lambda axis, index=index: Part(axis + by_head, index, lengths) if lengths else None
         path, weight = f"{section}{slash}{name}", f"{theirs}.weight"
+        if section.endswith("/experts") and "{expert}" not in theirs:  # all in one, as ours are; parts take turns
+            turn = lambda axis, index=index: Part(axis, index, lengths, turns=True) if lengths else None
+            yield Row(path, theirs, "... -> ...", turn(2))
+            yield Row(f"{path}_bias", f"{theirs}_bias", "... -> ...", turn(1))
+            continue
         inputs, outputs = AXES.get(name, ("inputs", "outputs"))
         joined = outputs if by_head else f"({outputs})"
         matrix = f"({inputs}) {joined}" if transposed else f"{joined} ({inputs})"
@@ -85,6 +90,6 @@ def _rows(ours: str, theirs: str, sizes: Sizes, transposed: bool, interleaved: b
         yield Row(
             path if bare else f"{path}/kernel", weight, f"{matrix} -> {inputs} {outputs}", part(int(transposed)), whole
         )
-        yield Row(f"{path}/bias", f"{theirs}.bias", f"{joined} -> {outputs}", part(0), whole)
+        yield Row(f"{path}{'_' if bare else '/'}bias", f"{theirs}.bias", f"{joined} -> {outputs}", part(0), whole)
         for kind in () if bare else AS_THEY_ARE:
             yield Row(f"{path}{kind}", weight, "... -> ...")

@@ -21,17 +21,20 @@ class Part(NamedTuple):
 
     Attributes:
       axis: along which they are joined; index: which piece; lengths: of all pieces.
+      turns: the pieces take turns, one line of each after the other (gpt-oss); they are of one length.
     """
 
     axis: int
     index: int
     lengths: tuple[int, ...]
+    turns: bool = False
 
     @property
     def slice(self) -> tuple[slice, ...]:
         """The piece of the whole."""
         start = sum(self.lengths[: self.index])
-        return (slice(None),) * self.axis + (slice(start, start + self.lengths[self.index]),)
+        piece = slice(start, start + self.lengths[self.index])
+        return (slice(None),) * self.axis + (slice(self.index, None, len(self.lengths)) if self.turns else piece,)
 
 
 class Row(NamedTuple):

@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxllm.layers import cache as kv
-from jaxllm.layers.config import Latent, LayerNorm, RMSNorm
+from jaxllm.layers.config import LatentAttention, LayerNorm, RMSNorm
 from jaxllm.layers.kernels import Scores, attend, attend_cache
-from jaxllm.layers.linear import Projection
+from jaxllm.layers.linear import Projection, constant
 from jaxllm.layers.masks import CacheMask, CrossMask, Mask
 from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import rotate
@@ -30,7 +30,7 @@ class Heads(NamedTuple):
     number: int
     groups: int
     width: int
-    latent: Latent | None = None
+    latent: LatentAttention | None = None
     interleaved: bool = False
 
 
@@ -56,6 +56,7 @@ class Attention(nnx.Module):
         latent, which is what is read of x, it has the bias in their place.
       qk_norm: the norm of queries and keys, over each head (Qwen3) or over all heads at once (OLMo-2); None: no norm.
       scores: how scores are made of products; None: divided by sqrt(H).
+      sinks: the softmax has one more score, learned by head, whose weight goes to nothing.
       std: initial standard deviation of the projections of q, k and v, and of the output projection.
     Source: Vaswani et al. 2017; grouped heads: Ainslie et al. 2023.
     """
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
         self, rngs: nnx.Rngs, *, d_model: int, heads: Heads | tuple[int, int, int],
         bias: bool | Literal["attention", "qkv"] = False,
         qk_norm: tuple[Literal["head", "width"], RMSNorm | LayerNorm] | None = None, scores: Scores | None = None,
-        std: tuple[float, float] = (0.02, 0.02),
+        sinks: bool = False, std: tuple[float, float] = (0.02, 0.02),
     ):  # fmt: skip
         self.heads = Heads(*heads)
         n_heads, n_kv_heads, head_dim, latent, _ = self.heads
@@ -86,6 +87,7 @@ class Attention(nnx.Module):
         self.v = make(kv_reads, {"kv_heads": n_kv_heads, "head_dim": value_dim})
         values = {"heads": n_heads, "head_dim": value_dim}
         self.o = Projection(rngs, values, {"embed": d_model}, bias=bias in (True, "attention"), std=std[1])
+        self.sinks = constant((n_heads,), ("heads",), 0.0) if sinks else None
         over, norm = qk_norm or (None, None)
         self.q_norm = Norm(norm, head_dim if over == "head" else n_heads * head_dim) if norm else None
         self.k_norm = Norm(norm, head_dim if over == "head" else n_kv_heads * head_dim) if norm else None
@@ -107,11 +109,11 @@ class Attention(nnx.Module):
                 cache = kv.update(cache, *stored, positions)
                 if isinstance(mask, CacheMask):  # a causal mask with a cache is a prefill: x is all there is to see
                     read = attend_cache if self.kv_latent is None else self._attend_latents
-                    return self.o(read(q, cache, mask, self.scores)), cache
+                    return self.o(read(q, cache, mask, *self._how())), cache
             elif isinstance(mask, CacheMask):
                 raise TypeError("CacheMask needs a cache; pass one, or a mask of whole rows")
             k, v = stored if self.kv_latent is None else self._expand(stored[0])
-            return self.o(attend(q, k, v, mask, self.scores)), cache
+            return self.o(attend(q, k, v, mask, *self._how())), cache
 
     def _project(self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         """Return queries, keys and values."""
@@ -145,7 +147,7 @@ class Attention(nnx.Module):
         return tuple(constrain(z, "batch", "length", "kv_heads", None) for z in (k, v))
 
     def _attend_latents(
-        self, q: Float[Array, "B T N H"], cache: kv.LayerCache, mask: CacheMask, scores: Scores
+        self, q: Float[Array, "B T N H"], cache: kv.LayerCache, mask: CacheMask, *how: Scores | Array | None
     ) -> Float[Array, "B T N U"]:
         """Return what `attend` does of expanded latents, without expanding them.
 
@@ -155,7 +157,7 @@ class Attention(nnx.Module):
         plain, rotated = self._cut(q)
         k, v = (each.kernel[...].astype(q.dtype) for each in (self.k, self.v))
         q = jnp.concatenate([jnp.einsum("btnh,cnh->btnc", plain, k), rotated], axis=-1)
-        latent = self._cut(attend_cache(q, cache, mask, scores))[0]  # the rest is the sum of keys' rotated parts
+        latent = self._cut(attend_cache(q, cache, mask, *how))[0]  # the rest is the sum of keys' rotated parts
         return jnp.einsum("btnc,cnu->btnu", latent, v)
 
     def read(self, x: Float[Array, "B T D"], memory: kv.Memory) -> Float[Array, "B T D"]:
@@ -163,8 +165,11 @@ class Attention(nnx.Module):
         with jax.named_scope("cross_attention"):
             q, mask = self.q(x), CrossMask(memory.segments, memory.targets)
             if isinstance(memory.states, kv.LayerCache):
-                return self.o(attend_cache(q, memory.states, mask, self.scores))
-            return self.o(attend(q, self.k(memory.states), self.v(memory.states), mask, self.scores))
+                return self.o(attend_cache(q, memory.states, mask, *self._how()))
+            return self.o(attend(q, self.k(memory.states), self.v(memory.states), mask, *self._how()))
+
+    def _how(self) -> tuple[Scores | None, Array | None]:
+        return self.scores, None if self.sinks is None else self.sinks[...]
 
     def remember(self, memory: kv.Memory) -> kv.Memory:
         """Return the source as the keys and values that this layer reads."""

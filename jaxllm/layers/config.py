@@ -128,7 +128,7 @@ class SlidingWindow(Config):
     layers: Pattern = Field((True,), min_length=1, description="layers that have the window, repeated")
 
 
-class Latent(Config):
+class LatentAttention(Config):
     """Keys and values of all heads are products of one narrow vector per token, which a cache keeps in their place.
 
     A part of each key, the same for all heads, comes straight from x and has the rotary position; that of each query
@@ -162,6 +162,13 @@ class Groups(Config):
     top_k: int = Field(ge=1, description="groups that a token may use")
 
 
+class ClampedGate(Config):
+    """h = g sigmoid(alpha g) (u + 1), with g <= `limit` and -limit <= u <= limit. Source: OpenAI 2025 (gpt-oss)."""
+
+    alpha: float = Field(1.702, gt=0, description="steepness of the sigmoid; 1.702 makes it nearly GELU")
+    limit: float = Field(7.0, gt=0, description="largest value of the gate, and of either sign of what it multiplies")
+
+
 class Experts(Config):
     """`number` gated layers side by side, of which each token goes through the `top_k` that a router chooses for it.
 
@@ -174,6 +181,7 @@ class Experts(Config):
     number: int = Field(ge=1, description="experts of a layer; model.d_ff is the width of one")
     top_k: int = Field(ge=1, description="experts that a token goes through")
     activation: Activation = Field("silu", description="nonlinearity of the gates")
+    clamped: ClampedGate | None = Field(None, description="in place of activation(gate) * up (gpt-oss)")
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one (Mixtral)")
     balance: float = Field(
         0.01, ge=0, description="weight of the load-balancing loss in training (Switch Transformer: 0.01)"

@@ -97,7 +97,7 @@ def _kept_bytes(config: ModelConfig, remat: str, width: int, rows: int, seq_len:
 
 
 def _latent_widths(config: ModelConfig) -> int:
-    latent = config.latent
+    latent = config.mla
     return latent.rank + latent.rotated + (latent.query_rank or 0) if latent else 0
 
 

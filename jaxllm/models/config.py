@@ -10,7 +10,7 @@ from jaxllm.layers.config import (
     Experts,
     FfnConfig,
     Gated,
-    Latent,
+    LatentAttention,
     LongRopeScaling,
     NormConfig,
     PositionConfig,
@@ -65,7 +65,7 @@ class ModelConfig(Config):
     positions: PositionConfig = Field(Rope(), description="position encoding")
     ffn: FfnConfig = Field(Gated(), description="feed-forward variant")
     dense: DenseLayers | None = Field(None, description="first layers without experts; none = experts in every layer")
-    latent: Latent | None = Field(None, description="keys and values from a latent (MLA); none = straight from x")
+    mla: LatentAttention | None = Field(None, description="keys and values from a latent (MLA); none = straight from x")
     window: SlidingWindow | None = Field(
         None, description="sliding window of some or all layers; none = see everything"
     )
@@ -76,9 +76,14 @@ class ModelConfig(Config):
         None, gt=0, description="factor on attention scores; none = 1 / sqrt(head_dim), times what YaRN adds"
     )
     score_softcap: float | None = Field(None, gt=0, description="bends attention scores to below this (Gemma 2)")
+    sinks: bool = Field(
+        False, description="a learned score per head that takes part in the softmax and has no value (gpt-oss)"
+    )
     logit_softcap: float | None = Field(None, gt=0, description="bends logits to below this (Gemma 2)")
     bias: bool | Literal["attention", "qkv"] = Field(
-        False, description="biases on all projections (GPT-2), those of attention, or its q, k and v alone (Qwen2)"
+        False,
+        description="biases on all projections (GPT-2; of experts and router, too), those of attention, or its q, k "
+        "and v alone (Qwen2)",
     )
     tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
     embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")
@@ -98,11 +103,11 @@ class ModelConfig(Config):
             raise ValueError("norm_placement=post normalises x between attention and ffn; parallel must be false")
         if self.dense and not (isinstance(self.ffn, Experts) and self.dense.number < self.n_layers):
             raise ValueError(f"dense is for the first of n_layers={self.n_layers} layers with experts; leave it out")
-        if self.latent:
-            if self.head_width <= self.latent.rotated:
-                raise ValueError(f"head_dim={self.head_width} must be more than latent.rotated={self.latent.rotated}")
+        if self.mla:
+            if self.head_width <= self.mla.rotated:
+                raise ValueError(f"head_dim={self.head_width} must be more than mla.rotated={self.mla.rotated}")
             if self.kv_heads != self.n_heads or self.qk_norm != "none":
-                raise ValueError("latent has keys for each head and a norm of its own: no n_kv_heads, qk_norm=none")
+                raise ValueError("mla has keys for each head and a norm of its own: no n_kv_heads, qk_norm=none")
         if isinstance(self.positions, Rope):
             rotated = int(self.rotary_width * self.positions.fraction)
             if rotated % 2 or not rotated:
@@ -155,12 +160,12 @@ class ModelConfig(Config):
     @property
     def rotary_width(self) -> int:
         """Width of the part of a head that `positions` is about."""
-        return self.latent.rotated if self.latent else self.head_width
+        return self.mla.rotated if self.mla else self.head_width
 
     @property
     def value_width(self) -> int:
         """Width of one head of values, U."""
-        return self.latent.value_dim if self.latent else self.head_width
+        return self.mla.value_dim if self.mla else self.head_width
 
 
 class ComputeConfig(Config):

@@ -190,7 +190,7 @@ class Transformer(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache of `slots` places for each row."""
-        config, latent = self.config, self.config.latent
+        config, latent = self.config, self.config.mla
         kept = (1, latent.rank + latent.rotated) if latent else (config.kv_heads, config.head_width)
         dtype = jnp.dtype(self.compute.dtype)
         return init_cache(config.n_layers, (batch, slots, *kept), dtype, latent=latent is not None)

@@ -64,22 +64,17 @@ class Checkpoints:
         """Return the steps that have a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, meta: dict[str, Any], val_loss: float | None = None) -> None:
-        """Write `state` in the background; blocks only while the arrays are copied off the devices.
+    def save(self, state: TrainState | Params, meta: dict[str, Any], val_loss: float | None = None) -> None:
+        """Write a state in the background; blocks only while the arrays are copied off the devices.
 
         Args:
+          state: or the parameters alone, of a model that was imported or merged.
           meta: JSON values that resume needs; must hold "step".
           val_loss: what `keep_best` ranks by.
         Raises:
           OSError: this checkpoint, or the one before in the background, could not be written.
         """
-        self._save(meta, _items(state), val_loss)
-
-    def save_params(self, params: Params, meta: dict[str, Any]) -> None:
-        """Write a model without training state (an imported or merged one)."""
-        self._save(meta, {"params": params}, None)
-
-    def _save(self, meta: dict[str, Any], items: dict[str, Any], val_loss: float | None) -> None:
+        items = _items(state) if isinstance(state, TrainState) else {"params": state}
         metrics = None if val_loss is None else {"val_loss": val_loss}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves)
@@ -161,8 +156,7 @@ class Checkpoints:
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
             (self.directory / str(step)).rename(place)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
         log.warning("the damaged checkpoint of step %s is now in %s", step, place)
 

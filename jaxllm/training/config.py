@@ -43,10 +43,7 @@ class StepConfig(Config):
     accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
     ema_decay: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="decay of a moving average of parameters, shorter at first; none = off",
+        None, gt=0, lt=1, description="decay of a moving average of parameters, shorter at first; none = off"
     )
     spike_factor: float | None = Field(
         None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
@@ -70,9 +67,7 @@ class MonitorConfig(Config):
     """What is written down and looked at while training."""
 
     log_every: int = Field(10, ge=1, description="steps between lines in timing.jsonl, TensorBoard and on the screen")
-    evaluate_every: int = Field(
-        250, ge=1, description="steps between validation losses; the last step is always evaluated"
-    )
+    evaluate_every: int = Field(250, ge=1, description="steps between validation losses; the last step has one as well")
     evaluate_batches: int | None = Field(
         None, ge=1,
         description="validation batches; none = the whole split (bits per byte then counts bytes as its average does)",

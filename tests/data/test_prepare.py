@@ -203,7 +203,7 @@ def test_dropped_conversations_are_shown_as_json(tmp_path):
         )
     )  # fmt: skip
     assert made.rules["duplicate"].examples == [f'{path}, line 2: [{{"user": "你好"}}, {{"assistant": "a"}}]']
-    assert made.problem_examples[0].endswith('a string role and a string content, found {"role": "user"}')
+    assert made.problem_examples[0].endswith('a string role and content, found {"role": "user"}')
     assert made.problem_examples[1].endswith('a non-empty list of {role, content}, found {"a": [1, true]}')
 
 
@@ -229,16 +229,15 @@ def test_split_by_share_and_by_number():
 
 def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     made = plan(Dataset.open(chat_dataset([(3, 4), (2, 3)])), PackingConfig(seq_len=12))
-    row = describe.describe_row(made, 0, byte)
-    first, second = row.segments
+    first, second = describe.segments(made, 0, byte)
     assert (first.document, first.source, first.location, first.n_tokens) == (0, "chat", "train 0", 6)
-    assert [(span.text, span.trained) for span in second.spans] == [("<bos>\x05", False), ("\x0f\x0f<eos>", True)]
-    assert row.n_padding == 12 - 6 - 4
+    assert second.spans == (("<bos>\x05", False), ("\x0f\x0f<eos>", True))
     out = io.StringIO()
-    describe.show(row, "sample 0", Console(file=out, width=100, force_terminal=True, color_system="standard"))
+    describe.show(made, 0, byte, "sample 0", Console(file=out, width=100, force_terminal=True, color_system="standard"))
     assert "\x1b[32m" in out.getvalue()  # green
     assert "\x1b[2m" in out.getvalue()  # dim
     assert "segment 2, 4 tokens: document 1, chat, train 1" in out.getvalue()
+    assert "2 positions of padding" in out.getvalue()
     assert "⟦" not in out.getvalue()
 
 
@@ -252,19 +251,19 @@ def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     ids=["pipe", "NO_COLOR", "colours"],
 )
 def test_describe_marks_what_is_learned_with_and_without_colour(chat_dataset, byte, options, legend, learned):
-    row = describe.describe_row(plan(Dataset.open(chat_dataset([(2, 3)])), PackingConfig(seq_len=12)), 0, byte)
+    made = plan(Dataset.open(chat_dataset([(2, 3)])), PackingConfig(seq_len=12))
     console = Console(file=io.StringIO(), width=100, **options)
     describe.show_legend(console)
-    describe.show(row, "sample 0", console)
+    describe.show(made, 0, byte, "sample 0", console)
     shown = console.file.getvalue()
     assert legend in shown.splitlines()[0]
     assert learned in shown
 
 
 def test_describe_never_breaks_a_line(text_dataset, byte):
-    row = describe.describe_row(plan(Dataset.open(text_dataset([90])), PackingConfig(seq_len=100)), 0, byte)
+    made = plan(Dataset.open(text_dataset([90])), PackingConfig(seq_len=100))
     out = io.StringIO()
-    describe.show(row, "s", Console(file=out, width=20))
+    describe.show(made, 0, byte, "s", Console(file=out, width=20))
     assert "".join(chr(97 + i % 26) for i in range(90)) in out.getvalue()
 
 
@@ -275,8 +274,10 @@ def test_describe_follows_the_loader(text_dataset, byte):
     )
     next(loader)
     batch = next(loader)
-    for index, row in enumerate(describe.describe_samples(loader, range(2, 4), byte)):
-        shown = "".join(span.text for segment in row.segments for span in segment.spans)
+    for index, sample in enumerate(range(2, 4)):
+        source, row = loader.locate(sample)
+        found = describe.segments(loader.plans[source], row, byte)
+        shown = "".join(text for segment in found for text, _ in segment.spans)
         real = batch.segments[index] > 0
         assert byte.decode(batch.targets[index][real]).replace("<", "") in shown.replace("<bos>", "").replace(
             "<eos>", ""

@@ -20,8 +20,6 @@ def test_documents_come_back_across_shards(text_dataset, byte):
     assert dataset.lengths.tolist() == [7, 32, 12, 62, 3]
     assert byte.decode(dataset.tokens(3)) == "".join(chr(97 + (3 + i) % 26) for i in range(60))
     assert dataset.tokens(0).tolist() == [1, *byte.encode("abcde"), 2]
-    assert dataset.tokens(0, 1, 3).tolist() == byte.encode("ab")
-    assert dataset.tokens(0, 6, 100).tolist() == [2]
     assert dataset.trained(0).tolist() == [False] + [True] * 6
     whole = np.concatenate([dataset.tokens(document) for document in range(5)])
     assert (dataset.stream(0, 116) == whole).all()
@@ -85,7 +83,7 @@ def test_damage_is_found_and_named(chat_dataset, part):
 
 
 def test_what_is_no_dataset_is_refused(text_dataset, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no dataset: it has no manifest.json"):
+    with pytest.raises(FileNotFoundError, match=r"is no dataset \(no manifest.json\)"):
         Dataset.open(tmp_path / "nothing")
     directory = text_dataset([5])
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
@@ -101,7 +99,7 @@ def test_what_is_no_dataset_is_refused(text_dataset, tmp_path):
 
 def test_existing_directory_is_kept_unless_overwrite(text_dataset, tmp_path, byte):
     directory = text_dataset([5])
-    with pytest.raises(FileExistsError, match="exists; choose another directory, or pass --overwrite"):
+    with pytest.raises(FileExistsError, match="exists; choose another directory, or --overwrite"):
         DatasetWriter(directory, byte, "text")
     with DatasetWriter(directory, byte, "text", overwrite=True) as writer:
         writer.add_text("train", [10] * 8, "s", "l", 8)

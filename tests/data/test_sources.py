@@ -177,7 +177,7 @@ def test_conversation_formats(tmp_path):
             "not a conversation: the row has 'question'; expected 'messages', or .* --jsonl FILE:PROMPT,ANSWER",
         ),
         ({"messages": "hi"}, None, "messages must be a non-empty list"),
-        ({"messages": [{"role": "user"}]}, None, "message 0 must have a string role and a string content"),
+        ({"messages": [{"role": "user"}]}, None, "message 0 must have a string role and content"),
         ({"instruction": 1, "output": "x"}, None, "no text in field 'instruction': it is int"),
         ({"instruction": "x", "input": 3, "output": "x"}, "alpaca", "no text in field 'input': it is int"),
         ({"q": "x"}, "q,a", "no text in field 'a'"),

@@ -137,5 +137,5 @@ def test_a_story_is_read_back_as_told(language):
     rng = random.Random(language)
     for _ in range(200):
         story = world_texts.Story.draw(rng, EVERY, held_out=False)
-        assert world_texts.parse(story.say(language), language) == story
-        assert world_texts.parse(story.say(language), 1 - language) is None
+        assert world_texts.parse(story.text.say(language), language) == story
+        assert world_texts.parse(story.text.say(language), 1 - language) is None

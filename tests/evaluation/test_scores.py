@@ -17,9 +17,9 @@ def test_wilson_interval_equals_published_values(fraction, n, low, high):
 
 def test_rows_are_in_percent_with_their_interval():
     qa, poetry = scores.table(SCORES)
-    assert (qa.name, qa.n, qa.tuned.percent, qa.base.percent) == ("Question answering", 10, 100, 0)
+    assert (qa.application, qa.n, qa.tuned.percent, qa.base.percent) == ("qa", 10, 100, 0)
     assert (qa.tuned.low, qa.tuned.high) == pytest.approx((72.25, 100), abs=0.01)
-    assert (poetry.name, poetry.text, poetry.base) == ("poetry", "", None)
+    assert (poetry.application, poetry.base) == ("poetry", None)
 
 
 def test_summary_counts_examples_not_applications():

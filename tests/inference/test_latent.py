@@ -9,22 +9,22 @@ import pytest
 
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
-from jaxllm.layers.config import Experts, Groups, Latent, Rope, YarnScaling
+from jaxllm.layers.config import Experts, Groups, LatentAttention, Rope, YarnScaling
 from jaxllm.models.build import bind, graph, init_params, unstack
 from jaxllm.models.config import ComputeConfig, DenseLayers, ModelConfig
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.state import param_shardings
 
-LATENT = Latent(rank=16, query_rank=24, rotated=4, value_dim=10)
+LATENT = LatentAttention(rank=16, query_rank=24, rotated=4, value_dim=10)
 CONFIG = ModelConfig(
-    vocab_size=61, d_model=32, n_layers=3, n_heads=4, head_dim=12, d_ff=24, max_seq_len=80, latent=LATENT,
+    vocab_size=61, d_model=32, n_layers=3, n_heads=4, head_dim=12, d_ff=24, max_seq_len=80, mla=LATENT,
     dense=DenseLayers(number=1, d_ff=48), bias="attention",
     positions=Rope(interleaved=True, scaling=YarnScaling(factor=4, original_len=16, score_mscale=1.0)),
     ffn=Experts(number=8, top_k=3, score="sigmoid", biased=True, groups=Groups(number=4, top_k=2), shared=2),
 )  # fmt: skip
 COMPUTE = ComputeConfig(dtype="float32", layers="unroll")
-STRAIGHT = CONFIG.model_copy(update={"latent": LATENT.model_copy(update={"query_rank": None})})
+STRAIGHT = CONFIG.model_copy(update={"mla": LATENT.model_copy(update={"query_rank": None})})
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 20))
 
 
@@ -86,9 +86,9 @@ def test_a_cut_decoder_in_bfloat16_keeps_norms_and_biases_of_the_choice_exact():
     [
         ({"ffn": {"kind": "gated"}}, "dense is for the first of n_layers=3 layers with experts"),
         ({"dense": {"number": 3, "d_ff": 8}}, "dense is for the first of n_layers=3"),
-        ({"head_dim": 4}, "head_dim=4 must be more than latent.rotated=4"),
-        ({"n_kv_heads": 2}, "latent has keys for each head"),
-        ({"qk_norm": "head"}, "latent has keys for each head"),
+        ({"head_dim": 4}, "head_dim=4 must be more than mla.rotated=4"),
+        ({"n_kv_heads": 2}, "mla has keys for each head"),
+        ({"qk_norm": "head"}, "mla has keys for each head"),
     ],
 )
 def test_what_does_not_fit_a_latent_or_dense_layers_is_refused(change, message):

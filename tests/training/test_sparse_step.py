@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.config import Experts, Groups, Latent, Rope
+from jaxllm.layers.config import ClampedGate, Experts, Groups, LatentAttention, Rope
 from jaxllm.models.balance import move_biases
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig, DenseLayers, ModelConfig
@@ -27,13 +27,16 @@ MODEL = ModelConfig(
 )
 DEEPSEEK = MODEL.model_copy(
     update={
-        "n_layers": 3, "head_dim": 10, "latent": Latent(rank=12, query_rank=8, rotated=4, value_dim=6),
+        "n_layers": 3, "head_dim": 10, "mla": LatentAttention(rank=12, query_rank=8, rotated=4, value_dim=6),
         "positions": Rope(interleaved=True), "dense": DenseLayers(number=1, d_ff=20),
         "ffn": Experts(number=8, top_k=2, balance=0.01, score="sigmoid", biased=True, shared=1,
                        groups=Groups(number=4, top_k=2)),
     }
 )  # fmt: skip
 PLAIN = MODEL.model_copy(update={"ffn": EXPERTS.model_copy(update={"balance": 0.0, "router_z": 0.0})})
+OSS = MODEL.model_copy(
+    update={"ffn": EXPERTS.model_copy(update={"clamped": ClampedGate(limit=0.1)}), "bias": True, "sinks": True}
+)
 CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)
 
 
@@ -61,7 +64,7 @@ def run(mesh=None, devices=1, model=MODEL):
         return history, jax.device_get(state.params), state.params
 
 
-@pytest.mark.parametrize("model", [MODEL, DEEPSEEK], ids=["plain", "deepseek"])
+@pytest.mark.parametrize("model", [MODEL, DEEPSEEK, OSS], ids=["plain", "deepseek", "biases"])
 @pytest.mark.parametrize(
     ("mesh", "split"),
     [
@@ -106,8 +109,18 @@ def test_biases_alone_even_out_the_load():
     assert busiest[-1] - even < 0.5 * (busiest[0] - even)
 
 
+def test_weights_decay_and_no_bias_norm_or_sink_does():
+    params = jax.tree.map(jnp.ones_like, init_params(OSS, 0))
+    tx = optimizer(AdamW(weight_decay=1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    kept = {name for name, leaf in named_leaves(updates).items() if not np.any(leaf)}
+    attention = {f"attention/{name}/bias" for name in "qkvo"} | {"attention/sinks", "attention_norm/scale"}
+    ffn = {f"ffn/experts/{name}_bias" for name in ("gate", "up", "down")} | {"ffn/router_bias", "ffn_norm/scale"}
+    assert kept == {f"blocks/{name}" for name in attention | ffn} | {"final_norm/scale"}
+
+
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
-    params = init_params(MODEL, 0)
+    params = init_params(OSS, 0)
     tx = optimizer(Muon(weight_decay=0.0))
     updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)  # noise for a gradient
     sizes = np.linalg.svd(updates["blocks"]["ffn"]["experts"]["up"], compute_uv=False)
