@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.inference.decode import CHECK_EVERY, Decoder, Layout, Limits, Request, _programs, bucket
+from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _programs, bucket
+from jaxllm.inference.layout import Layout
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import LongRopeScaling, Rope
@@ -184,7 +185,7 @@ def test_a_decoder_on_a_cpu_shares_the_memory_of_the_model():
 def test_stacked_weights_of_a_narrow_type_decode_as_their_wide_copy(decoder, params, monkeypatch):
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.ndim > 1 else leaf, params)
     wide = Decoder(decoder.config, half, COMPUTE)
-    monkeypatch.setattr("jaxllm.inference.decode.MAX_WIDENED", 0)
+    monkeypatch.setattr("jaxllm.inference.layout.MAX_WIDENED", 0)
     narrow = Decoder(decoder.config, half, COMPUTE)
     up, given = (each["blocks"]["ffn"]["up"]["kernel"] for each in (narrow.params, half))
     assert up.dtype == "uint16" and up.unsafe_buffer_pointer() == given.unsafe_buffer_pointer()  # no copy
