@@ -39,10 +39,10 @@ def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
 
 
 def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: RowMask,
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K U"], mask: RowMask,
     scores: Scores | None = None, sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B T N H"]:  # fmt: skip
-    """Return the attention output of whole rows.
+) -> Float[Array, "B T N U"]:  # fmt: skip
+    """Return the attention output of whole rows; values may have a width U of their own.
 
     Each block of queries only meets the keys that the mask lets it see; under a causal mask these are those from its
     window's start up to its own end: at most half of the work of a full square, and exactly the same sums for what is
@@ -138,13 +138,16 @@ def attend_cache(
     q: Float[Array, "B T N H"], cache: LayerCache, mask: CacheMask | CrossMask, scores: Scores | None = None,
     sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:  # fmt: skip
-    """Return the attention output of new tokens over all that `cache` holds; `scores` and `sinks` as in `attend`."""
+    """Return the attention output of new tokens over all that `cache` holds; `scores` and `sinks` as in `attend`.
+
+    Latents are their own values: the output then has their width.
+    """
     scores = scores or Scores(q.shape[-1] ** -0.5)
     batch, length, n_heads, head_dim = q.shape
     rows, slots, _ = cache.keys.shape
     shape = (batch, length, rows // batch, n_heads * batch // rows, head_dim)
     q = jnp.swapaxes(q.reshape(shape), 1, 2).reshape(rows, -1, head_dim)  # [R, T * G, H]
-    keys, values = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+    keys, values = (x.astype(q.dtype) for x in (cache.keys, cache.keys if cache.values is None else cache.values))
     s = scores.of(jnp.einsum("rqh,rsh->rqs", q, keys, preferred_element_type=jnp.float32))
     s = s.reshape(batch, shape[2], length, shape[3], slots)
     if isinstance(mask, CacheMask) and mask.bias is not None:

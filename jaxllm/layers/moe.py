@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.layers.config import ClampedGate, Experts
-from jaxllm.layers.ffn import ACTIVATIONS
+from jaxllm.layers.config import ClampedGate, Experts, Gated, Groups
+from jaxllm.layers.ffn import ACTIVATIONS, Ffn
 from jaxllm.layers.linear import PRODUCT, constant, param
 from jaxllm.sharding.rules import partition_spec
 
@@ -26,7 +27,8 @@ class RouterSums(NamedTuple):
 
     Attributes:
       counts: how often each expert was chosen; sums to `tokens` * A.
-      probs: of each expert, before the choice; the only part with a gradient to balance the load by.
+      probs: of each expert, before the choice, as shares of their sum; the only part with a gradient to balance the
+        load by.
       z: squared log-partitions of the router's logits.
       tokens: how many count.
     """
@@ -75,7 +77,11 @@ class Moe(nnx.Module):
         self.config = config
         self.router = param(rngs, (d_model, config.number), ("embed", None), std)
         self.router_bias = constant((config.number,), (None,), 0.0) if bias else None
-        self.experts = Bank(rngs, config.number, d_model=d_model, d_ff=d_ff, bias=bias, std=std, out_std=out_std)
+        self.choice_bias = constant((config.number,), ("norm",), 0.0) if config.biased else None
+        shape = {"d_model": d_model, "bias": bias, "std": std, "out_std": out_std}
+        self.experts = Bank(rngs, config.number, d_ff=d_ff, **shape)
+        kind = Gated(activation=config.activation)
+        self.shared = Ffn(rngs, kind, d_ff=config.shared * d_ff, **shape) if config.shared else None
 
     def __call__(
         self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
@@ -90,18 +96,38 @@ class Moe(nnx.Module):
             exact = jax.lax.Precision.HIGHEST
             logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), self.router[...], precision=exact)
             logits = logits if self.router_bias is None else logits + self.router_bias[...][None, None]
-            probs = jax.nn.softmax(logits, axis=-1)
-            weights, choice = jax.lax.top_k(probs, self.config.top_k)
+            softmax = self.config.score == "softmax"
+            probs = jax.nn.softmax(logits, axis=-1) if softmax else jax.nn.sigmoid(logits)
+            choice = self._choose(jax.lax.stop_gradient(probs))
+            weights = jnp.take_along_axis(probs, choice, axis=-1)
             if self.config.renormalise:
-                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-            kernels = self.experts.kernels(x.dtype)
-            weights = weights.astype(x.dtype)
+                weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # all sigmoids may be zero
+            kernels, weights = self.experts.kernels(x.dtype), (self.config.scale * weights).astype(x.dtype)
             y = apply_experts(x, choice, weights, kernels, self.config.clamped or self.config.activation)
             if self.experts.down_bias is not None:  # here, where no device adds it twice
                 chosen = jax.nn.one_hot(choice, self.config.number, dtype=x.dtype)
                 shares = jnp.sum(chosen * weights[..., None], axis=2)
                 y = y + jnp.matmul(shares, self.experts.down_bias[...].astype(x.dtype), precision=exact)
+            y = y if self.shared is None else y + self.shared(x)
+            probs = probs if softmax else probs / (jnp.sum(probs, axis=-1, keepdims=True) + 1e-20)
             return y, _sums(logits, probs, choice, counted)
+
+    def _choose(self, probs: Float[Array, "B T E"]) -> Int[Array, "B T A"]:
+        """Return the experts of each token: the best ones by probability and bias, of its best groups."""
+        if self.choice_bias is not None:
+            probs = probs + self.choice_bias[...][None, None]
+        if self.config.groups is not None:
+            probs = _within_groups(probs, self.config.groups)
+        return jax.lax.top_k(probs, self.config.top_k)[1]
+
+
+def _within_groups(scores: Float[Array, "B T E"], groups: Groups) -> Float[Array, "B T E"]:
+    """Return the scores with -inf outside of the groups whose two best experts score most."""
+    scores = rearrange(scores, "B T (g e) -> B T g e", g=groups.number)
+    best = jnp.sum(jax.lax.top_k(scores, 2)[0], axis=-1)
+    chosen = jax.lax.top_k(best, groups.top_k)[1]
+    allowed = jnp.any(chosen[..., None] == jnp.arange(groups.number)[None, None, None], axis=-2)
+    return rearrange(jnp.where(allowed[..., None], scores, -jnp.inf), "B T g e -> B T (g e)")
 
 
 def _sums(

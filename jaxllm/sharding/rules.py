@@ -24,13 +24,13 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
     "norm": (),
     "types": (),
     "labels": (),
     "buckets": (),
-    "latent": (),
     "slots": (),
 }
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
-from jaxllm.models.balance import router_loss, router_metrics
+from jaxllm.models.balance import move_biases, router_loss, router_metrics
 from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.rules import constrain
@@ -83,7 +83,8 @@ def train_step(
     """
     latent = model.latent
     rows = batch if latent is None else draw(batch, step.elbo, latent.size, state.step, texts_per_row)
-    gradient, loss, (nats, others) = gradient_sums(state.params, rows, model, compute, step)
+    gradient, loss, (nats, sums) = gradient_sums(state.params, rows, model, compute, step)
+    routers = sums if latent is None else None
     with jax.named_scope("update"):
         tokens = jnp.sum(batch.weights)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
@@ -91,6 +92,8 @@ def train_step(
         norm = optax.tree.norm(gradient)
         direction, opt_state = optimizer(optim).update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + lr * u, state.params, direction)
+        if routers is not None and model.ffn.biased:
+            params = move_biases(params, routers, step.router_bias_step)
         # A finite gradient may still make parameters that overflow: the norm of the new ones says so.
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         if step.spike_factor is not None:
@@ -109,10 +112,10 @@ def train_step(
         "loss": nats * scale, "objective": loss * scale, "grad_norm": norm, "lr": lr, "tokens": tokens,
         "skipped": 1.0 - good.astype(jnp.float32),
     }  # fmt: skip
-    if isinstance(rows, Texts):
-        metrics |= {**vae_metrics(others, tokens), "kl_weight": rows.kl_weight[0]}
-    elif others is not None:
-        metrics |= router_metrics(others, model.ffn)
+    if latent is not None:
+        metrics |= {**vae_metrics(sums, tokens), "kl_weight": rows.kl_weight[0]}
+    elif routers is not None:
+        metrics |= router_metrics(routers, model.ffn)
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
 

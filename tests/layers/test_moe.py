@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from pydantic import ValidationError
 
-from jaxllm.layers.config import ClampedGate, Experts
+from jaxllm.layers.config import ClampedGate, Experts, Groups
 from jaxllm.layers.moe import Kernels, Moe, RouterSums, _mix
 from jaxllm.models.balance import balance_loss, router_metrics, z_loss
 
@@ -55,6 +55,46 @@ def test_the_formula_token_by_token(renormalise, clamped):
     together = moe(jnp.asarray(crowd, jnp.float32))[0]
     alone = [moe(jnp.asarray(crowd[:1, i : i + 1], jnp.float32))[0][0, 0] for i in range(5)]
     np.testing.assert_allclose(together[0], np.stack(alone), rtol=2e-5, atol=1e-6)
+
+
+def test_sigmoids_in_groups_with_a_bias_and_a_shared_expert_token_by_token():
+    groups = Groups(number=4, top_k=2)
+    config = Experts(number=8, top_k=3, score="sigmoid", biased=True, groups=groups, scale=2.5, shared=2)
+    moe = Moe(nnx.Rngs(0), config, d_model=8, d_ff=6, std=0.5, out_std=0.5)
+    bias = np.random.default_rng(1).normal(size=8).astype(np.float32)
+    moe.choice_bias[...] = jnp.asarray(bias)
+    layer = lambda x, gate, up, down: (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
+    kernels = [np.asarray(kernel) for kernel in moe.experts.kernels(jnp.float32)[:3]]
+    shared = [np.asarray(part.kernel[...]) for part in (moe.shared.gate, moe.shared.up, moe.shared.down)]
+    assert shared[0].shape == (8, 12)
+    expected, counts, shares, unlimited = np.zeros_like(X), np.zeros(8), np.zeros(8), 0
+    for place in np.ndindex(2, 5):
+        p = 1 / (1 + np.exp(-X[place] @ np.asarray(moe.router[...])))
+        merit = (p + bias).reshape(4, 2)
+        outside = np.argsort(-merit.sum(-1))[2:]
+        unlimited += set(np.argsort(-merit.reshape(-1))[:3]) != (set(np.argsort(-p)[:3]))
+        merit[outside] = -np.inf
+        chosen = np.argsort(-merit.reshape(-1))[:3]
+        counts[chosen] += 1
+        shares += p / p.sum()
+        expected[place] = layer(X[place], *shared)
+        for e in chosen:
+            expected[place] += 2.5 * p[e] / p[chosen].sum() * layer(X[place], *(kernel[e] for kernel in kernels))
+    assert unlimited  # the bias does change the choice
+    y, sums = moe(X)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_array_equal(sums.counts, counts)
+    np.testing.assert_allclose(sums.probs, shares, rtol=1e-5)
+    graph, params = nnx.split(moe)
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graph, params)(X)[0])))(params)
+    assert not np.any(gradient["choice_bias"][...])
+    assert np.any(gradient["router"][...])
+
+
+@pytest.mark.parametrize("groups", [(3, 1), (8, 4), (4, 1), (4, 5)])
+def test_groups_that_do_not_hold_the_choice_are_refused(groups):
+    with pytest.raises(ValidationError, match="the same number of them, two or more"):
+        Experts(number=8, top_k=3, groups=Groups(number=groups[0], top_k=groups[1]))
 
 
 @pytest.mark.parametrize("biases", [False, True])

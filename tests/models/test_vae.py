@@ -99,6 +99,6 @@ def test_decoding_with_a_cache_equals_whole_rows(config):
     "change", [{"parallel": True}, {"window": SlidingWindow(size=4)}, {"ffn": Experts(number=2, top_k=1)}]
 )
 def test_what_a_vae_does_not_compute_is_refused(change):
-    with pytest.raises(ValueError, match="latent: a VAE has no experts, windows or parallel layers"):
+    with pytest.raises(ValueError, match="latent: a VAE has no experts, windows, parallel layers or mla"):
         ModelConfig(**SIZES, latent=Latent(), **change)
     assert ModelConfig(**SIZES, latent=Latent(encoder_layers=3), ffn=Gated()).depth == 5
