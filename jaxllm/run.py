@@ -227,14 +227,13 @@ class Run:
 
     def notes(self) -> list[str]:
         """Say which conversations are left out, what the losses are of, and if a batch is larger than an epoch."""
-        notes = []
-        if self._held_out and len(self.recipe.data.sources) > 1:
+        sources, rows, batch = self.recipe.data.sources, self.loader.samples_per_epoch, self.recipe.data.batch_size
+        notes = self.loader.notes()
+        if self._held_out and len(sources) > 1:
             notes.append(
-                f"note: training and validation loss are of different mixtures: of all {len(self.recipe.data.sources)} "
-                f"sources by their weights, and of the held-out documents of {' and '.join(self._held_out)}"
+                f"note: training and validation loss are of different mixtures: of all {len(sources)} sources by their "
+                f"weights, and of the held-out documents of {' and '.join(self._held_out)}"
             )
-        notes += self.loader.notes()
-        rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size
         if rows < batch:
             notes.append(
                 f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more "
