@@ -59,8 +59,3 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
     if config.latent is not None:
         raise ValueError(f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate")
     return config, model
-
-
-def model_config(model: str | Path) -> "ModelConfig":
-    """Return the architecture of MODEL alone; errors as of `look`."""
-    return look(model)[0]
