@@ -56,8 +56,3 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
     from jaxllm.recipe import load_recipe
 
     return load_recipe(locate(model)[0]).model, model
-
-
-def model_config(model: str | Path) -> "ModelConfig":
-    """Return the architecture of MODEL alone; errors as of `look`."""
-    return look(model)[0]

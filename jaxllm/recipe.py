@@ -14,7 +14,7 @@ from jaxllm.core.files import read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.shards import read_manifest
-from jaxllm.locate import model_config
+from jaxllm.locate import look
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
@@ -54,7 +54,7 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict):
         return raw  # is refused in a moment, as every value of a wrong type
     if not model and isinstance(start_from, str) and start_from not in configs.NONE:
-        model = model_config(start_from).model_dump(mode="json")
+        model = look(start_from)[0].model_dump(mode="json")
     match raw:
         case {"data": {"sources": [{"path": str(path)}, *_]}} if "vocab_size" not in model:
             manifest = Path(path) / "manifest.json"

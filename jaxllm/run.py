@@ -4,6 +4,7 @@ Here text (data, tokenizer, samples) and training meet.
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,23 +226,21 @@ class Run:
             + (f"; resuming at step {done}" if done else "")
         )
 
-    def notes(self) -> list[str]:
+    def notes(self) -> Iterator[str]:
         """Say which conversations are left out, what the losses are of, and if a batch is larger than an epoch."""
-        notes = []
-        if self._held_out and len(self.recipe.data.sources) > 1:
-            notes.append(
-                f"note: training and validation loss are of different mixtures: of all {len(self.recipe.data.sources)} "
-                f"sources by their weights, and of the held-out documents of {' and '.join(self._held_out)}"
+        sources, rows, batch = self.recipe.data.sources, self.loader.samples_per_epoch, self.recipe.data.batch_size
+        yield from self.loader.notes()
+        if self._held_out and len(sources) > 1:
+            yield (
+                f"note: training and validation loss are of different mixtures: of all {len(sources)} sources by their "
+                f"weights, and of the held-out documents of {' and '.join(self._held_out)}"
             )
-        notes += self.loader.notes()
-        rows, batch = self.loader.samples_per_epoch, self.recipe.data.batch_size
         if rows < batch:
-            notes.append(
+            yield (
                 f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more "
                 "than an epoch, and a length in epochs or tokens is rounded up to whole steps; lower data.batch_size "
                 f"to {rows} or less to train just as long as you asked"
             )
-        return notes
 
 
 def _best_params(state: TrainState) -> Any:

@@ -13,7 +13,7 @@ from jaxllm.data import text_pairs
 from jaxllm.encoder import Encoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.layers.config import Gated, LayerNorm, Learned, Plain
-from jaxllm.locate import model_config
+from jaxllm.locate import look
 from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
@@ -238,7 +238,7 @@ def test_an_encoder_that_no_family_computes_is_refused(encoders, tmp_path):
 def test_commands_that_write_text_say_what_it_is(encoders, tmp_path):
     path = jaxllm.export(encoders["tokens"], tmp_path / "out")
     with pytest.raises(ValueError, match="bert has an encoder"):
-        model_config(path)
+        look(path)
 
 
 @pytest.mark.parametrize(

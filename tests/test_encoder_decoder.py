@@ -15,7 +15,7 @@ from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import LayerNorm, Learned, Plain, RelativeBias, Sinusoids
-from jaxllm.locate import model_config
+from jaxllm.locate import look
 from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
@@ -173,4 +173,4 @@ def test_what_cannot_be_read_is_a_clear_error(lm, tmp_path):
     assert len(lm.tokenizer.encode([TEXTS[1]], 5, truncate=True)[0].ids) == 5
     jaxllm.export(lm, tmp_path / "hf")
     with pytest.raises(ValueError, match="has an encoder; jaxllm"):
-        model_config(tmp_path / "hf")
+        look(tmp_path / "hf")

@@ -17,7 +17,7 @@ from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import ClampedGate, Experts, Rope
-from jaxllm.locate import look, model_config
+from jaxllm.locate import look
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.sample import main as sample
@@ -55,7 +55,7 @@ def test_what_was_looked_at_is_loaded_without_another_look(exported, monkeypatch
     monkeypatch.setattr(huggingface, "describe", None)
     lm = huggingface.load(found)
     monkeypatch.undo()
-    assert lm.config == config == model_config(exported)
+    assert lm.config == config == look(exported)[0]
     assert lm.stop_ids == model().stop_ids
 
 

@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from pydantic import Field
 
@@ -32,11 +31,7 @@ class CleanConfig(Config):
     deduplicate: bool = Field(True, description="drop exact copies of an earlier document or conversation")
 
 
-class Rule(NamedTuple):
-    """A named rule; `apply` returns the text, changed or not, or None to drop the document."""
-
-    name: str
-    apply: Callable[[str], str | None]
+Rule = Callable[[str], str | None]  # returns the text, changed or not, or None to drop the document
 
 
 @dataclass
@@ -48,15 +43,15 @@ class RuleCount:
     examples: list[str] = field(default_factory=list)
 
 
-def rules(config: CleanConfig) -> list[Rule]:
+def rules(config: CleanConfig) -> dict[str, Rule]:
     """Return the rules that `config` asks for, in order; copies are dropped by `Cleaner`, which has seen the others."""
-    known = (
-        (config.nfc, Rule("nfc", partial(unicodedata.normalize, "NFC"))),
-        (config.control, Rule("control", remove_control)),
-        (config.trailing_space, Rule("trailing_space", strip_line_ends)),
-        (True, Rule("min_chars", lambda text: text if len(text.strip()) >= config.min_chars else None)),
-    )
-    return [rule for wanted, rule in known if wanted]
+    known: dict[str, tuple[bool, Rule]] = {
+        "nfc": (config.nfc, partial(unicodedata.normalize, "NFC")),
+        "control": (config.control, remove_control),
+        "trailing_space": (config.trailing_space, strip_line_ends),
+        "min_chars": (True, lambda text: text if len(text.strip()) >= config.min_chars else None),
+    }
+    return {name: rule for name, (wanted, rule) in known.items() if wanted}
 
 
 def remove_control(text: str) -> str:
@@ -79,7 +74,7 @@ class Cleaner:
     def __init__(self, config: CleanConfig):
         self._rules = rules(config)
         self._seen: set[bytes] | None = set() if config.deduplicate else None
-        self.counts = {rule.name: RuleCount() for rule in self._rules}
+        self.counts = {name: RuleCount() for name in self._rules}
         if config.deduplicate:
             self.counts["duplicate"] = RuleCount()
 
@@ -109,12 +104,12 @@ class Cleaner:
         return Conversation(tuple(messages), conversation.source, conversation.location)
 
     def _text(self, text: str, owner: Document | Conversation) -> str | None:
-        for rule in self._rules:
-            result = rule.apply(text)
+        for name, rule in self._rules.items():
+            result = rule(text)
             if result is None:
-                self._drop(rule.name, repr(text[:60]), owner)
+                self._drop(name, repr(text[:60]), owner)
                 return None
-            self.counts[rule.name].changed += result != text
+            self.counts[name].changed += result != text
             text = result
         return text
 

@@ -11,7 +11,7 @@ Source: gguf.md of ggml for the keys; llama-vocab.cpp of llama.cpp for the names
 tokenizer.json of SmolLM2, Llama 3, Qwen2 and Mistral Nemo for the expressions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -36,7 +36,7 @@ def describe(metadata: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any
     keys = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if "tokens" not in keys or "model" not in keys:
         raise ValueError(f"{name} has no tokenizer (tokenizer.ggml.model and .tokens); take a file that has one")
-    if problems := _problems(metadata, keys):
+    if problems := list(_problems(metadata, keys)):
         raise ValueError(f"{name}: the tokenizer cannot be read exactly:\n  " + "\n  ".join(problems))
     types = keys.get("token_type") or [NORMAL] * len(keys["tokens"])
     tokens = [
@@ -69,33 +69,30 @@ def stop_ids(metadata: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys([token for token in declared if token is not None] + named))
 
 
-def _problems(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> list[str]:
-    problems, tokens = [], keys["tokens"]
+def _problems(metadata: Mapping[str, Any], keys: Mapping[str, Any]) -> Iterator[str]:
+    tokens, pre = keys["tokens"], keys.get("pre")
     if keys["model"] not in ("llama", "gpt2"):
-        problems.append(f"tokenizer.ggml.model={keys['model']!r}: known are 'llama' and 'gpt2'")
+        yield f"tokenizer.ggml.model={keys['model']!r}: known are 'llama' and 'gpt2'"
     if keys["model"] == "gpt2":
-        if keys.get("pre") not in CUTS:
-            problems.append(
-                f"tokenizer.ggml.pre={keys.get('pre')!r}: how it cuts text is not known; known are {', '.join(CUTS)}"
-            )
+        if pre not in CUTS:
+            yield f"tokenizer.ggml.pre={pre!r}: how it cuts text is not known; known are {', '.join(CUTS)}"
         if keys.get("add_space_prefix"):
-            problems.append("tokenizer.ggml.add_space_prefix=True: only for the model 'llama'")
+            yield "tokenizer.ggml.add_space_prefix=True: only for the model 'llama'"
         if wrong := [merge for merge in keys.get("merges", ()) if merge.count(" ") != 1]:
-            problems.append(f"tokenizer.ggml.merges has {wrong[0]!r}: a merge is two pieces with one space between")
-    for key, size in (("token_type", len(tokens)), ("scores", len(tokens))):
-        if key in keys and len(keys[key]) != size:
-            problems.append(f"tokenizer.ggml.{key} has {len(keys[key])} entries for {size} tokens")
+            yield f"tokenizer.ggml.merges has {wrong[0]!r}: a merge is two pieces with one space between"
+    for key in ("token_type", "scores"):
+        if key in keys and len(keys[key]) != len(tokens):
+            yield f"tokenizer.ggml.{key} has {len(keys[key])} entries for {len(tokens)} tokens"
     needed = {"llama": ("scores", "token_type"), "gpt2": ("merges",)}.get(keys["model"], ())
-    problems += [f"tokenizer.ggml.{key}: missing" for key in needed if key not in keys]
+    yield from (f"tokenizer.ggml.{key}: missing" for key in needed if key not in keys)
     if len(set(tokens)) < len(tokens):
-        problems.append(f"tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice")
+        yield f"tokenizer.ggml.tokens names {len(tokens) - len(set(tokens))} tokens twice"
     if keys.get("remove_extra_whitespaces"):
-        problems.append("tokenizer.ggml.remove_extra_whitespaces=True: only False is computed here")
-    unknown = [
-        key for key in metadata if key.startswith("tokenizer.ggml.") and not key.endswith(("_token_id", "_token_ids"))
-        and key.removeprefix("tokenizer.ggml.") not in TABLE["known"]
-    ]  # fmt: skip
-    return problems + [f"{key}: unknown, and it may change the ids" for key in unknown]
+        yield "tokenizer.ggml.remove_extra_whitespaces=True: only False is computed here"
+    for key in metadata:
+        word = key.removeprefix("tokenizer.ggml.")
+        if word != key and not key.endswith(("_token_id", "_token_ids")) and word not in TABLE["known"]:
+            yield f"{key}: unknown, and it may change the ids"
 
 
 def _bpe(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:

@@ -30,12 +30,8 @@ class _Generation(jinja2.ext.Extension):
 
 
 @functools.cache
-def compile_template(source: str) -> jinja2.Template:
-    """Compile `source` in a sandbox: no attribute that changes an object or reaches Python's internals.
-
-    Raises:
-      ValueError: a syntax error, with its line.
-    """
+def _compile(source: str) -> jinja2.Template:
+    """Compile `source` in a sandbox: no attribute that changes an object or reaches Python's internals."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -45,10 +41,7 @@ def compile_template(source: str) -> jinja2.Template:
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from error
+    return environment.from_string(source)
 
 
 def render(source: str, **values: object) -> str:
@@ -57,8 +50,9 @@ def render(source: str, **values: object) -> str:
     Raises:
       ValueError: a syntax error, or the template refuses the values (`raise_exception`) or fails on them.
     """
-    template = compile_template(source)
     try:
-        return template.render(**values)
+        return _compile(source).render(**values)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from error
     except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"the chat template does not accept these messages: {error}") from error

@@ -47,26 +47,13 @@ class Problems:
             self.report(f"{path}: not UTF-8 at byte offset {at} (byte 0x{byte:02x}: {error.reason})", replaceable=True)
         return data.decode("utf-8", errors="replace") if self.policy == "replace" else None
 
-    def encodable(self, text: str, place: str) -> str:
-        """Return `text`; half of a surrogate pair in it, as JSON's \\ud800 can be, becomes "?" or a problem.
-
-        Raises:
-          UnicodeEncodeError: there is one, which no UTF-8 can say, and the policy is not "replace".
-        """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            if self.policy != "replace":
-                raise
-            self.report(f"{place}: {_surrogate(error)}")
-        return text.encode("utf-8", errors="replace").decode("utf-8")
-
     def attempt(self, place: str, read: Callable[..., T], *values: object) -> T | None:
         """Return `read(*values)`, or None after a report of the ValueError that it raised."""
         try:
             return read(*values)
-        except UnicodeEncodeError as error:
-            self.report(f"{place}: {_surrogate(error)}", replaceable=True)
+        except UnicodeEncodeError as error:  # JSON can say half of a surrogate pair, and UTF-8 cannot
+            half = ord(error.object[error.start])
+            self.report(f"{place}: lone surrogate \\u{half:04x} at character {error.start}")
         except ValueError as error:
             self.report(f"{place}: {error}")
         return None
@@ -76,7 +63,3 @@ def as_json(value: object, limit: int) -> str:
     """Return the beginning of `value` as a row of a file shows it."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="backslashreplace").decode("utf-8")
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _surrogate(error: UnicodeEncodeError) -> str:
-    return f"lone surrogate \\u{ord(error.object[error.start]):04x} at character {error.start}"

@@ -1,5 +1,6 @@
 """What `prepare` did, as data (report.json) and as tables for a person."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from jaxllm.core.config import Record
@@ -71,19 +72,14 @@ def show(report: PrepareReport, console: "Console") -> None:
         console.print(f"note: {escape(note)}")
 
 
-def _facts(report: PrepareReport, unit: str) -> list[tuple[str, str]]:
+def _facts(report: PrepareReport, unit: str) -> Iterator[tuple[str, str]]:
     packing = report.packing
-    facts = [
-        (f"{unit}s", f"{report.documents_read:,} read, {report.documents_kept:,} kept"),
-        ("text", f"{count(report.bytes_read, 'byte')} read, {report.bytes_kept:,} kept"),
-        ("tokenizer", f"{report.tokenizer}, {report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"),
-    ]
+    yield f"{unit}s", f"{report.documents_read:,} read, {report.documents_kept:,} kept"
+    yield "text", f"{count(report.bytes_read, 'byte')} read, {report.bytes_kept:,} kept"
+    yield "tokenizer", f"{report.tokenizer}, {report.vocab_size:,} ids, {report.bytes_per_token:.2f} bytes per token"
     for name, split in report.splits.items():
-        facts.append(
-            (name, f"{count(split.documents, unit)}, {count(split.tokens, 'token')}, {split.trained:,} trained")
-        )
+        yield name, f"{count(split.documents, unit)}, {count(split.tokens, 'token')}, {split.trained:,} trained"
     rows = f"{count(packing.rows, 'row')} of {packing.seq_len}, {packing.waste:.1%} padding"
     rows += f", {count(packing.dropped, unit)} too long" if packing.dropped else ""
-    facts.append(("packing", f"{rows} (if trained at this row length; --seq-len asks for another)"))
-    facts.append(("time", f"{report.seconds:.1f} s, {report.bytes_read / 1e6 / max(report.seconds, 1e-9):.2f} MB/s"))
-    return facts
+    yield "packing", f"{rows} (if trained at this row length; --seq-len asks for another)"
+    yield "time", f"{report.seconds:.1f} s, {report.bytes_read / 1e6 / max(report.seconds, 1e-9):.2f} MB/s"

@@ -145,16 +145,15 @@ class _SplitWriter:
     def _flush(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         shard = f"shard-{len(self.shards):05d}"
-        arrays = {
-            "tokens": np.concatenate(self._tokens),
-            "offsets": np.cumsum([0, *(len(tokens) for tokens in self._tokens)], dtype=np.int64),
-            **({"trained": np.concatenate(self._trained)} if self.kind == "chat" else {}),
+        contents = {
+            "tokens.npy": np.concatenate(self._tokens),
+            "offsets.npy": np.cumsum([0, *map(len, self._tokens)], dtype=np.int64),
+            "origins.jsonl": np.frombuffer("".join(self._origins).encode("utf-8"), np.uint8),
+            **({"trained.npy": np.concatenate(self._trained)} if self.kind == "chat" else {}),
         }
-        for name, array in arrays.items():
-            _save(self.directory / f"{shard}.{name}.npy", array)
-        (self.directory / f"{shard}.origins.jsonl").write_bytes("".join(self._origins).encode("utf-8"))
-        parts = ["tokens.npy", "offsets.npy", "origins.jsonl"] + ["trained.npy"] * (self.kind == "chat")
-        paths = [self.directory / f"{shard}.{part}" for part in parts]
+        paths = [self.directory / f"{shard}.{part}" for part in contents]
+        for path, content in zip(paths, contents.values(), strict=True):
+            _save(path, content)
         self.shards.append(
             ShardInfo(
                 name=shard,
@@ -168,7 +167,8 @@ class _SplitWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file. `np.save` does not say that a disk is full, and says nothing if only the end is missing."""
+    """Write a .npy file, or bytes. `np.save` does not say that a disk is full, or that only the end is missing."""
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        if path.suffix == ".npy":
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)

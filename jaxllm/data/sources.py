@@ -7,8 +7,7 @@ same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, wh
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated, Literal
 
@@ -75,8 +74,7 @@ def documents(source: Input, problems: Problems) -> Iterator[Document]:
                     yield Document(text.removeprefix("\ufeff"), path, place)
         case JsonLines():
             for path, number, row in _rows(source.path, problems):
-                valid = partial(problems.encodable, place=f"{path}:{number}")
-                text = problems.attempt(f"{path}:{number}", _field, row, source.fields or "text", valid)
+                text = problems.attempt(f"{path}:{number}", _field, row, source.fields or "text")
                 if text is not None:
                     yield Document(text, path, f"line {number}")
         case PyDocs():
@@ -102,9 +100,8 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
         case JsonLines():
             for path, number, row in _rows(source.path, problems):
                 place = f"{path}:{number}"
-                valid = partial(problems.encodable, place=place)
                 for each, form in problems.attempt(place, _instances, row, source.fields) or ():
-                    messages = problems.attempt(place, _messages, each, form, valid)
+                    messages = problems.attempt(place, _messages, each, form)
                     if messages is not None:
                         yield Conversation(messages, path, f"line {number}")
         case PyDocs():
@@ -179,13 +176,18 @@ def _row(text: str) -> dict:
     return row
 
 
-def _field(row: dict, name: str, valid: Callable[[str], str]) -> str:
+def _field(row: dict, name: str) -> str:
     """A string field of a row."""
     value = row.get(name)
     if not isinstance(value, str):
         found = f"it is {type(value).__name__}" if name in row else f"the row has {_names(row)}"
         raise ValueError(f"no text in field {name!r}: {found}")
-    return valid(value)
+    return _encodable(value)
+
+
+def _encodable(text: str) -> str:
+    text.encode("utf-8")  # or it raises
+    return text
 
 
 def _names(row: dict) -> str:
@@ -211,11 +213,13 @@ def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
     return [(shared | each, "alpaca") for each in instances]
 
 
-def _messages(row: dict, form: str, valid: Callable[[str], str]) -> tuple[Message, ...]:
+def _messages(row: dict, form: str) -> tuple[Message, ...]:
     if form == "messages":
-        return tuple(Message(valid(each.role), valid(each.content)) for each in parse_messages(row.get("messages")))
+        return tuple(
+            Message(_encodable(each.role), _encodable(each.content)) for each in parse_messages(row.get("messages"))
+        )
     prompt_name, _, answer_name = ("instruction,output" if form == "alpaca" else form).partition(",")
-    prompt, answer = (_field(row, name, valid) for name in (prompt_name, answer_name))
+    prompt, answer = (_field(row, name) for name in (prompt_name, answer_name))
     if form == "alpaca" and row.get("input"):
-        prompt += "\n\n" + _field(row, "input", valid)
+        prompt += "\n\n" + _field(row, "input")
     return Message("user", prompt), Message("assistant", answer)

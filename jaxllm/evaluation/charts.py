@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from importlib import resources
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -13,10 +14,9 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 4.8, 2.9  # inches; the page scales the drawing
 MAX_POINTS = 600  # of a line: more than the pixels it gets
 
-# Matplotlib knows no CSS variables. It draws in colours that nobody would choose, which then are replaced.
+# Matplotlib knows no CSS variables. It draws in these, some of them set in charts.mplstyle, which then are replaced.
 _STAND_INS = {
     "series-1": "#010a01", "series-2": "#010a02", "series-3": "#010a03", "series-4": "#010a04",
     "ink": "#010a05", "muted": "#010a06", "grid": "#010a07",
@@ -69,10 +69,13 @@ def line_chart(lines: Sequence[Line], label: str, *, log: bool = False, marks: S
     from matplotlib.figure import Figure
 
     # The salt makes the ids of clip paths repeatable (the same run gives the same page) and different between charts.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": repr(lines), "font.size": 9.5}):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-        axes = figure.add_subplot()
-        _dress(axes)
+    style = resources.files(__package__).joinpath("charts.mplstyle")
+    with matplotlib.rc_context({"svg.hashsalt": repr(lines)}, style):
+        figure = Figure()
+        axes = figure.add_subplot(xlabel="step")
+        for each in (figure, axes):
+            each.patch.set_visible(False)
+        _set_ticks(axes)
         for x in marks:
             axes.axvline(x, color=_STAND_INS["grid"], linewidth=1, linestyle=(0, (4, 3)))
         for line in lines:
@@ -88,19 +91,10 @@ def line_chart(lines: Sequence[Line], label: str, *, log: bool = False, marks: S
     return _inline(buffer.getvalue(), f"{label}, by step")
 
 
-def _dress(axes: "Axes") -> None:
-    """Axes without a frame, few ticks, horizontal grid lines only."""
+def _set_ticks(axes: "Axes") -> None:
+    """Put few ticks at round numbers; from a thousand on they are written as 1k."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.patch.set_visible(False)
-    axes.figure.patch.set_visible(False)
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(_STAND_INS["grid"])
-    axes.set_xlabel("step", color=_STAND_INS["muted"])
-    axes.tick_params(colors=_STAND_INS["muted"], length=0)
-    axes.grid(axis="y", color=_STAND_INS["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))

@@ -148,8 +148,8 @@ class ModelConfig(Config):
     def scale(self) -> float:
         """Factor on attention scores."""
         match self.positions:
-            case Rope(scaling=YarnScaling(factor=factor, score_mscale=m)) if self.score_scale is None and factor > 1:
-                return self.head_width**-0.5 * (0.1 * m * math.log(factor) + 1.0) ** 2
+            case Rope(scaling=YarnScaling() as yarn) if self.score_scale is None and yarn.factor > 1:
+                return self.head_width**-0.5 * (0.1 * yarn.score_mscale * math.log(yarn.factor) + 1.0) ** 2
         return self.head_width**-0.5 if self.score_scale is None else self.score_scale
 
     @property

@@ -51,23 +51,20 @@ class RunLog:
         self._timed = False
         self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
         self._name, self._start = name, time.perf_counter()
-        self._console, self._bar = Console(), None
-        if self._writer is not None and self._console.is_terminal:
-            columns = (
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            )  # fmt: skip
-            self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task(name, completed=begin.step, total=steps, facts="compiling")
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self._console, disable=self._writer is None or not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(name, completed=begin.step, total=steps, facts="compiling")
 
     def __enter__(self) -> "RunLog":
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
         if self._writer is not None:
             self._writer.close()
 
@@ -78,9 +75,8 @@ class RunLog:
 
     def _progress(self, step: int, facts: str) -> None:
         """Show that `step` updates are done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, facts=facts)
-        elif self._writer is not None:
+        self._bar.update(self._task, completed=step, facts=facts)
+        if self._bar.disable and self._writer is not None:
             per_step = (time.perf_counter() - self._start) / max(1, step - self._begin.step)
             left = int(per_step * (self._steps - step))
             self._console.print(

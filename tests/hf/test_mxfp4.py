@@ -114,7 +114,7 @@ def test_blocks_are_read_as_the_bfloat16_that_they_mean_and_as_transformers_read
     _, path, experts = checkpoint
     config, params = read(path)
     leaves = named_leaves(params)
-    assert {leaf.dtype for leaf in leaves.values()} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype(jnp.bfloat16)}
     bits = lambda x: np.ascontiguousarray(x).view(np.int16)
     for layer in range(config.n_layers):
         for name, parts in (("gate_up", ("gate", "up")), ("down", ("down",))):

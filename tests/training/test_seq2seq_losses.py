@@ -12,7 +12,7 @@ from jaxllm.layers.config import LayerNorm, Plain, Sinusoids
 from jaxllm.models.build import bind, graph, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.training.seq2seq_losses import TextPairs, target_sums
+from jaxllm.training.encoder_losses import TextPairs, target_sums
 
 # Vaswani et al. 2017, small: sinusoids, post-norm, ReLU, one table for both halves and the output.
 STACK = ModelConfig(
