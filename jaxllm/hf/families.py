@@ -10,6 +10,7 @@ from flax.traverse_util import unflatten_dict
 
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
+from jaxllm.hf.fp8 import scaled
 from jaxllm.hf.mxfp4 import unpacked
 from jaxllm.hf.ropes import ORIGINAL, read_rope, read_scaling, write_rope
 from jaxllm.hf.rows import rows_of, sizes_of
@@ -98,7 +99,8 @@ class Family(NamedTuple):
         table = f"{self.tensors['embed']}.weight"
         copies = {f"{self.tensors.get('head', 'lm_head')}.weight": table} if config.tie_embeddings else {}
         ignored = rf"{BUFFERS}|layers\.{config.n_layers}\." if self.extra_layer else BUFFERS
-        return unpacked(checkpoint).under(wanted, first=table.partition(".")[0], copies=copies, ignored=ignored)
+        tensors = scaled(unpacked(checkpoint))
+        return tensors.under(wanted, first=table.partition(".")[0], copies=copies, ignored=ignored)
 
 
 class Own(NamedTuple):
@@ -222,6 +224,7 @@ def _read_experts(fields: Fields) -> Found:
 
 def _read_deepseek(fields: Fields) -> Found:
     plain, rotated = fields.take("qk_nope_head_dim", 128), fields.take("qk_rope_head_dim", 64)
+    _expect_quantised(fields, quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
     fields.expect("head_dim", rotated)  # what transformers calls so
     fields.expect("qk_head_dim", plain + rotated)
     found = {"head_dim": plain + rotated} | read_rope(fields, 10_000.0)
@@ -247,17 +250,21 @@ def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _expect_quantised(fields: Fields, **known: Any) -> None:
+    """Accept weights that are quantised in the way of this family. Which ones are, their names say."""
+    how = {"quant_method": known["quant_method"], **fields.take("quantization_config", {})}
+    ignored = ("modules_to_not_convert", "dequantize", "activation_scheme")  # activations stay as they are
+    fields.problems += [
+        f"quantization_config.{key}={value!r}: only {known} is read" for key, value in how.items()
+        if key not in ignored and known.get(key) != value
+    ]  # fmt: skip
+
+
 def _read_gpt_oss(fields: Fields) -> Found:
     chosen = fields.take("num_experts_per_tok", 4)
     if (other := fields.take("experts_per_token", chosen)) != chosen:
         fields.problems.append(f"experts_per_token={other} and num_experts_per_tok={chosen}: they are the same number")
-    # Which tensors are quantised, their names say; here, only how.
-    how = {"quant_method": "mxfp4", **fields.take("quantization_config", {})}
-    ignored = ("modules_to_not_convert", "dequantize")
-    fields.problems += [
-        f"quantization_config.{key}={value!r}: only quant_method='mxfp4' is read" for key, value in how.items()
-        if key not in ignored and (key, value) != ("quant_method", "mxfp4")
-    ]  # fmt: skip
+    _expect_quantised(fields, quant_method="mxfp4")
     if "rope_parameters" in fields or "rope_scaling" in fields:
         return {}
     yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, ORIGINAL: 4096}
