@@ -84,7 +84,8 @@ def load(
 
     Args:
       model: a path, or what `describe` has found there.
-      dtype: of the parameters; None: as stored, and float32 for what is quantised, which holds its values exactly.
+      dtype: of the parameters; None: as stored, and for what is quantised one that holds its values exactly: float32
+        for a GGUF file, bfloat16 for MXFP4.
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """

@@ -6,7 +6,7 @@ lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +22,7 @@ from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
+from jaxllm.inference.layout import choose_layout
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
 from jaxllm.locate import is_huggingface, locate
@@ -89,18 +90,20 @@ class LanguageModel:
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-        return self._logits(self.params, tokens, mask)
+        return self._logits(tokens, mask)
 
     @cached_property
-    def _logits(self) -> Callable[[Params, Array, Array], Array]:
-        graphdef, _ = graph(self.config, self.compute)
+    def _logits(self) -> Callable[[Array, Array], Array]:
+        layout = choose_layout(self.params, self.compute)
+        params, how = (self.decoder.params, layout._asdict()) if layout.packed else (self.params, {})
+        graphdef, _ = graph(self.config, self.compute, **how)
 
         def logits(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
             segments = mask.astype(jnp.int32)
             positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
             return bind(graphdef, params)(tokens, segments, positions)
 
-        return on_mesh_of(self.params, jax.jit(logits))
+        return partial(on_mesh_of(params, jax.jit(logits)), params)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008

@@ -16,7 +16,7 @@ from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
-from jaxllm.layers.config import Experts, Rope
+from jaxllm.layers.config import ClampedGate, Experts, Rope
 from jaxllm.locate import look
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
@@ -96,11 +96,16 @@ def test_a_factor_on_embeddings_moves_into_the_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "qk_norm", "renormalise"), [("mixtral", "none", True), ("qwen3_moe", "head", False)]
+    ("model_type", "change", "own"),
+    [
+        ("mixtral", {"qk_norm": "none"}, {}),
+        ("qwen3_moe", {}, {"renormalise": False}),
+        ("gpt_oss", {"qk_norm": "none", "bias": True, "sinks": True}, {"clamped": ClampedGate(limit=0.5)}),
+    ],
 )
-def test_a_model_with_experts_is_exported_loaded_and_generates(model_type, qk_norm, renormalise, tmp_path):
-    experts = Experts(number=4, top_k=2, renormalise=renormalise, balance=0.02, router_z=0.001)
-    lm = model(CONFIG.model_copy(update={"ffn": experts, "qk_norm": qk_norm}))
+def test_a_model_with_experts_is_exported_loaded_and_generates(model_type, change, own, tmp_path):
+    experts = Experts(number=4, top_k=2, balance=0.02, router_z=0.001).model_copy(update=own)
+    lm = model(CONFIG.model_copy(update={"ffn": experts, **change}))
     path = export(lm, tmp_path / "sparse")
     raw = json.loads((path / "config.json").read_text())
     assert (raw["model_type"], raw["router_aux_loss_coef"]) == (model_type, 0.02)

@@ -45,6 +45,15 @@ def test_padding_on_either_side_changes_nothing(lm):
     np.testing.assert_allclose(left, alone, atol=2e-5)
 
 
+def test_packed_weights_give_the_same_logits(lm, monkeypatch):
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.ndim > 1 else leaf, lm.params)
+    wide, packed = (LanguageModel(CONFIG, half, lm.tokenizer) for _ in range(2))
+    expected = wide.logits([[7, 8, 9]])
+    monkeypatch.setattr("jaxllm.inference.layout.MAX_WIDENED", 0)
+    np.testing.assert_allclose(packed.logits([[7, 8, 9]]), expected, atol=2e-5)
+    assert packed.decoder.params["blocks"]["ffn"]["up"]["kernel"].dtype == "uint16"
+
+
 def test_answers_stand_in_the_order_of_prompts_and_samples(lm):
     found = lm.generate(["a much longer prompt", "b"], max_new_tokens=8, sampler=WARM, num_samples=2)
     assert [(answer.prompt, answer.sample) for answer in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -1,10 +1,12 @@
 """Atomic files and fingerprints: a reader sees the old content or the new, never a part of it."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,23 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     if directory.exists():
         directory.rmdir()
     temporary.rename(directory)
+
+
+def temporary_beside(directory: Path) -> Path:
+    """Return a hidden name next to `directory` that says which process of which machine writes there."""
+    return directory.with_name(f".{directory.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def drop_leftovers(directory: Path) -> None:
+    """Remove what killed processes of this machine left in their `temporary_beside`; the living keep theirs."""
+    ours = temporary_beside(directory)
+    for path in directory.parent.glob(f".{glob.escape(directory.name)}.{socket.gethostname()}.*.tmp"):
+        with contextlib.suppress(ValueError, PermissionError):  # PermissionError: it lives, and is another user's
+            try:
+                os.kill(int(path.suffixes[-2][1:]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(ours, ignore_errors=True)  # of a process that had our number
 
 
 def fingerprint(*parts: bytes | str) -> str:

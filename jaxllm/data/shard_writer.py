@@ -39,14 +39,14 @@ class DatasetWriter:
         if self.directory.exists() and not overwrite:
             raise FileExistsError(f"{self.directory} exists; choose another directory, or --overwrite to replace it")
         self._sealed = False
-        self._temporary = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        self._temporary = files.temporary_beside(self.directory)
         self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         self._splits = {
             split: _SplitWriter(self._temporary / split, kind, self._dtype, shard_tokens) for split in SPLITS
         }
 
     def __enter__(self) -> Self:
-        shutil.rmtree(self._temporary, ignore_errors=True)  # of a killed process that had our number
+        files.drop_leftovers(self.directory)
         self._temporary.mkdir(parents=True)
         return self
 

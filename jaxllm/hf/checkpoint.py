@@ -14,7 +14,7 @@ from jaxllm.core import files
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What safetensors calls them, and NumPy (with ml_dtypes, which JAX brings).
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "U8": "uint8"}
 MAX_SHARD_BYTES = 4 * 2**30
 
 

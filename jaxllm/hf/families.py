@@ -10,10 +10,11 @@ from flax.traverse_util import unflatten_dict
 
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
-from jaxllm.hf.ropes import read_rope, read_scaling, write_rope
+from jaxllm.hf.mxfp4 import unpacked
+from jaxllm.hf.ropes import ORIGINAL, read_rope, read_scaling, write_rope
 from jaxllm.hf.rows import rows_of, sizes_of
 from jaxllm.hf.table import Row, names
-from jaxllm.layers.config import Rope
+from jaxllm.layers.config import Rope, YarnScaling
 from jaxllm.models.config import ModelConfig
 
 BUFFERS = r".*(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$"  # constants that old files have
@@ -29,6 +30,7 @@ class Family(NamedTuple):
       words: what it says as everyone does. rope: what it means by leaving out theta, and the rotated share; empty: it
         has other positions, or says it otherwise.
       tensors, transposed, interleaved: see families.yaml and `rows.rows_of`.
+      extra_layer: files may have a layer behind the last one, which predicts a second token (MTP) and is left out.
     """
 
     model_type: str
@@ -38,6 +40,7 @@ class Family(NamedTuple):
     rope: tuple[float, ...] = ()
     transposed: bool = False
     interleaved: bool = False
+    extra_layer: bool = False
 
     def parse(self, raw: Mapping[str, Any], name: str) -> ModelConfig:
         """Return the architecture that a config.json describes.
@@ -94,7 +97,8 @@ class Family(NamedTuple):
         wanted = {name for row in self.rows(config) for name in names(row, sizes_of(config))}
         table = f"{self.tensors['embed']}.weight"
         copies = {f"{self.tensors.get('head', 'lm_head')}.weight": table} if config.tie_embeddings else {}
-        return checkpoint.under(wanted, first=table.partition(".")[0], copies=copies, ignored=BUFFERS)
+        ignored = rf"{BUFFERS}|layers\.{config.n_layers}\." if self.extra_layer else BUFFERS
+        return unpacked(checkpoint).under(wanted, first=table.partition(".")[0], copies=copies, ignored=ignored)
 
 
 class Own(NamedTuple):
@@ -216,6 +220,50 @@ def _read_experts(fields: Fields) -> Found:
     return {"ffn.number": number}
 
 
+def _read_deepseek(fields: Fields) -> Found:
+    plain, rotated = fields.take("qk_nope_head_dim", 128), fields.take("qk_rope_head_dim", 64)
+    fields.expect("head_dim", rotated)  # what transformers calls so
+    fields.expect("qk_head_dim", plain + rotated)
+    found = {"head_dim": plain + rotated} | read_rope(fields, 10_000.0)
+    scaling = found["positions.scaling"]
+    written = fields.take("rope_parameters") or fields.take("rope_scaling") or {}
+    if isinstance(scaling, YarnScaling) and (mscale := written.get("mscale_all_dim")):
+        found["positions.scaling"] = scaling.model_copy(update={"score_mscale": float(mscale)})
+    if first := fields.take("first_k_dense_replace", 3):
+        found |= {"dense.number": first, "dense.d_ff": fields.take("intermediate_size")}
+    number, top_k = fields.take("n_group", 8), fields.take("topk_group", 4)
+    return found | ({"ffn.groups.number": number, "ffn.groups.top_k": top_k} if number > 1 else {})
+
+
+def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
+    if not config.ffn.shared:
+        raise ValueError("ffn.shared=0: this family has shared experts in every layer with experts")
+    rotated, groups, dense = config.mla.rotated, config.ffn.groups, config.dense
+    return {
+        "qk_nope_head_dim": config.head_width - rotated, "head_dim": rotated, "qk_head_dim": config.head_width,
+        "n_group": groups.number if groups else 1, "topk_group": groups.top_k if groups else 1,
+        "first_k_dense_replace": dense.number if dense else 0, "intermediate_size": (dense or config).d_ff,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    }  # fmt: skip
+
+
+def _read_gpt_oss(fields: Fields) -> Found:
+    chosen = fields.take("num_experts_per_tok", 4)
+    if (other := fields.take("experts_per_token", chosen)) != chosen:
+        fields.problems.append(f"experts_per_token={other} and num_experts_per_tok={chosen}: they are the same number")
+    # Which tensors are quantised, their names say; here, only how.
+    how = {"quant_method": "mxfp4", **fields.take("quantization_config", {})}
+    ignored = ("modules_to_not_convert", "dequantize")
+    fields.problems += [
+        f"quantization_config.{key}={value!r}: only quant_method='mxfp4' is read" for key, value in how.items()
+        if key not in ignored and (key, value) != ("quant_method", "mxfp4")
+    ]  # fmt: skip
+    if "rope_parameters" in fields or "rope_scaling" in fields:
+        return {}
+    yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, ORIGINAL: 4096}
+    return {"positions.scaling": read_scaling(yarn, fields, 0)}
+
+
 WHOLE_HEADS, BIASES = Own(_whole_heads), Own(_read_biases, _write_biases)
 LAST_LAYERS = Own(_read_last_layers, _write_layers)
 SWITCH = Own(
@@ -233,7 +281,8 @@ OWN: Mapping[str, tuple[Own, ...]] = {
     "gemma2": (WHOLE_HEADS, GEMMA, SCALE, EVERY_OTHER),
     "gemma3_text": (WHOLE_HEADS, GEMMA, SCALE, Own(_read_gemma3, _write_gemma3)),
     "phi3": (Own(lambda fields: {}, _write_phi3),), "smollm3": (Own(_read_smollm3, _write_smollm3),),
-    "gpt_neox": (WHOLE_HEADS,),
+    "gpt_neox": (WHOLE_HEADS,), "deepseek_v3": (BIASES, Own(_read_deepseek, _write_deepseek)),
+    "gpt_oss": (EVERY_OTHER, Own(_read_experts), Own(_read_gpt_oss)),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 # Fields where null means none; elsewhere it means the same as absence.
-NULLABLE = {"n_kv_heads", "window.size", "score_softcap", "logit_softcap"}
+NULLABLE = {"n_kv_heads", "mla.query_rank", "window.size", "score_softcap", "logit_softcap"}
 
 # Keys that change no forward pass: training, bookkeeping, tokens (which the tokenizer knows), how fast it is computed.
 HARMLESS = frozenset(

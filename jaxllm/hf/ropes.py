@@ -96,4 +96,6 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         written |= {key: values[field] for key, field in SCALINGS[values["kind"]][1].items()}
         if "original_len" in values:
             written[ORIGINAL] = values["original_len"]
+        if mscale := values.get("score_mscale"):
+            written |= {"mscale_all_dim": mscale} | ({"mscale": mscale} if values["magnitude"] == 1.0 else {})
     return written

@@ -13,7 +13,7 @@ from einops import rearrange
 
 Sizes = Mapping[str, int]  # of the axes that rows name
 # What a name counts: blocks, those of either half of an encoder-decoder, experts of a block.
-STACKED = ("layer", "encoder", "decoder", "expert")
+STACKED = ("layer", "dense_layer", "encoder", "decoder", "expert")
 
 
 class Part(NamedTuple):
@@ -21,17 +21,20 @@ class Part(NamedTuple):
 
     Attributes:
       axis: along which they are joined; index: which piece; lengths: of all pieces.
+      turns: the pieces take turns, one line of each after the other (gpt-oss); they are of one length.
     """
 
     axis: int
     index: int
     lengths: tuple[int, ...]
+    turns: bool = False
 
     @property
     def slice(self) -> tuple[slice, ...]:
         """The piece of the whole."""
         start = sum(self.lengths[: self.index])
-        return (slice(None),) * self.axis + (slice(start, start + self.lengths[self.index]),)
+        piece = slice(start, start + self.lengths[self.index])
+        return (slice(None),) * self.axis + (slice(self.index, None, len(self.lengths)) if self.turns else piece,)
 
 
 class Row(NamedTuple):
@@ -41,7 +44,7 @@ class Row(NamedTuple):
       ours: path of the parameter, without the layer: "blocks/attention/q/kernel" is stacked on L.
       theirs: name of the tensor; "{layer}" in it stands for the number of the layer, and so on (`STACKED`).
       order: "theirs -> ours" in einops notation, of one layer, without the experts' axis.
-      whole: order of the whole tensor before `part` is taken, for layouts that interleave the parts (GPT-NeoX).
+      whole: order of the whole tensor before `part` is taken, for layouts with the parts of each head together.
     """
 
     ours: str
@@ -56,7 +59,8 @@ def names(row: Row, sizes: Sizes) -> list[str]:
     found = [{}]
     for field in STACKED:
         if f"{{{field}}}" in row.theirs:
-            found = [{**each, field: i} for each in found for i in range(sizes[f"{field}s"])]
+            first = sizes.get("dense_layers", 0) if field == "layer" else 0
+            found = [{**each, field: i} for each in found for i in range(first, sizes[f"{field}s"])]
     return [row.theirs.format(**each) for each in found]
 
 

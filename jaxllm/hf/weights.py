@@ -26,7 +26,8 @@ def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> None:
     shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_params(config)).items()}
     wanted: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        wanted |= dict.fromkeys(names(row, sizes), stored_shape(row, shapes[row.ours][stacked(row) :], sizes))
+        shape = stored_shape(row, shapes[row.ours][stacked(row) :], sizes)
+        wanted |= dict.fromkeys(names(row, sizes), finish(row, np.broadcast_to(np.int8(0), shape), sizes).shape)
     problems = [f"{called(name)}: missing" for name in wanted if name not in there]
     problems += [f"{called(name)}: not part of this model" for name in sorted(there.keys() - wanted.keys())]
     problems += [

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxllm.inference.layout import Layout, choose_layout, prepare
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
 from jaxllm.models.accounting import param_count
-from jaxllm.models.build import Params, bind, graph, unstack
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.config import MeshConfig
@@ -74,8 +75,7 @@ class Decoder:
     """A model ready to decode: parameters cut into layers, and its compiled programs.
 
     Args:
-      params: stacked on L, as everywhere else; cut into layers, because a loop over a stacked array would copy them per
-        token. On one CPU device in the compute dtype nothing is copied; elsewhere the blocks are.
+      params: stacked on L, as everywhere else; how they are held to decode, `layout.prepare` says.
       compute: resolved for the platform.
       max_rows: rows decoded at one time; more requests are taken in turns.
       vocab_size: ids of the tokenizer, where the model's table is larger.
@@ -88,9 +88,10 @@ class Decoder:
         self.config = config
         self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
-        programs = (on_mesh_of(params, program) for program in _programs(config, compute))
-        prepare, self._prefill, self._step, self._advance = programs
-        self.params = prepare(params)
+        layout = choose_layout(params, compute)
+        programs = (on_mesh_of(params, program) for program in _programs(config, compute, layout))
+        self._prefill, self._step, self._advance = programs
+        self.params = on_mesh_of(params, prepare)(params, layout, compute.dtype)
 
     def generate(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> list[Completion]:
         """Answer every request, in order; impossible ones are refused as by `check`."""
@@ -221,33 +222,10 @@ def _answers(state: State) -> list[tuple[list[int], list[float]]]:
 
 @cache
 def _programs(
-    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig
-) -> tuple[Callable, Callable, Callable, Callable]:
-    """Return (prepare, prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
-    graphdef, _ = graph(config, compute, stacked=False)
-    dtype = jnp.dtype(compute.dtype)
-
-    stays = lambda leaf: leaf.ndim <= 1 or leaf.dtype == dtype
-
-    @jax.jit
-    def cut(params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf if stays(leaf) else leaf.astype(dtype), unstack(params))
-
-    def prepare(params: Params) -> Params:
-        """Unstack the blocks and cast matrices to the compute dtype, as each use would; norms are float32 and stay.
-
-        What needs no cast is not copied where that can be: tables stay the caller's own arrays (jit copies them), and
-        on a CPU the layers are parts of the stacked arrays, so that a model is in memory once.
-        """
-        kept = lambda name, part: name not in ("blocks", "decoder") and all(map(stays, jax.tree.leaves(part)))
-        same = {name: part for name, part in params.items() if kept(name, part)}
-        rest = {name: part for name, part in params.items() if name not in same}
-        leaves = jax.tree.leaves(rest)
-        device, *others = leaves[0].sharding.device_set
-        if device.platform == "cpu" and not others and all(map(stays, leaves)):
-            share = lambda leaf: jax.device_put(leaf, device, may_alias=True)
-            return jax.tree.map(share, unstack(jax.tree.map(np.asarray, rest))) | same
-        return cut(rest) | same
+    config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig, layout: Layout
+) -> tuple[Callable, Callable, Callable]:
+    """Return (prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
+    graphdef, _ = graph(config, compute, **layout._asdict())
 
     def run_loop(params: Params, state: State, until: Int[Array, ""]) -> State:
         """Step until all rows are done or `until` tokens are written."""
@@ -258,6 +236,6 @@ def _programs(
     run_prefill = lambda params, *rest, **sizes: prefill(bind(graphdef, params), *rest, **sizes)
     run_step = lambda params, state: decode_step(bind(graphdef, params), state)
     return (
-        prepare, jax.jit(run_prefill, static_argnames=("slots", "new_slots")), jax.jit(run_step, donate_argnums=1),
+        jax.jit(run_prefill, static_argnames=("slots", "new_slots")), jax.jit(run_step, donate_argnums=1),
         jax.jit(run_loop, donate_argnums=1),
     )  # fmt: skip

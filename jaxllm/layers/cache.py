@@ -26,28 +26,30 @@ class LayerCache(NamedTuple):
     Attributes:
       keys, values: [R, S, H], with the rows and heads of the batch in one axis R = B * K: each (row, head) is a matrix
         that a product reads as it lies. Any other order makes XLA copy the whole cache for every token.
-        Zero where nothing was written yet.
+        Zero where nothing was written yet. Without values, keys are latents: [B, S, rank + rotated], that values are
+        made of as well.
       memory: keys and values of the source, for layers that attend to one.
     """
 
     keys: Float[Array, "R S H"]
-    values: Float[Array, "R S H"]
+    values: Float[Array, "R S H"] | None
     memory: Memory | None = None
 
 
 Cache = tuple[LayerCache, ...]  # one entry per layer: separate buffers, which a decode loop updates in place
 
 
-def init_cache(n_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> Cache:
-    """Return an empty cache of `n_layers` layers; `shape` is (B, S, K, H)."""
+def init_cache(n_layers: int, shape: tuple[int, int, int, int], dtype: jnp.dtype, *, latent: bool = False) -> Cache:
+    """Return an empty cache of `n_layers` layers, of latents or not; `shape` is (B, S, K, H)."""
     batch, slots, n_kv_heads, head_dim = shape
     empty = lambda: jnp.zeros((batch * n_kv_heads, slots, head_dim), dtype)
-    return tuple(LayerCache(empty(), empty()) for _ in range(n_layers))
+    return tuple(LayerCache(empty(), None if latent else empty()) for _ in range(n_layers))
 
 
 def update(
-    cache: LayerCache, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-) -> LayerCache:
+    cache: LayerCache, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"] | None,
+    positions: Int[Array, "B T"],
+) -> LayerCache:  # fmt: skip
     """Write T new tokens per row at the row's `positions`, which are consecutive from positions[:, 0]."""
     batch, length, n_kv_heads, head_dim = keys.shape
     start = jnp.repeat(positions[:, 0], n_kv_heads)
@@ -59,4 +61,4 @@ def update(
         new = jnp.swapaxes(new, 1, 2).reshape(batch * n_kv_heads, length, head_dim)
         return jax.vmap(write)(buffer, new, start)
 
-    return cache._replace(keys=add(cache.keys, keys), values=add(cache.values, values))
+    return cache._replace(keys=add(cache.keys, keys), values=None if values is None else add(cache.values, values))

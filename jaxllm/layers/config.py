@@ -55,6 +55,7 @@ class YarnScaling(Config):
     beta_slow: float = Field(1.0, gt=0, description="pairs of fewer turns than this are scaled whole")
     magnitude: float = Field(1.0, gt=0, description="factor on cosines and sines (Hugging Face: attention_factor)")
     truncate: bool = Field(True, description="round the ends of the blend to whole pairs")
+    score_mscale: float = Field(0.0, ge=0, description="m: scores times (0.1 m ln(factor) + 1)^2 (DeepSeek)")
 
 
 class LongRopeScaling(Config):
@@ -71,7 +72,7 @@ RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling | LongRopeSc
 
 
 class Rope(Config):
-    """Rotary position embedding on queries and keys. Source: Su et al. 2021; halves rotated as in GPT-NeoX."""
+    """Rotary position embedding on queries and keys. Source: Su et al. 2021."""
 
     kind: Literal["rope"] = "rope"
     theta: float = Field(10_000.0, gt=0, description="base of the geometric series of wavelengths")
@@ -81,6 +82,9 @@ class Rope(Config):
         None, gt=0, description="theta of the layers with a window, unscaled (Gemma 3); none = theta of all layers"
     )
     skipped: Pattern = Field((False,), min_length=1, description="layers without any rotation (SmolLM3), repeated")
+    interleaved: bool = Field(
+        False, description="pairs are neighbours (the paper, DeepSeek); false = they are half a head apart (GPT-NeoX)"
+    )
 
 
 class Learned(Config):
@@ -124,6 +128,19 @@ class SlidingWindow(Config):
     layers: Pattern = Field((True,), min_length=1, description="layers that have the window, repeated")
 
 
+class LatentAttention(Config):
+    """Keys and values of all heads are products of one narrow vector per token, which a cache keeps in their place.
+
+    A part of each key, the same for all heads, comes straight from x and has the rotary position; that of each query
+    meets it. The latents are normalised (RMSNorm, eps 1e-6). Source: DeepSeek-V2, 2024, section 2.1 (MLA).
+    """
+
+    rank: int = Field(ge=1, description="width of the latent of keys and values")
+    query_rank: int | None = Field(None, ge=1, description="width of the latent of queries; none = straight from x")
+    rotated: int = Field(ge=2, multiple_of=2, description="dimensions of a head, of model.head_dim, with positions")
+    value_dim: int = Field(ge=1, description="width of a head of values")
+
+
 class Gated(Config):
     """y = (act(x W_gate) * x W_up) W_down. Source: Shazeer 2020, GLU Variants; SwiGLU with silu."""
 
@@ -138,17 +155,33 @@ class Plain(Config):
     activation: Activation = Field("gelu_tanh", description="nonlinearity between the two products")
 
 
+class Groups(Config):
+    """Experts stand in groups; a token only uses experts of its `top_k` groups, by the sum of their best two scores."""
+
+    number: int = Field(ge=1, description="groups, of equally many experts")
+    top_k: int = Field(ge=1, description="groups that a token may use")
+
+
+class ClampedGate(Config):
+    """h = g sigmoid(alpha g) (u + 1), with g <= `limit` and -limit <= u <= limit. Source: OpenAI 2025 (gpt-oss)."""
+
+    alpha: float = Field(1.702, gt=0, description="steepness of the sigmoid; 1.702 makes it nearly GELU")
+    limit: float = Field(7.0, gt=0, description="largest value of the gate, and of either sign of what it multiplies")
+
+
 class Experts(Config):
     """`number` gated layers side by side, of which each token goes through the `top_k` that a router chooses for it.
 
     y = sum_i w_i expert_i(x), with p = softmax(x W_router) over all experts, i over the top_k of p, and w_i = p_i,
-    divided by their sum where `renormalise`. Source: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral).
+    divided by their sum where `renormalise`. Source: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral). What comes after
+    `router_z`, of DeepSeek-V3: 2024, section 2.1.2.
     """
 
     kind: Literal["experts"] = "experts"
     number: int = Field(ge=1, description="experts of a layer; model.d_ff is the width of one")
     top_k: int = Field(ge=1, description="experts that a token goes through")
     activation: Activation = Field("silu", description="nonlinearity of the gates")
+    clamped: ClampedGate | None = Field(None, description="in place of activation(gate) * up (gpt-oss)")
     renormalise: bool = Field(True, description="weights of the chosen experts sum to one (Mixtral)")
     balance: float = Field(
         0.01, ge=0, description="weight of the load-balancing loss in training (Switch Transformer: 0.01)"
@@ -156,11 +189,25 @@ class Experts(Config):
     router_z: float = Field(
         0.0, ge=0, description="weight of the squared log-partition of the router in training (ST-MoE: 0.001)"
     )
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="what makes p of the router's products")
+    biased: bool = Field(
+        False, description="add a bias to p for the choice alone, which training moves (step.router_bias_step)"
+    )
+    groups: Groups | None = Field(None, description="choose groups of experts first; none = choose among all")
+    scale: float = Field(1.0, gt=0, description="factor on the weights of the chosen experts")
+    shared: int = Field(0, ge=0, description="experts more that all tokens go through, as one layer of their width")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_k > self.number:
             raise ValueError(f"top_k={self.top_k} is more than number={self.number} experts; lower top_k")
+        if self.groups:
+            size, rest = divmod(self.number, self.groups.number)
+            if rest or size < 2 or not self.top_k <= size * self.groups.top_k <= self.number:
+                raise ValueError(
+                    f"{self.groups} of number={self.number} experts: groups have the same number of them, two or more, "
+                    f"and the chosen groups at least top_k={self.top_k}"
+                )
         return self
 
 

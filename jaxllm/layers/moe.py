@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.layers.config import Experts
-from jaxllm.layers.ffn import ACTIVATIONS
-from jaxllm.layers.linear import PRODUCT, param
+from jaxllm.layers.config import ClampedGate, Experts, Gated, Groups
+from jaxllm.layers.ffn import ACTIVATIONS, Ffn
+from jaxllm.layers.linear import PRODUCT, constant, param
 from jaxllm.sharding.rules import partition_spec
 
 
@@ -26,7 +27,8 @@ class RouterSums(NamedTuple):
 
     Attributes:
       counts: how often each expert was chosen; sums to `tokens` * A.
-      probs: of each expert, before the choice; the only part with a gradient to balance the load by.
+      probs: of each expert, before the choice, as shares of their sum; the only part with a gradient to balance the
+        load by.
       z: squared log-partitions of the router's logits.
       tokens: how many count.
     """
@@ -43,31 +45,43 @@ class Kernels(NamedTuple):
     gate: Float[Array, "E D F"]
     up: Float[Array, "E D F"]
     down: Float[Array, "E F D"]
+    gate_bias: Float[Array, "E F"] | None = None
+    up_bias: Float[Array, "E F"] | None = None
 
 
 class Bank(nnx.Module):
     """The parameters of the experts of a layer, stacked on E."""
 
-    def __init__(self, rngs: nnx.Rngs, number: int, *, d_model: int, d_ff: int, std: float, out_std: float):
+    def __init__(self, rngs: nnx.Rngs, number: int, *, d_model: int, d_ff: int, bias: bool, std: float, out_std: float):
         wide, narrow = (number, d_model, d_ff), (number, d_ff, d_model)
         self.gate = param(rngs, wide, ("experts", "embed", "mlp"), std)
         self.up = param(rngs, wide, ("experts", "embed", "mlp"), std)
         self.down = param(rngs, narrow, ("experts", "mlp", "embed"), out_std)
+        inner = lambda: constant((number, d_ff), ("experts", "mlp"), 0.0) if bias else None
+        self.gate_bias, self.up_bias = inner(), inner()
+        self.down_bias = constant((number, d_model), ("experts", "norm"), 0.0) if bias else None
 
     def kernels(self, dtype: jnp.dtype) -> Kernels:
-        """Return the weights in the precision of a product."""
-        return Kernels(*(weight[...].astype(dtype) for weight in (self.gate, self.up, self.down)))
+        """Return the weights in the precision of a product; the bias of `down` is added to the sum over experts."""
+        weights = self.gate, self.up, self.down, self.gate_bias, self.up_bias
+        return Kernels(*(None if weight is None else weight[...].astype(dtype) for weight in weights))
 
 
 class Moe(nnx.Module):
     """The layer that `config` describes; `d_ff` is the width of one expert."""
 
     def __init__(
-        self, rngs: nnx.Rngs, config: Experts, *, d_model: int, d_ff: int, std: float = 0.02, out_std: float = 0.02
-    ):
+        self, rngs: nnx.Rngs, config: Experts, *, d_model: int, d_ff: int, bias: bool = False, std: float = 0.02,
+        out_std: float = 0.02,
+    ):  # fmt: skip
         self.config = config
         self.router = param(rngs, (d_model, config.number), ("embed", None), std)
-        self.experts = Bank(rngs, config.number, d_model=d_model, d_ff=d_ff, std=std, out_std=out_std)
+        self.router_bias = constant((config.number,), (None,), 0.0) if bias else None
+        self.choice_bias = constant((config.number,), ("norm",), 0.0) if config.biased else None
+        shape = {"d_model": d_model, "bias": bias, "std": std, "out_std": out_std}
+        self.experts = Bank(rngs, config.number, d_ff=d_ff, **shape)
+        kind = Gated(activation=config.activation)
+        self.shared = Ffn(rngs, kind, d_ff=config.shared * d_ff, **shape) if config.shared else None
 
     def __call__(
         self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
@@ -81,13 +95,39 @@ class Moe(nnx.Module):
             # float32 in full precision: two experts that score alike must not change places by rounding.
             exact = jax.lax.Precision.HIGHEST
             logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), self.router[...], precision=exact)
-            probs = jax.nn.softmax(logits, axis=-1)
-            weights, choice = jax.lax.top_k(probs, self.config.top_k)
+            logits = logits if self.router_bias is None else logits + self.router_bias[...][None, None]
+            softmax = self.config.score == "softmax"
+            probs = jax.nn.softmax(logits, axis=-1) if softmax else jax.nn.sigmoid(logits)
+            choice = self._choose(jax.lax.stop_gradient(probs))
+            weights = jnp.take_along_axis(probs, choice, axis=-1)
             if self.config.renormalise:
-                weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-            kernels = self.experts.kernels(x.dtype)
-            y = apply_experts(x, choice, weights.astype(x.dtype), kernels, self.config.activation)
+                weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)  # all sigmoids may be zero
+            kernels, weights = self.experts.kernels(x.dtype), (self.config.scale * weights).astype(x.dtype)
+            y = apply_experts(x, choice, weights, kernels, self.config.clamped or self.config.activation)
+            if self.experts.down_bias is not None:  # here, where no device adds it twice
+                chosen = jax.nn.one_hot(choice, self.config.number, dtype=x.dtype)
+                shares = jnp.sum(chosen * weights[..., None], axis=2)
+                y = y + jnp.matmul(shares, self.experts.down_bias[...].astype(x.dtype), precision=exact)
+            y = y if self.shared is None else y + self.shared(x)
+            probs = probs if softmax else probs / (jnp.sum(probs, axis=-1, keepdims=True) + 1e-20)
             return y, _sums(logits, probs, choice, counted)
+
+    def _choose(self, probs: Float[Array, "B T E"]) -> Int[Array, "B T A"]:
+        """Return the experts of each token: the best ones by probability and bias, of its best groups."""
+        if self.choice_bias is not None:
+            probs = probs + self.choice_bias[...][None, None]
+        if self.config.groups is not None:
+            probs = _within_groups(probs, self.config.groups)
+        return jax.lax.top_k(probs, self.config.top_k)[1]
+
+
+def _within_groups(scores: Float[Array, "B T E"], groups: Groups) -> Float[Array, "B T E"]:
+    """Return the scores with -inf outside of the groups whose two best experts score most."""
+    scores = rearrange(scores, "B T (g e) -> B T g e", g=groups.number)
+    best = jnp.sum(jax.lax.top_k(scores, 2)[0], axis=-1)
+    chosen = jax.lax.top_k(best, groups.top_k)[1]
+    allowed = jnp.any(chosen[..., None] == jnp.arange(groups.number)[None, None, None], axis=-2)
+    return rearrange(jnp.where(allowed[..., None], scores, -jnp.inf), "B T g e -> B T (g e)")
 
 
 def _sums(
@@ -106,7 +146,7 @@ def _sums(
 
 def apply_experts(
     x: Float[Array, "B T D"], choice: Int[Array, "B T A"], weights: Float[Array, "B T A"], kernels: Kernels,
-    activation: str,
+    activation: str | ClampedGate,
 ) -> Float[Array, "B T D"]:  # fmt: skip
     """Return sum_a weights[a] expert_{choice[a]}(x), on all devices of the mesh in use.
 
@@ -141,13 +181,14 @@ def apply_experts(
         return jax.lax.psum_scatter(y, owners, scatter_dimension=0, tiled=True) if gathers else y
 
     narrow = PartitionSpec(owners, parts, None)
-    specs = (rows, rows, rows, Kernels(wide, wide, narrow))
+    inner = None if kernels.up_bias is None else PartitionSpec(owners, parts)
+    specs = (rows, rows, rows, Kernels(wide, wide, narrow, inner, inner))
     return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, choice, weights, kernels)
 
 
 def _mix(
     x: Float[Array, "B T D"], choice: Int[Array, "B T A"], weights: Float[Array, "B T A"], kernels: Kernels,
-    activation: str, some: bool = False,
+    activation: str | ClampedGate, some: bool = False,
 ) -> Float[Array, "B T D"]:  # fmt: skip
     """Return the weighted sum over those chosen experts that `kernels` has.
 
@@ -159,7 +200,8 @@ def _mix(
     owner = choice.reshape(-1)
     if some:
         owner = jnp.where((owner >= 0) & (owner < number), owner, number)  # sorted to the end, in no group
-    sizes = jnp.sum(owner[:, None] == jnp.arange(number)[None, :], axis=0, dtype=jnp.int32)
+    member = owner[:, None] == jnp.arange(number)[None, :]
+    sizes = jnp.sum(member, axis=0, dtype=jnp.int32)
     order = jnp.argsort(owner, stable=True)
     inverse = jnp.argsort(order)
     rows = _spread(x.reshape(-1, x.shape[-1]), order, inverse, top_k)
@@ -168,12 +210,24 @@ def _mix(
     clean = lambda y: jnp.where(inside, y, jnp.zeros_like(y)) if some else y
     rows = clean(rows)
     product = lambda x, kernel: checkpoint_name(jax.lax.ragged_dot(x, kernel, sizes), PRODUCT)
-    hidden = ACTIVATIONS[activation](product(rows, kernels.gate)) * product(rows, kernels.up)
+    gate, up = product(rows, kernels.gate), product(rows, kernels.up)
+    if kernels.up_bias is not None:  # by a product, whose gradient is one; that of a lookup would scatter
+        member = member[order].astype(x.dtype)
+        add = functools.partial(jnp.dot, member, precision=jax.lax.Precision.HIGHEST)
+        gate, up = gate + add(kernels.gate_bias), up + add(kernels.up_bias)
+    hidden = _gated(gate, up, activation)
     rows = _spread(clean(product(hidden, kernels.down)), inverse, order, 1)
     # Summed in float32, and over a fixed order of experts: a scatter-add on a GPU is neither.
     y = jnp.einsum("mad,ma->md", rows.reshape(-1, top_k, x.shape[-1]), weights.reshape(-1, top_k),
                    preferred_element_type=jnp.float32)  # fmt: skip
     return y.astype(x.dtype).reshape(x.shape)
+
+
+def _gated(gate: Float[Array, "R F"], up: Float[Array, "R F"], activation: str | ClampedGate) -> Float[Array, "R F"]:
+    if isinstance(activation, str):
+        return ACTIVATIONS[activation](gate) * up
+    gate, up = jnp.minimum(gate, activation.limit), jnp.clip(up, -activation.limit, activation.limit)
+    return gate * jax.nn.sigmoid(activation.alpha * gate) * (up + 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

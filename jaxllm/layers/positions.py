@@ -87,14 +87,22 @@ def relative_buckets(config: RelativeBias, *, both_ways: bool) -> tuple[int, ...
     return tuple(bucket.tolist())
 
 
-def rotate(x: Float[Array, "B T N H"], angles: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], angles: tuple[Array, Array], *, interleaved: bool = False
+) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + R/2]) of the first R dimensions by their angles, in float32.
 
     Scores of rotated queries and keys depend on the difference of positions alone.
+
+    Args:
+      interleaved: the pairs are (x[2i], x[2i + 1]); they are returned half a head apart, which scores do not see.
     """
     cos, sin = angles
     width = 2 * cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (width // 2, width), axis=-1)
+    if interleaved:
+        pairs = jnp.concatenate([first, second], axis=-1)
+        first, second = pairs[..., 0::2], pairs[..., 1::2]
     parts = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1).astype(x.dtype)
 

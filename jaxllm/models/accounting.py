@@ -44,13 +44,13 @@ def _active(config: ModelConfig) -> dict[str, int]:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return the model FLOPs of training on one token (forward and backward, no recomputation).
 
-    6 N + 6 L T N_heads H, with N the active parameters in matrix products (all but token and position tables), and
-    causal attention counted half (12 L T N_heads H would be the full square).
+    6 N + 3 L T N_heads (H + U), with N the active parameters in matrix products (all but token and position tables), U
+    the width of values (H, for most), and causal attention counted half (twice that would be the full square).
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     lookups = ("position_embed/table",) if config.tie_embeddings else ("position_embed/table", "embed/table")
     multiplied = sum(size for name, size in _active(config).items() if name not in lookups)
-    attention = 6 * config.n_layers * seq_len * config.n_heads * config.head_width
+    attention = 3 * config.n_layers * seq_len * config.n_heads * (config.head_width + config.value_width)
     return 6.0 * multiplied + attention
 
 
@@ -70,37 +70,50 @@ def training_bytes(
     """
     count = param_count(config)
     width = 2 if compute.dtype == "bfloat16" else 4
-    layer = layer_bytes(config, width, rows, seq_len)
-    kept = layer
-    if compute.remat == "dots":
-        heads = (config.n_heads + 2 * config.kv_heads) * config.head_width
-        products = config.d_ff * (1 if isinstance(config.ffn, Plain) else 2)
-        if isinstance(config.ffn, Experts):
-            products = config.ffn.top_k * (products + config.d_model)
-        kept = width * rows * seq_len * (2 * config.d_model + heads + products)
-    elif compute.remat == "full":
-        kept = width * rows * seq_len * config.d_model
+    stacks = config.stacks()
+    kept = sum(len(stack.layers) * _kept_bytes(stack.config, compute.remat, width, rows, seq_len) for stack in stacks)
+    working = max(layer_bytes(stack.config, width, rows, seq_len) for stack in stacks)
     return {
         "parameters": 4 * count,
         "optimizer": 4 * count * copies,
         "gradients": 4 * count,
-        "activations": config.n_layers * kept + layer,  # the backward pass works on one whole layer
+        "activations": kept + working,  # the backward pass works on one whole layer
         "logits": rows * min(seq_len, compute.loss_chunk) * config.vocab_size * (4 + width),
     }
+
+
+def _kept_bytes(config: ModelConfig, remat: str, width: int, rows: int, seq_len: int) -> int:
+    """Return the bytes that a layer keeps for its backward pass."""
+    if remat == "none":
+        return layer_bytes(config, width, rows, seq_len)
+    kept = config.d_model
+    if remat == "dots":
+        products = config.d_ff * (1 if isinstance(config.ffn, Plain) else 2)
+        if isinstance(config.ffn, Experts):
+            products = config.ffn.top_k * (products + config.d_model) + config.ffn.shared * products
+        keys = config.kv_heads * (config.head_width + config.value_width)
+        kept = 2 * config.d_model + config.n_heads * config.head_width + keys + _latent_widths(config) + products
+    return width * rows * seq_len * kept
+
+
+def _latent_widths(config: ModelConfig) -> int:
+    latent = config.mla
+    return latent.rank + latent.rotated + (latent.query_rank or 0) if latent else 0
 
 
 def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int:
     """Return the bytes that the backward pass of one layer reads, where nothing is recomputed.
 
-    Per token: two norms (float32) and their outputs, queries, the attention's output by head and by token, six arrays
-    of the feed-forward layer, a float32 sum per head; of each of its experts their six arrays, input and output. Per
-    block of queries: the keys and values it sees, the weights.
+    Per token: two norms (float32) and their outputs, queries, the attention's output by head and by token, latents
+    before and after their norm, six arrays of the feed-forward layer, a float32 sum per head; of each of its experts
+    their six arrays, input and output. Per block of queries: the keys and values it sees, the weights.
     """
-    queries, keys = config.n_heads * config.head_width, 2 * config.kv_heads * config.head_width
+    keys = config.kv_heads * (config.head_width + config.value_width)
+    heads = config.n_heads * (config.head_width + 2 * config.value_width) + 2 * _latent_widths(config)
     ffn = 6 * config.d_ff
     if isinstance(config.ffn, Experts):
-        ffn = config.ffn.top_k * (ffn + 2 * config.d_model)
-    per_token = 2 * (4 + width) * config.d_model + width * (3 * queries + ffn) + 4 * config.n_heads
+        ffn = config.ffn.top_k * (ffn + 2 * config.d_model) + config.ffn.shared * ffn
+    per_token = 2 * (4 + width) * config.d_model + width * (heads + ffn) + 4 * config.n_heads
     blocks = query_blocks(seq_len)
     seen = sum(stop for _, stop in blocks)
     weights = config.n_heads * sum((stop - start) * stop for start, stop in blocks)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.config import Experts
 from jaxllm.layers.moe import RouterSums
+from jaxllm.models.build import Params
 from jaxllm.models.config import ModelConfig
 
 
@@ -19,7 +20,8 @@ def no_sums(config: ModelConfig) -> RouterSums | None:
     """Return the sums of no token, to add to; None for a model without routers."""
     if not isinstance(config.ffn, Experts):
         return None
-    by_expert, by_layer = (jnp.zeros((config.n_layers, *rest), jnp.float32) for rest in ((config.ffn.number,), ()))
+    layers = len(config.stacks()[-1].layers)
+    by_expert, by_layer = (jnp.zeros((layers, *rest), jnp.float32) for rest in ((config.ffn.number,), ()))
     return RouterSums(by_expert, by_expert, by_layer, by_layer)
 
 
@@ -47,6 +49,18 @@ def z_loss(sums: RouterSums) -> Float[Array, ""]:
 def router_loss(sums: RouterSums, config: Experts) -> Float[Array, ""]:
     """Return what routing adds to the mean loss of a token."""
     return config.balance * balance_loss(sums) + config.router_z * z_loss(sums)
+
+
+def move_biases(params: Params, sums: RouterSums, size: float) -> Params:
+    """Return the parameters with the biases that experts are chosen by moved towards an even load.
+
+    b_e += size * sign(mean_e(c_e) - c_e), with c_e how often expert e of the layer was chosen.
+    Source: Wang et al. 2024 (auxiliary-loss-free load balancing), algorithm 1; DeepSeek-V3, 2024, section 2.1.2.
+    """
+    blocks = params["blocks"]
+    move = size * jnp.sign(jnp.mean(sums.counts, axis=-1, keepdims=True) - sums.counts)
+    ffn = {**blocks["ffn"], "choice_bias": blocks["ffn"]["choice_bias"] + move}
+    return {**params, "blocks": {**blocks, "ffn": ffn}}
 
 
 def router_metrics(sums: RouterSums, config: Experts) -> dict[str, Float[Array, ""]]:

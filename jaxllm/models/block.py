@@ -3,9 +3,9 @@
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.attention import Attention
+from jaxllm.layers.attention import Attention, Heads
 from jaxllm.layers.cache import LayerCache, Memory
-from jaxllm.layers.config import Experts
+from jaxllm.layers.config import Experts, Rope
 from jaxllm.layers.ffn import Ffn
 from jaxllm.layers.kernels import Scores
 from jaxllm.layers.linear import constant
@@ -50,10 +50,11 @@ class Block(nnx.Module):
             self.cross_out_norm, self.cross_gate = norm(after), gate()
         self.ffn_norm = norm(before)
         shape = {"d_model": config.d_model, "d_ff": config.d_ff, "std": std, "out_std": out_std}
+        shape["bias"] = config.bias is True
         if isinstance(config.ffn, Experts):
             self.ffn = Moe(rngs, config.ffn, **shape)
         else:
-            self.ffn = Ffn(rngs, config.ffn, bias=config.bias is True, **shape)
+            self.ffn = Ffn(rngs, config.ffn, **shape)
         self.ffn_out_norm, self.ffn_gate = norm(after), gate()
 
     def __call__(
@@ -90,8 +91,10 @@ def _apply(norm: Norm | None, x: Array) -> Array:
 
 
 def _attention(rngs: nnx.Rngs, config: ModelConfig, out_std: float) -> Attention:
+    interleaved = isinstance(config.positions, Rope) and config.positions.interleaved
+    heads = Heads(config.n_heads, config.kv_heads, config.head_width, config.mla, interleaved)
     return Attention(
-        rngs, d_model=config.d_model, heads=(config.n_heads, config.kv_heads, config.head_width), bias=config.bias,
+        rngs, d_model=config.d_model, heads=heads, bias=config.bias,
         qk_norm=None if config.qk_norm == "none" else (config.qk_norm, config.norm),
-        scores=Scores(config.scale, config.score_softcap), std=(config.init_std, out_std),
+        scores=Scores(config.scale, config.score_softcap), sinks=config.sinks, std=(config.init_std, out_std),
     )  # fmt: skip

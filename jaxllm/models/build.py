@@ -16,6 +16,7 @@ from jaxllm.models.seq2seq_config import Seq2SeqConfig
 AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
 AnyModel = Transformer | TransformerEncoder | Seq2Seq
 Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
+STACKS = ("dense_blocks", "blocks")  # names in it, by `ModelConfig.stacks`
 _CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2SeqConfig: Seq2Seq}
 
 
@@ -69,6 +70,9 @@ def unstack(params: Params) -> Params:
     """Cut the stacked blocks that write text into layers: the tree of a model with stacked=False."""
     if "decoder" in params:
         return {**params, "decoder": unstack(params["decoder"])}
-    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    blocks = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(n_layers)}
-    return {**params, "blocks": blocks}
+
+    def cut(blocks: Params) -> Params:
+        layers = range(jax.tree.leaves(blocks)[0].shape[0])
+        return {i: jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in layers}
+
+    return {name: cut(part) if name in STACKS else part for name, part in params.items()}

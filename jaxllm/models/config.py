@@ -1,20 +1,43 @@
 """What a model is (ModelConfig) and how it is computed (ComputeConfig): two questions, two configs."""
 
-from typing import Literal, Self
+import math
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.layers.config import (
+    Experts,
     FfnConfig,
     Gated,
+    LatentAttention,
     LongRopeScaling,
     NormConfig,
     PositionConfig,
     RMSNorm,
     Rope,
     SlidingWindow,
+    YarnScaling,
 )
+
+
+class DenseLayers(Config):
+    """The first layers of a model with experts, which have a gated feed-forward layer in their place (DeepSeek)."""
+
+    number: int = Field(ge=1, description="how many")
+    d_ff: int = Field(ge=1, description="width of their feed-forward layer")
+
+
+class Stack(NamedTuple):
+    """Layers of one kind, whose parameters are stacked on an L of their own.
+
+    Attributes:
+      name: of their parameters in the tree. layers: their numbers. config: of a model with only this kind of layer.
+    """
+
+    name: str
+    layers: range
+    config: "ModelConfig"
 
 
 class ModelConfig(Config):
@@ -41,17 +64,26 @@ class ModelConfig(Config):
     parallel: bool = Field(False, description="attention and feed-forward read the same x (GPT-NeoX)")
     positions: PositionConfig = Field(Rope(), description="position encoding")
     ffn: FfnConfig = Field(Gated(), description="feed-forward variant")
+    dense: DenseLayers | None = Field(None, description="first layers without experts; none = experts in every layer")
+    mla: LatentAttention | None = Field(None, description="keys and values from a latent (MLA); none = straight from x")
     window: SlidingWindow | None = Field(
         None, description="sliding window of some or all layers; none = see everything"
     )
     qk_norm: Literal["none", "head", "width"] = Field(
         "none", description="normalise queries and keys over each head (Qwen3) or over all heads at once (OLMo-2)"
     )
-    score_scale: float | None = Field(None, gt=0, description="factor on attention scores; none = 1 / sqrt(head_dim)")
+    score_scale: float | None = Field(
+        None, gt=0, description="factor on attention scores; none = 1 / sqrt(head_dim), times what YaRN adds"
+    )
     score_softcap: float | None = Field(None, gt=0, description="bends attention scores to below this (Gemma 2)")
+    sinks: bool = Field(
+        False, description="a learned score per head that takes part in the softmax and has no value (gpt-oss)"
+    )
     logit_softcap: float | None = Field(None, gt=0, description="bends logits to below this (Gemma 2)")
     bias: bool | Literal["attention", "qkv"] = Field(
-        False, description="biases on all projections (GPT-2), those of attention, or its q, k and v alone (Qwen2)"
+        False,
+        description="biases on all projections (GPT-2; of experts and router, too), those of attention, or its q, k "
+        "and v alone (Qwen2)",
     )
     tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
     embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")
@@ -69,8 +101,15 @@ class ModelConfig(Config):
             raise ValueError("norm_placement=none does not train without residual_gate=true; set it, or take pre")
         if self.parallel and self.norm_placement == "post":
             raise ValueError("norm_placement=post normalises x between attention and ffn; parallel must be false")
+        if self.dense and not (isinstance(self.ffn, Experts) and self.dense.number < self.n_layers):
+            raise ValueError(f"dense is for the first of n_layers={self.n_layers} layers with experts; leave it out")
+        if self.mla:
+            if self.head_width <= self.mla.rotated:
+                raise ValueError(f"head_dim={self.head_width} must be more than mla.rotated={self.mla.rotated}")
+            if self.kv_heads != self.n_heads or self.qk_norm != "none":
+                raise ValueError("mla has keys for each head and a norm of its own: no n_kv_heads, qk_norm=none")
         if isinstance(self.positions, Rope):
-            rotated = int(self.head_width * self.positions.fraction)
+            rotated = int(self.rotary_width * self.positions.fraction)
             if rotated % 2 or not rotated:
                 raise ValueError(f"rotary positions need an even number of dimensions of a head, not {rotated}")
             if self.positions.local_theta is not None and self.window is None:
@@ -96,15 +135,37 @@ class ModelConfig(Config):
                 longest = min(longest, original)
         return longest - prompt_length
 
+    def stacks(self) -> list[Stack]:
+        """Return the layers by kind, in their order."""
+        first = self.dense.number if self.dense else 0
+        stacks = [Stack("blocks", range(first, self.n_layers), self)]
+        if self.dense:
+            kind = {"ffn": Gated(activation=self.ffn.activation), "d_ff": self.dense.d_ff, "dense": None}
+            stacks.insert(0, Stack("dense_blocks", range(first), self.model_copy(update=kind)))
+        return stacks
+
     @property
     def scale(self) -> float:
         """Factor on attention scores."""
+        match self.positions:
+            case Rope(scaling=YarnScaling() as yarn) if self.score_scale is None and yarn.factor > 1:
+                return self.head_width**-0.5 * (0.1 * yarn.score_mscale * math.log(yarn.factor) + 1.0) ** 2
         return self.head_width**-0.5 if self.score_scale is None else self.score_scale
 
     @property
     def head_width(self) -> int:
         """Width of one head, H."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of the part of a head that `positions` is about."""
+        return self.mla.rotated if self.mla else self.head_width
+
+    @property
+    def value_width(self) -> int:
+        """Width of one head of values, U."""
+        return self.mla.value_dim if self.mla else self.head_width
 
 
 class ComputeConfig(Config):

@@ -16,14 +16,14 @@ from jaxllm.models.seq2seq_config import Seq2SeqConfig
 class Seq2Seq(nnx.Module):
     """logits = head(decoder(targets, encoder(sources))). Source: Vaswani et al. 2017, section 3.1.
 
-    `stacked=False` holds the blocks of the decoder one by one, for decoding.
+    `how` the decoder's parameters are held, see `Transformer`: stacked, columns.
     """
 
-    def __init__(self, config: Seq2SeqConfig, compute: ComputeConfig, rngs: nnx.Rngs, *, stacked: bool = True):
+    def __init__(self, config: Seq2SeqConfig, compute: ComputeConfig, rngs: nnx.Rngs, **how: bool):
         self.config = config
         self.compute = compute
         self.encoder = Transformer(config.encoder, compute, rngs, part="encoder")
-        self.decoder = Transformer(config.decoder, compute, rngs, part="decoder", stacked=stacked)
+        self.decoder = Transformer(config.decoder, compute, rngs, part="decoder", **how)
         self.logit_bias = constant((config.vocab_size,), ("vocab",), 0.0) if config.logit_bias else None
 
     def encode(self, sources: Int[Array, "B S"], segments: Int[Array, "B S"] | None = None) -> Memory:

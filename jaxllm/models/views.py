@@ -37,10 +37,11 @@ class Views:
         rope = config.positions
         self._mask = mask
         self._window = config.window.size if config.window else None
-        self._angles = rope_angles(positions, config.head_width, rope) if isinstance(rope, Rope) else None
+        width = config.rotary_width
+        self._angles = rope_angles(positions, width, rope) if isinstance(rope, Rope) else None
         self._local = self._angles
         if isinstance(rope, Rope) and rope.local_theta is not None:
-            self._local = rope_angles(positions, config.head_width, rope, local=True)
+            self._local = rope_angles(positions, width, rope, local=True)
 
     def of(self, traits: Traits) -> tuple[Mask, Angles | None]:
         """Return the mask and the angles of a layer."""

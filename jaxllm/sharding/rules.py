@@ -24,6 +24,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "latent": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
     "norm": (),

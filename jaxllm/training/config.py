@@ -48,6 +48,9 @@ class StepConfig(Config):
     spike_factor: float | None = Field(
         None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
     )
+    router_bias_step: float = Field(
+        1e-3, ge=0, description="how far biases of experts move towards an even load, where model.ffn.biased"
+    )
 
 
 class CheckpointConfig(Config):

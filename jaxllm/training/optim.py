@@ -13,7 +13,7 @@ def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip)
     if isinstance(config, AdamW):
         # Weight decay is for matrices: never for biases and norm scales.
-        decayed = lambda params: map_named(lambda name, _: not name.endswith(("/bias", "/scale")), params)
+        decayed = lambda params: map_named(lambda name, _: not name.endswith(("bias", "/scale", "/sinks")), params)
         return optax.chain(
             clip,
             optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -38,9 +38,9 @@ def _muon_dimensions(params: optax.Params) -> optax.Params:
     """
 
     def dimensions(name: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if "/experts/" in name:  # as layers are, experts are a batch of matrices
+        if "/experts/" in name and not name.endswith("bias"):  # as layers are, experts are a batch of matrices
             return optax.contrib.MuonDimensionNumbers((2,), (3,))
-        if not (name.startswith("blocks/") and name.endswith("/kernel")):
+        if not (name.startswith(("blocks/", "dense_blocks/")) and name.endswith("/kernel")):
             return None
         axes = tuple(range(1, leaf.ndim))
         n_inputs = 2 if "/o/" in name else 1  # attention's output projection reads [heads, head_dim]

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
-from jaxllm.models.balance import no_sums, router_loss, router_metrics
+from jaxllm.models.balance import move_biases, no_sums, router_loss, router_metrics
 from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.rules import constrain
@@ -84,6 +84,8 @@ def train_step(
         norm = optax.tree.norm(gradient)
         direction, opt_state = optimizer(optim).update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p + lr * u, state.params, direction)
+        if routers is not None and model.ffn.biased:
+            params = move_biases(params, routers, step.router_bias_step)
         # A finite gradient may still make parameters that overflow: the norm of the new ones says so.
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         if step.spike_factor is not None:

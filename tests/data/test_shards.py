@@ -2,10 +2,13 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from jaxllm.core import files
 from jaxllm.data.shard_writer import DatasetWriter
 from jaxllm.data.shards import Dataset, read_manifest
 
@@ -131,3 +134,15 @@ def test_empty_data_is_refused(tmp_path, byte):
     ):
         pass
     assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_process_left_is_dropped_and_a_living_one_keeps_its_own(tmp_path):
+    beside = files.temporary_beside(tmp_path / "set")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    of = lambda pid: beside.with_name(beside.name.replace(f".{os.getpid()}.", f".{pid}."))
+    left, living, other = of(dead.pid), of(os.getppid()), beside.with_name(".set.elsewhere.1.tmp")
+    for path in (left, living, other):
+        path.mkdir()
+    files.drop_leftovers(tmp_path / "set")
+    assert [path.exists() for path in (left, living, other)] == [False, True, True]

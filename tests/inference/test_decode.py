@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _programs, bucket
+from jaxllm.inference.layout import Layout
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import LongRopeScaling, Rope
@@ -35,7 +36,7 @@ def test_logprobs_are_those_of_the_full_forward(decoder, forward):
 
 def test_cached_logits_equal_the_full_forward(decoder, forward):
     config = decoder.config
-    model = bind(graph(config, COMPUTE, stacked=False)[0], decoder.params)
+    model = bind(graph(config, COMPUTE, stacked=False, columns=True)[0], decoder.params)
     tokens = np.asarray(PROMPTS[4])[None]
     positions = np.arange(17)[None]
     cache = init_cache(config.n_layers, (1, 32, config.kv_heads, config.head_width), np.float32)
@@ -148,7 +149,9 @@ def test_max_new_tokens_must_be_positive(decoder):
 def test_every_decoder_of_a_model_uses_the_same_programs(decoder, params):
     other = Decoder(decoder.config, params, COMPUTE)
     assert other._advance is decoder._advance
-    assert _programs(decoder.config, COMPUTE) is _programs(decoder.config, COMPUTE)
+    assert _programs(decoder.config, COMPUTE, Layout(columns=True)) is _programs(
+        decoder.config, COMPUTE, Layout(columns=True)
+    )
     assert other.params["embed"]["table"] is params["embed"]["table"]  # no copy in float32
     half = Decoder(decoder.config, params, COMPUTE.model_copy(update={"dtype": "bfloat16"})).params
     assert half["embed"]["table"].dtype == half["blocks"][0]["ffn"]["up"]["kernel"].dtype == "bfloat16"
@@ -177,3 +180,13 @@ def test_a_decoder_on_a_cpu_shares_the_memory_of_the_model():
     start, size = stacked.unsafe_buffer_pointer(), stacked[0].nbytes
     for i in range(2):
         assert layers[i]["ffn"]["up"]["kernel"].unsafe_buffer_pointer() == start + i * size
+
+
+def test_stacked_weights_of_a_narrow_type_decode_as_their_wide_copy(decoder, params, monkeypatch):
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.ndim > 1 else leaf, params)
+    wide = Decoder(decoder.config, half, COMPUTE)
+    monkeypatch.setattr("jaxllm.inference.layout.MAX_WIDENED", 0)
+    narrow = Decoder(decoder.config, half, COMPUTE)
+    up, given = (each["blocks"]["ffn"]["up"]["kernel"] for each in (narrow.params, half))
+    assert up.dtype == "uint16" and up.unsafe_buffer_pointer() == given.unsafe_buffer_pointer()  # no copy
+    assert tokens_of(narrow, PROMPTS, GREEDY, 12) == tokens_of(wide, PROMPTS, GREEDY, 12)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from pydantic import ValidationError
 
-from jaxllm.layers.config import Experts
+from jaxllm.layers.config import ClampedGate, Experts, Groups
 from jaxllm.layers.moe import Kernels, Moe, RouterSums, _mix
 from jaxllm.models.balance import balance_loss, router_metrics, z_loss
 
@@ -17,18 +17,34 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
+def noisy(moe):
+    """The layer with its biases off zero."""
+    generator = np.random.default_rng(1)
+    biases = [moe.router_bias, moe.experts.gate_bias, moe.experts.up_bias, moe.experts.down_bias]
+    for bias in biases if moe.router_bias is not None else ():
+        bias[...] = jnp.asarray(generator.normal(size=bias.shape), jnp.float32)
+    return moe
+
+
+@pytest.mark.parametrize("clamped", [None, ClampedGate(alpha=1.5, limit=0.5)])
 @pytest.mark.parametrize("renormalise", [True, False])
-def test_the_formula_token_by_token(renormalise):
-    moe = Moe(nnx.Rngs(0), Experts(number=4, top_k=2, renormalise=renormalise), d_model=8, d_ff=6, std=0.5, out_std=0.5)
-    gate, up, down = (np.asarray(kernel) for kernel in moe.experts.kernels(jnp.float32))
+def test_the_formula_token_by_token(renormalise, clamped):
+    config = Experts(number=4, top_k=2, renormalise=renormalise, clamped=clamped)
+    moe = noisy(Moe(nnx.Rngs(0), config, d_model=8, d_ff=6, bias=clamped is not None, std=0.5, out_std=0.5))
+    gate, up, down = (np.asarray(kernel) for kernel in moe.experts.kernels(jnp.float32)[:3])
+    bias_of = lambda bias: np.zeros(4)[:, None] if bias is None else np.asarray(bias[...])
+    gate_bias, up_bias, down_bias = (bias_of(getattr(moe.experts, f"{name}_bias")) for name in ("gate", "up", "down"))
+    router_bias = bias_of(moe.router_bias).reshape(-1)
     expected, counts = np.zeros_like(X), np.zeros(4)
     for place in np.ndindex(2, 5):
-        probs = softmax(X[place] @ np.asarray(moe.router[...]))
+        probs = softmax(X[place] @ np.asarray(moe.router[...]) + router_bias)
         chosen = np.argsort(-probs)[:2]
         counts[chosen] += 1
         for e in chosen:
-            wide = X[place] @ gate[e]
-            y = (wide / (1 + np.exp(-wide)) * (X[place] @ up[e])) @ down[e]
+            g, u = X[place] @ gate[e] + gate_bias[e], X[place] @ up[e] + up_bias[e]
+            if clamped:
+                g, u = np.minimum(g, 0.5), np.clip(u, -0.5, 0.5) + 1
+            y = (g / (1 + np.exp(-(clamped.alpha if clamped else 1) * g)) * u) @ down[e] + down_bias[e]
             expected[place] += y * probs[e] / (probs[chosen].sum() if renormalise else 1)
     y, sums = moe(X)
     np.testing.assert_allclose(y, expected, atol=1e-5)
@@ -41,10 +57,51 @@ def test_the_formula_token_by_token(renormalise):
     np.testing.assert_allclose(together[0], np.stack(alone), rtol=2e-5, atol=1e-6)
 
 
-def test_each_part_of_the_experts_gives_its_part_of_the_sum_and_of_the_gradient():
+def test_sigmoids_in_groups_with_a_bias_and_a_shared_expert_token_by_token():
+    groups = Groups(number=4, top_k=2)
+    config = Experts(number=8, top_k=3, score="sigmoid", biased=True, groups=groups, scale=2.5, shared=2)
+    moe = Moe(nnx.Rngs(0), config, d_model=8, d_ff=6, std=0.5, out_std=0.5)
+    bias = np.random.default_rng(1).normal(size=8).astype(np.float32)
+    moe.choice_bias[...] = jnp.asarray(bias)
+    layer = lambda x, gate, up, down: (x @ gate / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
+    kernels = [np.asarray(kernel) for kernel in moe.experts.kernels(jnp.float32)[:3]]
+    shared = [np.asarray(part.kernel[...]) for part in (moe.shared.gate, moe.shared.up, moe.shared.down)]
+    assert shared[0].shape == (8, 12)
+    expected, counts, shares, unlimited = np.zeros_like(X), np.zeros(8), np.zeros(8), 0
+    for place in np.ndindex(2, 5):
+        p = 1 / (1 + np.exp(-X[place] @ np.asarray(moe.router[...])))
+        merit = (p + bias).reshape(4, 2)
+        outside = np.argsort(-merit.sum(-1))[2:]
+        unlimited += set(np.argsort(-merit.reshape(-1))[:3]) != (set(np.argsort(-p)[:3]))
+        merit[outside] = -np.inf
+        chosen = np.argsort(-merit.reshape(-1))[:3]
+        counts[chosen] += 1
+        shares += p / p.sum()
+        expected[place] = layer(X[place], *shared)
+        for e in chosen:
+            expected[place] += 2.5 * p[e] / p[chosen].sum() * layer(X[place], *(kernel[e] for kernel in kernels))
+    assert unlimited  # the bias does change the choice
+    y, sums = moe(X)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    np.testing.assert_array_equal(sums.counts, counts)
+    np.testing.assert_allclose(sums.probs, shares, rtol=1e-5)
+    graph, params = nnx.split(moe)
+    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graph, params)(X)[0])))(params)
+    assert not np.any(gradient["choice_bias"][...])
+    assert np.any(gradient["router"][...])
+
+
+@pytest.mark.parametrize("groups", [(3, 1), (8, 4), (4, 1), (4, 5)])
+def test_groups_that_do_not_hold_the_choice_are_refused(groups):
+    with pytest.raises(ValidationError, match="the same number of them, two or more"):
+        Experts(number=8, top_k=3, groups=Groups(number=groups[0], top_k=groups[1]))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_each_part_of_the_experts_gives_its_part_of_the_sum_and_of_the_gradient(biases):
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((4, 8, 6), (4, 8, 6), (4, 6, 8))
-    kernels = Kernels(*(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)))
+    shapes = ((4, 8, 6), (4, 8, 6), (4, 6, 8), *[(4, 6)] * (2 * biases))
+    kernels = Kernels(*(jax.random.normal(keys[i % 3], shape) for i, shape in enumerate(shapes)))
     choice = jnp.array([[[0, 3], [1, 2], [3, 1], [3, 0], [3, 2]]] * 2)
     weights = jax.random.uniform(keys[3], choice.shape)
 

@@ -27,6 +27,9 @@ PUBLISHED = {
     "gpt2-1.5b": 1_557_611_200,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
+    "deepseek-v3": 671_026_419_200,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
 
 
@@ -54,6 +57,23 @@ def test_active_parameters_are_those_of_the_chosen_experts(name, active):
     products = accounting.active_param_count(config) - config.vocab_size * config.d_model
     attention = 6 * config.n_layers * 4096 * config.n_heads * config.head_width
     assert accounting.flops_per_token(config, 4096) == 6 * products + attention
+
+
+def test_deepseek_uses_37_of_its_671_billions_for_a_token():
+    config = presets.get("deepseek-v3")
+    active = accounting.active_param_count(config)
+    assert active == 37_552_297_472
+    products = active - config.vocab_size * config.d_model
+    assert accounting.flops_per_token(config, 4096) == 6 * products + 3 * 61 * 4096 * 128 * (192 + 128)
+    dense, sparse = (accounting.layer_bytes(stack.config, 2, 1, 64) for stack in config.stacks())
+    assert dense - sparse == 64 * 2 * (6 * 18432 - 8 * (6 * 2048 + 2 * 7168) - 6 * 2048)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("gpt-oss-20b", 3.61), ("gpt-oss-120b", 5.13)])
+def test_active_parameters_of_gpt_oss_as_published_without_the_table_of_tokens(name, billions):
+    config = presets.get(name)
+    active = accounting.active_param_count(config) - config.vocab_size * config.d_model
+    assert round(active / 1e9, 2) == billions
 
 
 def test_experts_cost_as_many_activations_as_are_chosen():

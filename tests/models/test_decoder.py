@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from jaxllm.layers.cache import init_cache
-from jaxllm.layers.config import Experts, RelativeBias, RMSNorm, Rope, Sinusoids, SlidingWindow
+from jaxllm.layers.config import (
+    ClampedGate,
+    Experts,
+    RelativeBias,
+    RMSNorm,
+    Rope,
+    Sinusoids,
+    SlidingWindow,
+    YarnScaling,
+)
 from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
 from jaxllm.models.build import bind, graph, init_params, logical_axes, unstack
@@ -27,6 +36,13 @@ MIXED = LLAMA.model_copy(
     }
 )  # fmt: skip
 SPARSE = LLAMA.model_copy(update={"ffn": Experts(number=5, top_k=2), "n_layers": 2})
+SINKS = LLAMA.model_copy(
+    update={
+        "sinks": True, "bias": True, "ffn": Experts(number=5, top_k=2, clamped=ClampedGate(limit=0.5)), "n_layers": 2,
+        "window": SlidingWindow(size=5, layers=(True, False)), "qk_norm": "none",
+        "positions": Rope(scaling=YarnScaling(factor=4, original_len=40, magnitude=1.1, truncate=False)),
+    }
+)  # fmt: skip
 REZERO = LLAMA.model_copy(
     update={"norm_placement": "none", "residual_gate": True, "positions": Sinusoids(), "n_layers": 2}
 )
@@ -34,8 +50,8 @@ RELATIVE = LLAMA.model_copy(update={"positions": RelativeBias(buckets=8, max_dis
 DENSE = pytest.mark.parametrize("config", [LLAMA, GPT, MIXED], ids=["llama", "gpt", "mixed"])
 MODELS = pytest.mark.parametrize(
     "config",
-    [LLAMA, GPT, MIXED, SPARSE, REZERO, RELATIVE],
-    ids=["llama", "gpt", "mixed", "sparse", "rezero", "relative"],
+    [LLAMA, GPT, MIXED, SPARSE, SINKS, REZERO, RELATIVE],
+    ids=["llama", "gpt", "mixed", "sparse", "sinks", "rezero", "relative"],
 )
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 LONG = np.random.default_rng(1).integers(0, 97, (1, 160))  # three blocks of queries: 64, 64 and 32

@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.config import Experts
+from jaxllm.layers.config import ClampedGate, Experts, Groups, LatentAttention, Rope
+from jaxllm.models.balance import move_biases
 from jaxllm.models.build import init_params
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, DenseLayers, ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.feed import place
@@ -24,7 +25,18 @@ EXPERTS = Experts(number=4, top_k=2, balance=0.1, router_z=0.01)
 MODEL = ModelConfig(
     vocab_size=64, d_model=16, n_layers=2, n_heads=2, d_ff=12, max_seq_len=32, init_std=0.2, ffn=EXPERTS
 )
+DEEPSEEK = MODEL.model_copy(
+    update={
+        "n_layers": 3, "head_dim": 10, "mla": LatentAttention(rank=12, query_rank=8, rotated=4, value_dim=6),
+        "positions": Rope(interleaved=True), "dense": DenseLayers(number=1, d_ff=20),
+        "ffn": Experts(number=8, top_k=2, balance=0.01, score="sigmoid", biased=True, shared=1,
+                       groups=Groups(number=4, top_k=2)),
+    }
+)  # fmt: skip
 PLAIN = MODEL.model_copy(update={"ffn": EXPERTS.model_copy(update={"balance": 0.0, "router_z": 0.0})})
+OSS = MODEL.model_copy(
+    update={"ffn": EXPERTS.model_copy(update={"clamped": ClampedGate(limit=0.1)}), "bias": True, "sinks": True}
+)
 CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)
 
 
@@ -39,12 +51,12 @@ def batch(rows=8, length=12):
 
 
 @functools.cache
-def run(mesh=None, devices=1):
+def run(mesh=None, devices=1, model=MODEL):
     """Metrics and parameters after two updates."""
     mesh, optim = make_mesh(mesh or MeshConfig(), jax.devices()[:devices]), AdamW()
     with jax.set_mesh(mesh):
-        state, shardings = init_state(MODEL, optimizer(optim), mesh, seed=0)
-        update = compile_step(MODEL, CPU, optim, StepConfig(), shardings)
+        state, shardings = init_state(model, optimizer(optim), mesh, seed=0)
+        update = compile_step(model, CPU, optim, StepConfig(), shardings)
         history = []
         for _ in range(2):
             state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 1e-2)
@@ -52,6 +64,7 @@ def run(mesh=None, devices=1):
         return history, jax.device_get(state.params), state.params
 
 
+@pytest.mark.parametrize("model", [MODEL, DEEPSEEK, OSS], ids=["plain", "deepseek", "biases"])
 @pytest.mark.parametrize(
     ("mesh", "split"),
     [
@@ -60,9 +73,9 @@ def run(mesh=None, devices=1):
     ],
     ids=["expert", "all"],
 )
-def test_sharded_equals_one_device(mesh, split):
-    history, params, placed = run(mesh, 8)
-    expected, expected_params, _ = run()
+def test_sharded_equals_one_device(mesh, split, model):
+    history, params, placed = run(mesh, 8, model)
+    expected, expected_params, _ = run(model=model)
     assert placed["blocks"]["ffn"]["experts"]["up"].sharding.spec == PartitionSpec(*split)
     for found, wanted in zip(history, expected, strict=True):
         for key in wanted:
@@ -70,8 +83,44 @@ def test_sharded_equals_one_device(mesh, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
 
 
+def test_biases_of_experts_move_by_one_step_per_update_and_not_by_the_gradient():
+    _, params, _ = run(model=DEEPSEEK)
+    bias = params["blocks"]["ffn"]["choice_bias"]
+    assert set(np.round(np.unique(bias), 6)) <= {np.float32(x).round(6) for x in (-0.002, -0.001, 0.0, 0.001, 0.002)}
+    assert all(len(set(layer)) > 1 for layer in bias)
+    start = init_params(DEEPSEEK, 0)
+    _, (_, routers) = jax.jit(functools.partial(loss_sums, model=DEEPSEEK, compute=CPU))(start, batch())
+    moved = move_biases(start, routers, 0.5)["blocks"]["ffn"]["choice_bias"]
+    counts = np.asarray(routers.counts)
+    assert counts.shape == (2, 8)
+    np.testing.assert_array_equal(moved, 0.5 * np.sign(counts.mean(-1, keepdims=True) - counts))
+
+
+def test_biases_alone_even_out_the_load():
+    mesh, optim = make_mesh(MeshConfig(), jax.devices()[:1]), AdamW()
+    with jax.set_mesh(mesh):
+        state, shardings = init_state(DEEPSEEK, optimizer(optim), mesh, seed=0)
+        update = compile_step(DEEPSEEK, CPU, optim, StepConfig(router_bias_step=0.02), shardings)
+        busiest = []
+        for _ in range(40):
+            state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 0.0)
+            busiest.append(float(metrics["router_busiest"]))
+    even = DEEPSEEK.ffn.top_k / DEEPSEEK.ffn.number
+    assert busiest[-1] - even < 0.5 * (busiest[0] - even)
+
+
+def test_weights_decay_and_no_bias_norm_or_sink_does():
+    params = jax.tree.map(jnp.ones_like, init_params(OSS, 0))
+    tx = optimizer(AdamW(weight_decay=1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    kept = {name for name, leaf in named_leaves(updates).items() if not np.any(leaf)}
+    attention = {f"attention/{name}/bias" for name in "qkvo"} | {"attention/sinks", "attention_norm/scale"}
+    ffn = {f"ffn/experts/{name}_bias" for name in ("gate", "up", "down")} | {"ffn/router_bias", "ffn_norm/scale"}
+    assert kept == {f"blocks/{name}" for name in attention | ffn} | {"final_norm/scale"}
+
+
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
-    params = init_params(MODEL, 0)
+    params = init_params(OSS, 0)
     tx = optimizer(Muon(weight_decay=0.0))
     updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)  # noise for a gradient
     sizes = np.linalg.svd(updates["blocks"]["ffn"]["experts"]["up"], compute_uv=False)

@@ -1,7 +1,7 @@
 """Loading a checkpoint of random bfloat16 weights: seconds and peak memory beside those of transformers.
 
     python tools/bench/load_memory.py --preset gpt2-1.5b --out results/load.json
-    python tools/bench/load_memory.py --preset llama2-7b --only jaxllm
+    python tools/bench/load_memory.py --preset llama2-7b --only jaxllm jaxllm-decode
 
 Each load is a process of its own. The checkpoint is written shard by shard, so that a 7B one fits a small machine.
 Pages of the files are in the page cache when the loads begin, and are not counted.
@@ -40,7 +40,19 @@ LOADS = {
     "lm = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
     "total = sum(p.sum().item() for p in lm.parameters())\n",  # or the weights would stay in the mapped file
 }
-SAY = "import json; print(json.dumps({'seconds': time.perf_counter() - start, 'peak_gib': peak() - before}))\n"
+# Greedy, from three tokens: the second run of each length is timed, and the difference of two lengths counts.
+LOADS["jaxllm-decode"] = LOADS["jaxllm"] + (
+    "from jaxllm.inference.decode import Limits, Request\nfrom jaxllm.inference.sampling import Sampler\n"
+    "load_s = time.perf_counter() - start\n"
+    "def run(count):\n    begin = time.perf_counter()\n"
+    "    lm.decoder.generate([Request([5, 6, 7])], Sampler(temperature=0), Limits(count))\n"
+    "    return time.perf_counter() - begin\n"
+    "first_s = run(2); token_s = (run(10) - run(2)) / 8; start = time.perf_counter() - load_s\n"
+)
+SAY = (
+    "import json; found = {'seconds': time.perf_counter() - start, 'peak_gib': peak() - before}\n"
+    "print(json.dumps(found | {name: globals()[name] for name in ('first_s', 'token_s') if name in globals()}))\n"
+)
 
 
 def main() -> int:
@@ -52,7 +64,7 @@ def main() -> int:
         results["checkpoint"] = write(path, arguments.preset)
         for name in arguments.only or LOADS:
             command = [sys.executable, "-c", PEAK + LOADS[name] + SAY, str(path)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             results[name] = json.loads(done.stdout.splitlines()[-1])
             sys.stdout.write(f"{name}: {results[name]}\n")
         shutil.rmtree(path)
@@ -89,7 +101,7 @@ def write(path: Path, preset: str) -> dict:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="gpt2-1.5b", help="shape of the model (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=tuple(LOADS), help="which loads (default: both)")
+    parser.add_argument("--only", nargs="+", choices=tuple(LOADS), help="which loads (default: all)")
     parser.add_argument("--dir", help="where the checkpoint is written (default: the system's directory for such)")
     parser.add_argument("--out", help="JSON file for the results")
     return parser

@@ -1,0 +1,88 @@
+"""How the parameters of a model are held to decode: cut into layers, widened, turned, or as they are."""
+
+import functools
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.models.build import STACKS, Params, unstack
+from jaxllm.models.config import ComputeConfig
+
+MAX_WIDENED = 0.4  # of the host's memory: a copy in float32 may take so much
+
+
+class Layout(NamedTuple):
+    """What a `Transformer` is told of its parameters; its docstring says what these mean."""
+
+    stacked: bool = False
+    columns: bool = False
+    packed: str | None = None
+
+
+def choose_layout(params: Params, compute: ComputeConfig) -> Layout:
+    """Choose how to hold `params` where they are; `compute` is resolved.
+
+    Layers are cut, because a loop over a stacked array copies the weights per token. Only where a float32 copy of
+    narrow weights takes most of a CPU's memory, they stay stacked and packed.
+    """
+    if not _one_cpu(params) or compute.dtype != "float32":
+        return Layout()
+    matrices = [leaf for leaf in jax.tree.leaves([params.get(name) for name in STACKS]) if leaf.ndim > 2]
+    narrow = {str(leaf.dtype) for leaf in matrices} & {"bfloat16", "float16"}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if len(narrow) != 1 or 4 * sum(leaf.size for leaf in matrices) < MAX_WIDENED * memory:
+        return Layout(columns=True)
+    return Layout(stacked=True, packed=narrow.pop())
+
+
+def prepare(params: Params, layout: Layout, dtype: str) -> Params:
+    """Return `params` as `layout` says, matrices cast to `dtype` as each use would; norms are float32 and stay.
+
+    What needs no cast is not copied where that can be: tables stay the caller's own arrays (jit copies them), and on
+    one CPU device the layers are parts of the stacked arrays, so that a model is in memory once.
+    """
+    if layout.packed:
+        bits = lambda leaf: leaf.view(np.uint16) if leaf.dtype == layout.packed and leaf.ndim > 2 else leaf
+        return params | {name: _share(jax.tree.map(bits, _host(params[name]))) for name in STACKS if name in params}
+    params = _turn(params) if layout.columns else params
+    kept = lambda name, part: name not in (*STACKS, "decoder") and all(_stays(x, dtype) for x in jax.tree.leaves(part))
+    same = {name: part for name, part in params.items() if kept(name, part)}
+    rest = {name: part for name, part in params.items() if name not in same}
+    if _one_cpu(params) and all(_stays(leaf, dtype) for leaf in jax.tree.leaves(rest)):
+        return _share(unstack(_host(rest))) | same
+    return _cut(rest, dtype) | same
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cut(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf if _stays(leaf, dtype) else leaf.astype(dtype), unstack(params))
+
+
+def _stays(leaf: jax.Array, dtype: str) -> bool:
+    return leaf.ndim <= 1 or leaf.dtype == dtype
+
+
+def _one_cpu(params: Params) -> bool:
+    devices = jax.tree.leaves(params)[0].sharding.device_set
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _host(params: Params) -> Params:
+    return jax.tree.map(np.asarray, params)
+
+
+def _share(params: Params) -> Params:
+    """Return arrays of JAX in the memory of NumPy's."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True), params)
+
+
+def _turn(params: Params) -> Params:
+    """Hold the output table as `columns`, beside the input table if they are one."""
+    if "decoder" in params:
+        return {**params, "decoder": _turn(params["decoder"])}
+    table = params["head"] if "head" in params else params["embed"]["table"]
+    rest = {name: part for name, part in params.items() if name != "head"}
+    return {**rest, "columns": {"kernel": jnp.asarray(table, jnp.float32).T}}
