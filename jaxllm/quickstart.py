@@ -33,7 +33,12 @@ TABLES = {  # key in results.json: (split, title)
 @command
 def main(argv: list[str] | None = None) -> int | None:
     """Run every stage; a stage that is complete already (an earlier run in the same directory) is not done again."""
-    arguments = _parser().parse_args(argv)
+    line = parser(__doc__)
+    line.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
+    line.add_argument("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
+    without = "tune random weights instead: what is pretraining good for?"
+    line.add_argument("--skip-pretraining", action="store_true", help=without)
+    arguments = line.parse_args(argv)
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -72,15 +77,6 @@ def main(argv: list[str] | None = None) -> int | None:
         soft_wrap=True,
     )
     return None
-
-
-def _parser() -> argparse.ArgumentParser:
-    result = parser(__doc__)
-    add = result.add_argument
-    add("--out", metavar="DIR", help="where everything goes (default: runs/quickstart)")
-    add("--smoke", action="store_true", help="every stage, but too short to learn anything: a test")
-    add("--skip-pretraining", action="store_true", help="tune random weights instead: what is pretraining good for?")
-    return result
 
 
 def _heading(console: "Console", number: int, text: str) -> None:
@@ -185,8 +181,8 @@ def _report(out: Path, results: dict[str, Any], exchanges: tuple) -> None:
 
     stages = tuple(
         Stage(
-            name, read(out / stage / "metrics.jsonl"), read(out / stage / "timing.jsonl"),
-            read(out / stage / "samples.jsonl"), (out / stage / "recipe.yaml").read_text(encoding="utf-8"),
+            name, *(read(out / stage / f"{kind}.jsonl") for kind in ("metrics", "timing", "samples")),
+            (out / stage / "recipe.yaml").read_text(encoding="utf-8"),
         )
         for stage, name in STAGES.items() if (out / stage / "recipe.yaml").exists()
     )  # fmt: skip

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int | None]:
@@ -37,19 +36,19 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
     return run
 
 
-def parser(doc: str, **options: Any) -> argparse.ArgumentParser:
+def parser(doc: str, *, usage: str | None = None, add_help: bool = True) -> argparse.ArgumentParser:
     """Return a command line without arguments yet, described by the docstring of its module.
 
     Args:
       doc: "python -m jaxllm.VERB: what it does", and notes from the second line on.
-      options: of `argparse.ArgumentParser`.
+      usage, add_help: as of argparse.
     """
     program, _, text = doc.partition(": ")
     does, _, notes = text.partition("\n")
-    form = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
-        prog=program, description=does, epilog=notes, allow_abbrev=False, formatter_class=form, **options
-    )
+        prog=program, description=does, epilog=notes, usage=usage, add_help=add_help, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
 
 
 def _reason(error: ValueError | OSError) -> str:

@@ -3,19 +3,21 @@
 import json
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.data.fast_pieces import FastPieces
-from jaxllm.data.pieces import BytePieces, SentencePieces
+from jaxllm.data.pieces import SPACE_MARK, BytePieces, SentencePieces
 
 if TYPE_CHECKING:
     from jaxllm.data.tokenizer import Tokenizer
 
 NEVER = -1e6  # logarithm of the frequency of a piece that no text may be cut into
-BPE, SPACES_TO_MARKS, MARKS_TO_SPACES = json.loads(
-    resources.files(__package__).joinpath("fast_export.json").read_text("utf-8")
-).values()
+BPE = {
+    "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+    "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+}  # fmt: skip
+SPACES_TO_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+MARKS_TO_SPACES = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
 FALLBACK = [{"type": "ByteFallback"}, {"type": "Fuse"}]  # decoders of pieces that may be bytes
 
 
