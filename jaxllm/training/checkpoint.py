@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as managers
 
 from jaxllm.models.build import Params, abstract_params
@@ -77,7 +79,8 @@ class Checkpoints:
         items = _items(state) if isinstance(state, TrainState) else {"params": state}
         metrics = None if val_loss is None else {"val_loss": val_loss}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saves)
+        sums = {name: _bit_sums(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(meta=ocp.args.JsonSave({**meta, "bit_sums": sums}), **saves)
         self.wait()  # so that an error is said of the checkpoint that it belongs to
         self._writing = meta["step"]
         with self._write_errors():
@@ -140,6 +143,7 @@ class Checkpoints:
             meta = self.meta(step)
             changed = _changed(meta.get("fingerprints", {}), same)
             restored = {} if changed else self._manager.restore(step, args=ocp.args.Composite(**items))
+            _check_bits(restored, meta)
         except Exception as error:  # catch-all: Orbax raises a bare Exception for an array cut short
             return None, {}, _reason(error)
         if changed:  # the user's error, and never a reason to take an older checkpoint
@@ -195,7 +199,29 @@ def _any_process(value: bool) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = " ".join(str(error).partition("See full TensorStore")[0].split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _bit_sums(tree: Any) -> list[int]:
+    """Return the sum of the bits of each leaf as integers, modulo 2^32: the same in any order and on any mesh."""
+    leaves = jax.tree.leaves(tree)
+    sharding = leaves[0].sharding
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return np.asarray(jax.jit(_sums_of, out_shardings=everywhere)(leaves)).tolist()
+
+
+def _sums_of(leaves: list[jax.Array]) -> jax.Array:
+    bits = lambda leaf: jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+    return jnp.stack([jnp.sum(bits(leaf).astype(jnp.uint32), dtype=jnp.uint32) for leaf in leaves])
+
+
+def _check_bits(restored: Mapping[str, Any], meta: dict[str, Any]) -> None:
+    """Raise ValueError for items that are not what was written; Orbax's files have no checksums."""
+    sums = meta.pop("bit_sums", {})
+    for name, tree in restored.items():
+        if name in sums and _bit_sums(tree) != sums[name]:
+            raise ValueError(f"the bits of {name} are not those that were written: a file was damaged or changed")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -234,6 +260,7 @@ def load_params(
         args = {item: ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
         try:
             restored = manager.restore(step, args=ocp.args.Composite(**args))
+            _check_bits({item: restored[item]}, restored["meta"])
         except Exception as error:  # catch-all: as in `Checkpoints.restore`
             before = [each for each in steps if each < step]
             raise ValueError(

@@ -110,6 +110,23 @@ def test_inference_names_a_damaged_checkpoint_and_the_one_before(tmp_path):
     assert load_params(tmp_path, MODEL, step=1)[1]["step"] == 1
 
 
+def test_a_flipped_bit_is_damage(tmp_path, caplog):
+    state, shardings = make(devices=1)
+    for run, part in enumerate((0.3, 0.5, 0.7)):
+        save(tmp_path / str(run), state, 1, 2)
+        largest = max(
+            (tmp_path / str(run) / "checkpoints" / "2" / "params").rglob("d/*"), key=lambda path: path.stat().st_size
+        )
+        content = bytearray(largest.read_bytes())
+        content[int(part * len(content))] ^= 1
+        largest.write_bytes(content)
+        with Checkpoints(tmp_path / str(run)) as checkpoints:
+            restored, meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
+        assert meta == {"step": 1, "sample": 8}
+        assert_equal(restored, state)
+    assert "the bits of params are not those that were written" in caplog.text  # Orbax itself sees some of them
+
+
 def test_any_one_damaged_file_costs_that_checkpoint_alone(tmp_path):
     state, shardings = make(devices=1)
     save(tmp_path / "run", state, 1, 2)
