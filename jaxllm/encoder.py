@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text
 from jaxllm.inference.decode import bucket
-from jaxllm.models.build import Params, bind, check_vocabulary, graph
+from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
@@ -198,9 +198,7 @@ class Encoder:
         return on_mesh_of(self.params, jax.jit(run, static_argnames=static))
 
     def _rows(self, tokens: Array, mask: Array | None, types: Array | None) -> Rows:
-        tokens = jnp.asarray(tokens, jnp.int32)
-        if tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"rows of {tokens.shape[1]} tokens; the model takes max_seq_len={self.config.max_seq_len}")
+        tokens = token_rows(tokens, self.config.stack.vocab_size, self.config.max_seq_len)
         segments = jnp.ones_like(tokens) if mask is None else jnp.asarray(mask, bool).astype(jnp.int32)
         types = jnp.zeros_like(tokens) if types is None else jnp.asarray(types, jnp.int32)
         if int(types.max()) >= self.config.n_types:

@@ -16,7 +16,7 @@ from jaxllm.data.text_pieces import TextPieces
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import Generation
-from jaxllm.models.build import Params, bind, check_vocabulary, graph
+from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
@@ -62,7 +62,9 @@ class EncoderDecoder:
           targets: what the decoder reads: `config.start_token`, then the target without its last token.
         """
         segments = lambda x, mask: jnp.ones(x.shape, jnp.int32) if mask is None else jnp.asarray(mask).astype(jnp.int32)
-        tokens, targets = jnp.asarray(tokens, jnp.int32), jnp.asarray(targets, jnp.int32)
+        config = self.config
+        tokens = token_rows(tokens, config.vocab_size, config.encoder.max_seq_len)
+        targets = token_rows(targets, config.vocab_size, config.max_seq_len)
         return self._logits(self.params, tokens, targets, segments(tokens, mask), segments(targets, target_mask))
 
     @cached_property

@@ -26,7 +26,8 @@ from jaxllm.inference.layout import choose_layout
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
 from jaxllm.locate import is_huggingface, locate
-from jaxllm.models.build import Params, bind, check_vocabulary, graph
+from jaxllm.models.accounting import param_count
+from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
@@ -88,8 +89,10 @@ class LanguageModel:
 
         Args:
           mask: True = token, False = padding, on either side of a row; logits at padding mean nothing.
+        Raises:
+          ValueError: no rows of one length, too long ones, ids that the model does not have.
         """
-        tokens = jnp.asarray(tokens, jnp.int32)
+        tokens = token_rows(tokens, self.config.vocab_size, self.config.max_seq_len)
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         return self._logits(tokens, mask)
 
@@ -192,6 +195,14 @@ class LanguageModel:
         if not prompt:
             raise ValueError("no messages; give at least one from the user")
         return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)[0]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return self.tokenizer.decode(tokens)
+
+    def __repr__(self) -> str:
+        size, dtype = param_count(self.config), jax.tree.leaves(self.params)[0].dtype
+        return f"LanguageModel({size:,} parameters in {dtype}, {'chat' if self.is_chat else 'no chat'})"
 
     def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
         if isinstance(stop, str) or "" in stop:

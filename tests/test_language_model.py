@@ -45,6 +45,27 @@ def test_padding_on_either_side_changes_nothing(lm):
     np.testing.assert_allclose(left, alone, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2, 999_999]], r"token ids 1 to 999999; the model's are 0 to 261"),
+        ([[1, -1]], "token ids -1 to 1"),
+        ([1, 2], r"shape \[2\], expected rows \[B, T\]"),
+        ([[1, 2], [1]], "differ in length; fill them up"),
+        ([[1] * 161], "rows of 161 tokens; the model takes max_seq_len=160"),
+    ],
+)
+def test_tokens_that_are_no_rows_of_ids_are_refused(lm, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        lm.logits(tokens)
+
+
+def test_logits_are_traceable_and_a_model_says_what_it_is(lm):
+    np.testing.assert_allclose(jax.jit(lm.logits)(np.array([[7, 8]])), lm.logits([[7, 8]]), atol=1e-5)
+    assert repr(lm) == "LanguageModel(32,288 parameters in float32, chat)"
+    assert lm.decode(lm.encode("Hello")) == "Hello"
+
+
 def test_packed_weights_give_the_same_logits(lm, monkeypatch):
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.ndim > 1 else leaf, lm.params)
     wide, packed = (LanguageModel(CONFIG, half, lm.tokenizer) for _ in range(2))

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.models.build import STACKS, Params, unstack
 from jaxllm.models.config import ComputeConfig
 
+EXACT = ("router", "relative/table")  # matrices that a model reads in float32 whatever it computes in
 MAX_WIDENED = 0.4  # of the host's memory: a copy in float32 may take so much
 
 
@@ -48,21 +50,21 @@ def prepare(params: Params, layout: Layout, dtype: str) -> Params:
         bits = lambda leaf: leaf.view(np.uint16) if leaf.dtype == layout.packed and leaf.ndim > 2 else leaf
         return params | {name: _share(jax.tree.map(bits, _host(params[name]))) for name in STACKS if name in params}
     params = _turn(params) if layout.columns else params
-    kept = lambda name, part: name not in (*STACKS, "decoder") and all(_stays(x, dtype) for x in jax.tree.leaves(part))
-    same = {name: part for name, part in params.items() if kept(name, part)}
+    stay = lambda tree: all(_stays(name, leaf, dtype) for name, leaf in named_leaves(tree).items())
+    same = {name: part for name, part in params.items() if name not in (*STACKS, "decoder") and stay({name: part})}
     rest = {name: part for name, part in params.items() if name not in same}
-    if _one_cpu(params) and all(_stays(leaf, dtype) for leaf in jax.tree.leaves(rest)):
+    if _one_cpu(params) and stay(rest):
         return _share(unstack(_host(rest))) | same
     return _cut(rest, dtype) | same
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _cut(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf if _stays(leaf, dtype) else leaf.astype(dtype), unstack(params))
+    return map_named(lambda name, leaf: leaf if _stays(name, leaf, dtype) else leaf.astype(dtype), unstack(params))
 
 
-def _stays(leaf: jax.Array, dtype: str) -> bool:
-    return leaf.ndim <= 1 or leaf.dtype == dtype
+def _stays(name: str, leaf: jax.Array, dtype: str) -> bool:
+    return leaf.ndim <= 1 or leaf.dtype == dtype or name.endswith(EXACT)
 
 
 def _one_cpu(params: Params) -> bool:

@@ -3,7 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Int
 
 from jaxllm.core import rng
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -37,6 +40,27 @@ def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
             f"the tokenizer has {tokenizer_size} ids and the model {vocab_size}; use the one that the model was "
             "trained with"
         )
+
+
+def token_rows(tokens: Any, vocab_size: int, longest: int) -> Int[Array, "B T"]:
+    """Return token ids as an array; under jit their values cannot be looked at.
+
+    Raises:
+      ValueError: they are no rows of one length, too long for the model, or outside of its vocabulary, where an array
+        of JAX would silently give the nearest row of a table.
+    """
+    if not isinstance(tokens, jax.core.Tracer):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError as error:
+            raise ValueError("rows of tokens differ in length; fill them up to one, and say where in `mask`") from error
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            raise ValueError(f"token ids {tokens.min()} to {tokens.max()}; the model's are 0 to {vocab_size - 1}")
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {list(tokens.shape)}, expected rows [B, T]; a single one is [tokens]")
+    if tokens.shape[1] > longest:
+        raise ValueError(f"rows of {tokens.shape[1]} tokens; the model takes max_seq_len={longest}")
+    return jnp.asarray(tokens, jnp.int32)
 
 
 def graph(config: AnyConfig, compute: ComputeConfig, **how: bool) -> tuple[nnx.GraphDef, nnx.State]:

@@ -6,7 +6,7 @@ from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _prog
 from jaxllm.inference.layout import Layout
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
-from jaxllm.layers.config import LongRopeScaling, Rope
+from jaxllm.layers.config import Experts, LongRopeScaling, Rope
 from jaxllm.models.build import bind, graph, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 
@@ -190,3 +190,9 @@ def test_stacked_weights_of_a_narrow_type_decode_as_their_wide_copy(decoder, par
     up, given = (each["blocks"]["ffn"]["up"]["kernel"] for each in (narrow.params, half))
     assert up.dtype == "uint16" and up.unsafe_buffer_pointer() == given.unsafe_buffer_pointer()  # no copy
     assert tokens_of(narrow, PROMPTS, GREEDY, 12) == tokens_of(wide, PROMPTS, GREEDY, 12)
+
+
+def test_a_router_is_exact_whatever_the_model_computes_in():
+    config = CONFIG.model_copy(update={"ffn": Experts(number=4, top_k=2)})
+    half = Decoder(config, init_params(config, 0), COMPUTE.model_copy(update={"dtype": "bfloat16"})).params["blocks"][1]
+    assert (half["ffn"]["router"].dtype, half["ffn"]["experts"]["up"].dtype) == ("float32", "bfloat16")
