@@ -13,7 +13,9 @@ from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.batch import Batch
 from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig
+from jaxllm.huggingface import words_for
 from jaxllm.layers.norms import LayerNorm
+from jaxllm.models import presets
 from jaxllm.models.build import abstract_params
 from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
 from jaxllm.training.optim import optimizer
@@ -38,8 +40,12 @@ def load(tmp_path, monkeypatch):
     def load(file: Path) -> Recipe:
         start_from = configs.read(file).get("start_from")
         if start_from is not None:
-            [before, *_] = [other for other in TRAINING if configs.read(other)["out"] == start_from]
-            files.write_text(Path(start_from) / FILE_NAME, configs.dump(load(before)))
+            before = [other for other in TRAINING if configs.read(other)["out"] == start_from]
+            if before:
+                files.write_text(Path(start_from) / FILE_NAME, configs.dump(load(before[0])))
+            else:  # a model of others
+                family, raw = words_for(presets.get("llama-15m"))
+                files.write_json(Path(start_from) / "config.json", {"model_type": family.model_type, **raw})
         return load_recipe(file)
 
     return load
