@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxllm.encoder_decoder import EncoderDecoder
     from jaxllm.huggingface import export
     from jaxllm.language_model import Generation, LanguageModel, load
+    from jaxllm.vae import VAE
 
 _HOMES = {
     "Encoder": "jaxllm.encoder",
@@ -21,8 +22,9 @@ _HOMES = {
     "load": "jaxllm.language_model",
     "LanguageModel": "jaxllm.language_model",
     "Generation": "jaxllm.language_model",
+    "VAE": "jaxllm.vae",
 }
-__all__ = ["Encoder", "EncoderDecoder", "Generation", "LanguageModel", "__version__", "export", "load"]
+__all__ = ["VAE", "Encoder", "EncoderDecoder", "Generation", "LanguageModel", "__version__", "export", "load"]
 
 
 def __getattr__(name: str):

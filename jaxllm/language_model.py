@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jaxllm.sharding.mesh import on_mesh_of
 
 if TYPE_CHECKING:
     from jaxllm.huggingface import AnyLanguageModel, Described
+    from jaxllm.vae import VAE
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages
@@ -182,20 +183,7 @@ class LanguageModel:
 
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
-        from jaxllm.core import config as configs
-        from jaxllm.data.loader import DataConfig, Source
-        from jaxllm.recipe import FILE_NAME, Recipe
-        from jaxllm.training.checkpoint import Checkpoints
-
-        directory = Path(directory)
-        files.check_empty(directory)
-        data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
-        recipe = Recipe(out=str(directory), model=self.config, data=data)
-        files.write_text(directory / FILE_NAME, configs.dump(recipe))
-        self.tokenizer.save(directory / "tokenizer")
-        with Checkpoints(directory) as checkpoints:
-            meta = {"step": 0, "chat": self.is_chat, "stop_ids": list(self.stop_ids)}
-            checkpoints.save(self.params, meta)
+        save_run(directory, self, {"chat": self.is_chat, "stop_ids": list(self.stop_ids)})
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids that come before the answer: bos and the text, or the conversation in the chat template."""
@@ -227,9 +215,30 @@ class LanguageModel:
         return Generation("".join(pieces) + text.flush(), *completion)
 
 
+def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[str, Any]) -> None:
+    """Write a run directory: recipe, tokenizer, and one checkpoint with `meta`.
+
+    Raises:
+      ValueError: the directory is not empty.
+    """
+    from jaxllm.core import config as configs
+    from jaxllm.data.loader import DataConfig, Source
+    from jaxllm.recipe import FILE_NAME, Recipe
+    from jaxllm.training.checkpoint import Checkpoints
+
+    directory = Path(directory)
+    files.check_empty(directory)
+    data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
+    recipe = Recipe(out=str(directory), model=model.config, data=data)
+    files.write_text(directory / FILE_NAME, configs.dump(recipe))
+    model.tokenizer.save(directory / "tokenizer")
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(model.params, {"step": 0, **meta})
+
+
 def load(
     model: "str | Path | Described", *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
-) -> "AnyLanguageModel":
+) -> "AnyLanguageModel | VAE":
     """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, a
     Hugging Face directory, which may be that of an encoder, or a GGUF file.
 
@@ -252,6 +261,10 @@ def load(
     shardings = None if mesh is None else param_shardings(recipe.model, mesh)
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
     tokenizer = tokenizers.load(run_dir / "tokenizer")
+    if recipe.model.latent is not None:
+        from jaxllm.vae import VAE
+
+        return VAE(recipe.model, params, tokenizer, compute=compute or recipe.compute)
     chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
     lm = LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
     golden.check(lm, run_dir)

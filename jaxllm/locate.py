@@ -45,8 +45,8 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
     Raises:
-      ValueError: MODEL is nothing that `locate` knows, or a Hugging Face model that cannot be computed exactly or that
-        writes no text.
+      ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly
+        or that writes no text.
     """
     if is_huggingface(model):
         from jaxllm.huggingface import describe
@@ -55,4 +55,7 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
         return found.config, found
     from jaxllm.recipe import load_recipe
 
-    return load_recipe(locate(model)[0]).model, model
+    config = load_recipe(locate(model)[0]).model
+    if config.latent is not None:
+        raise ValueError(f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate")
+    return config, model

@@ -120,6 +120,8 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
         (data.packing.seq_len > model.max_seq_len,
          (f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; lower "
          "the first or raise the second")),
+        (model.latent is not None and not data.packing.whole,
+         "model.latent learns whole texts; set data.packing.whole=true"),
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
          (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "

@@ -30,6 +30,7 @@ from jaxllm.training.optim import optimizer
 from jaxllm.training.run_log import Position, RunLog
 from jaxllm.training.state import TrainState, init_state, param_shardings
 from jaxllm.training.step import eval_step
+from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 
 
 class Run:
@@ -55,7 +56,10 @@ class Run:
         self._held_out = [path for path, split in splits.items() if split is not None and split.n_documents]
         processes = jax.process_index(), jax.process_count()
         self._validation = Loader(recipe.data, "validation", *processes) if self._held_out else None
-        self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute))
+        evaluate = eval_step
+        if recipe.model.latent is not None and self._validation is not None:
+            evaluate = functools.partial(elbo_eval_step, texts_per_row=self._validation.texts_per_row)
+        self._eval = jax.jit(functools.partial(evaluate, model=recipe.model, compute=self.compute))
 
     @property
     def is_chat(self) -> bool:
@@ -147,24 +151,36 @@ class Run:
     def evaluate(self, step: int, state: TrainState) -> None:
         """Measure the validation loss over the whole split (or `monitor.evaluate_batches` batches of it)."""
 
+        all_sums: list[dict[str, Any]] = []
+
         def sums(batch: Batch) -> dict[str, Any]:
-            return self._eval(_best_params(state), jax.tree.map(lambda x: place(x, self.mesh), batch))
+            all_sums.append(self._eval(_best_params(state), jax.tree.map(lambda x: place(x, self.mesh), batch)))
+            return all_sums[-1]
 
         validation = self._validation
         validation.set_state({"sample": 0})
         found = evaluate_loss(validation, sums, validation.bytes_per_token, self.recipe.monitor.evaluate_batches)
         self.val_loss = found.nats_per_token
-        self.log.evaluation(step, {"val_loss": found.nats_per_token, "val_bits_per_byte": found.bits_per_byte})
+        values = {"val_loss": found.nats_per_token, "val_bits_per_byte": found.bits_per_byte}
+        if self.recipe.model.latent is not None:
+            values |= {f"val_{name}": value for name, value in vae_eval_metrics(all_sums).items()}
+        self.log.evaluation(step, values)
 
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
         from jaxllm.inference.sampling import Sampler
         from jaxllm.language_model import LanguageModel
+        from jaxllm.vae import VAE
 
-        model = LanguageModel(
-            self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer"), chat=self.is_chat
-        )
+        parts = self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer")
         monitor = self.recipe.monitor
+        if self.recipe.model.latent is not None:
+            vae = VAE(*parts)
+            texts = vae.decode(vae.encode(monitor.prompts).mean, max_new_tokens=monitor.sample_tokens)
+            for prompt, text in zip(monitor.prompts, texts, strict=True):
+                self.log.sample(step, prompt, text)
+            return
+        model = LanguageModel(*parts, chat=self.is_chat)
         for prompt in monitor.prompts:
             answer = model.respond(prompt, max_new_tokens=monitor.sample_tokens, sampler=Sampler(temperature=0.0))
             self.log.sample(step, prompt, answer.text)

@@ -108,7 +108,7 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
     actions = run.actions(log)
     run.catch_up(actions, state, steps)
     run.loader.set_state({"sample": run.begin.sample})
-    compiled = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings)
+    compiled = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
 
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
         return compiled(state, batch, learning_rate(optim.schedule, optim.lr, step - 1, steps))

@@ -15,7 +15,7 @@ from jaxllm.core import files
 from jaxllm.core.batch import Batch
 from jaxllm.core.config import Config
 from jaxllm.data.mixture import Mixture
-from jaxllm.data.packing import PackingConfig, plan
+from jaxllm.data.packing import ChatPlan, PackingConfig, plan
 from jaxllm.data.shards import Dataset
 
 
@@ -139,6 +139,11 @@ class Loader(Iterator[Batch]):
         self._batches = None
 
     @property
+    def texts_per_row(self) -> int:
+        """Most texts of a row; 1 where rows cut texts."""
+        return max(each.texts_per_row if isinstance(each, ChatPlan) else 1 for each in self.plans)
+
+    @property
     def fingerprint(self) -> str:
         """Identity of the sample order: data, tokenizer, packing, mixture, seed; not batch size or processes."""
         contents = [(each.fingerprint, source.weight) for each, source in zip(self.datasets, self.sources, strict=True)]
@@ -153,9 +158,9 @@ class Loader(Iterator[Batch]):
         return sum(each.bytes_per_token * n for each, n in zip(self.datasets, tokens, strict=True)) / sum(tokens)
 
     def notes(self) -> list[str]:
-        """Say of each dataset which conversations are left out."""
+        """Say of each dataset how many conversations or texts are left out."""
         return [
-            f"note: {each.dropped:,} of {len(each.dataset):,} conversations of {each.dataset.directory} are longer "
+            f"note: {each.dropped:,} of {len(each.dataset):,} {each.what}s of {each.dataset.directory} are longer "
             f"than data.packing.seq_len={each.seq_len} and left out; raise it to have them"
             for each in self.plans if each.dropped
         ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Packing: which tokens make up row i of T positions, planned from document lengths alone.
 
 A position holds an input token and its target, the next token of the same document: n tokens fill n - 1 positions.
-Text is cut wherever a row ends; conversations are never cut. Segments and positions restart in every row.
+Text is cut wherever a row ends, unless it is to stay whole; conversations are never cut. Segments and positions
+restart in every row.
 """
 
 from typing import Literal
@@ -23,6 +24,7 @@ class PackingConfig(Config):
         "error",
         description="a conversation longer than seq_len: stop with an error, or drop it and count it; it is never cut",
     )
+    whole: bool = Field(False, description="do not cut texts where a row ends either (a VAE learns whole ones)")
 
 
 class _Rows:
@@ -83,10 +85,10 @@ class TextPlan(_Rows):
 
 
 class ChatPlan(_Rows):
-    """Best-fit decreasing: whole conversations, each into the fullest row that still has room for it.
+    """Best-fit decreasing: whole conversations, or texts, each into the fullest row that still has room for it.
 
     Attributes:
-      dropped: conversations longer than seq_len, left out.
+      dropped: those longer than seq_len, left out. what: "conversation" or "text".
     Raises:
       ValueError: there are such conversations and `config.long` is "error", or nothing fits.
     """
@@ -97,14 +99,15 @@ class ChatPlan(_Rows):
         sizes = dataset.lengths - 1
         long = sizes > self.seq_len
         self.dropped = int(long.sum())
+        what = self.what = "conversation" if dataset.kind == "chat" else "text"
         if self.dropped and config.long == "error":
             raise ValueError(
-                f"{dataset.directory}: {self.dropped} of {len(dataset)} {dataset.split} conversations do not fit "
+                f"{dataset.directory}: {self.dropped} of {len(dataset)} {dataset.split} {what}s do not fit "
                 f"into seq_len={self.seq_len}; the longest needs {sizes.max()}; raise seq_len, or set long=drop"
             )
         kept = np.flatnonzero(~long)
         if len(dataset) and not len(kept):
-            raise ValueError(f"{dataset.directory}: no conversation fits into seq_len={self.seq_len}; raise seq_len")
+            raise ValueError(f"{dataset.directory}: no {what} fits into seq_len={self.seq_len}; raise seq_len")
         by_size = kept[np.argsort(-sizes[kept], kind="stable")]
         rows = np.array(best_fit(sizes[by_size].tolist(), self.seq_len), np.int64)
         order = np.argsort(rows, kind="stable")
@@ -139,6 +142,11 @@ class ChatPlan(_Rows):
             )
         return batch
 
+    @property
+    def texts_per_row(self) -> int:
+        """Documents of the row that has most of them."""
+        return int(np.diff(self._starts).max())
+
     def documents(self, index: int) -> Int[np.ndarray, "n"]:
         """Documents of row `index`, in the order of their segments."""
         return self._documents[self._starts[index] : self._starts[index + 1]]
@@ -149,7 +157,8 @@ Plan = TextPlan | ChatPlan
 
 def plan(dataset: Dataset, config: PackingConfig) -> Plan:
     """Return the packing that the dataset's kind asks for: the same dataset and config give the same rows."""
-    return ChatPlan(dataset, config) if dataset.kind == "chat" else TextPlan(dataset, config.seq_len)
+    whole = config.whole or dataset.kind == "chat"
+    return ChatPlan(dataset, config) if whole else TextPlan(dataset, config.seq_len)
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[int]:

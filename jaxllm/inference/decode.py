@@ -35,12 +35,12 @@ class Request(NamedTuple):
     Attributes:
       prompt: ids, for an encoder-decoder those of the target's beginning.
       sample: which of its several answers this is (0, 1, ...).
-      source: ids that an encoder reads; for an encoder-decoder alone.
+      source: ids that an encoder reads, for an encoder-decoder alone; or the latent of a VAE.
     """
 
     prompt: Sequence[int]
     sample: int = 0
-    source: Sequence[int] = ()
+    source: Sequence[int] | Sequence[float] = ()
 
 
 class Limits(NamedTuple):
@@ -88,6 +88,7 @@ class Decoder:
         self.config = config
         self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
+        self._latent = config.latent.size if isinstance(config, ModelConfig) and config.latent else 0
         layout = choose_layout(params, compute)
         programs = (on_mesh_of(params, program) for program in _programs(config, compute, layout))
         self._prefill, self._step, self._advance = programs
@@ -146,19 +147,26 @@ class Decoder:
         keys = np.zeros((batch, 2), np.uint32)
         for i, request in enumerate(requests):
             prompts[i, : lengths[i]] = request.prompt
-            keys[i] = row_key(sampler.seed, [*request.source, *request.prompt], request.sample)
+            source = np.asarray(request.source, np.float32).view(np.int32) if self._latent else request.source
+            keys[i] = row_key(sampler.seed, [*source, *request.prompt], request.sample)
         spare = batch - len(requests)
         n_ids = 4 * -(-max(len(limits.stop_ids), 1) // 4)
         stop_ids = np.full(n_ids, -1, np.int32)
         stop_ids[: len(limits.stop_ids)] = limits.stop_ids
-        sources = self._sources(requests, batch) if isinstance(self.config, Seq2SeqConfig) else None
+        sources = self._sources(requests, batch)
         limit = np.asarray(room + [0] * spare, np.int32)
         rows = Rows(limit, stop_ids, np.int32(self.vocab_size), keys, settings(sampler))
         new_slots, lengths = bucket(max(room), longest), np.asarray(lengths + [1] * spare, np.int32)
         return self._prefill(self.params, prompts, lengths, rows, sources, slots=slots, new_slots=new_slots)
 
-    def _sources(self, requests: Sequence[Request], batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what an encoder reads, padded, and 1 for tokens and 0 for padding."""
+    def _sources(self, requests: Sequence[Request], batch: int) -> tuple[np.ndarray, ...] | None:
+        """Return what an encoder reads, padded, and 1 for tokens and 0 for padding; or latents; None: nothing."""
+        if self._latent:
+            latents = np.zeros((batch, self._latent), np.float32)
+            latents[: len(requests)] = [request.source for request in requests]
+            return (latents,)
+        if not isinstance(self.config, Seq2SeqConfig):
+            return None
         sources = np.zeros((batch, bucket(max(len(r.source) for r in requests), 1 << 30)), np.int32)
         segments = np.zeros_like(sources)
         for i, request in enumerate(requests):
@@ -178,6 +186,8 @@ class Decoder:
         for i, (prompt, _, source) in enumerate(requests):
             if isinstance(self.config, Seq2SeqConfig):
                 self._check_source(i, source)
+            if self._latent and np.shape(source) != (self._latent,):
+                raise ValueError(f"latent {i} has shape {np.shape(source)}; the model's are of {self._latent} numbers")
             if not 0 < len(prompt) < longest:
                 raise ValueError(
                     f"prompt {i} has {len(prompt)} tokens; the model takes 1 to {longest - 1}, max_seq_len - 1"

@@ -8,8 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxllm.inference.sampling import Settings, choose
 from jaxllm.layers.cache import Cache
-from jaxllm.models.decoder import Transformer
-from jaxllm.models.seq2seq import Seq2Seq
+from jaxllm.models.build import AnyModel
 from jaxllm.sharding.rules import constrain
 
 
@@ -52,7 +51,7 @@ class State(NamedTuple):
     logprobs: Float[Array, "B M"]
 
 
-def decode_step(model: Transformer | Seq2Seq, state: State) -> State:
+def decode_step(model: AnyModel, state: State) -> State:
     """Put the newest token of each row into the cache and choose the next one."""
     hidden, cache = model.decode(state.token[:, None], state.position[:, None], state.cache)
     return _accept(state._replace(cache=cache), model.logits(hidden)[:, 0])
@@ -82,8 +81,8 @@ def _accept(state: State, logits: Float[Array, "B V"]) -> State:
 
 
 def prefill(
-    model: Transformer | Seq2Seq, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], rows: Rows,
-    sources: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None, slots: int, new_slots: int,
+    model: AnyModel, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], rows: Rows,
+    sources: tuple[Array, ...] | None, slots: int, new_slots: int,
 ) -> State:  # fmt: skip
     """Write the prompts into a fresh cache of `slots` positions and choose the first token of each row.
 
@@ -92,7 +91,7 @@ def prefill(
 
     Args:
       prompts: padded on the right; lengths: without the padding, >= 1.
-      sources: what an encoder reads, and which of it are tokens (1); None: decoder-only.
+      sources: what an encoder reads [B, S], and which of it are tokens (1); or latents [B, Z]; None: decoder-only.
     """
     config = model.config
     batch, length = prompts.shape

@@ -49,8 +49,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     lookups = ("position_embed/table",) if config.tie_embeddings else ("position_embed/table", "embed/table")
-    multiplied = sum(size for name, size in _active(config).items() if name not in lookups)
-    attention = 3 * config.n_layers * seq_len * config.n_heads * (config.head_width + config.value_width)
+    multiplied = sum(size for name, size in _active(config).items() if not name.endswith(lookups))
+    attention = 3 * config.depth * seq_len * config.n_heads * (config.head_width + config.value_width)
     return 6.0 * multiplied + attention
 
 
@@ -77,7 +77,8 @@ def training_bytes(
         "parameters": 4 * count,
         "optimizer": 4 * count * copies,
         "gradients": 4 * count,
-        "activations": kept + working,  # the backward pass works on one whole layer
+        # The backward pass works on one whole layer.
+        "activations": kept * config.depth // config.n_layers + working,
         "logits": rows * min(seq_len, compute.loss_chunk) * config.vocab_size * (4 + width),
     }
 

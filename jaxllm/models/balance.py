@@ -13,16 +13,6 @@ from jaxtyping import Array, Float
 from jaxllm.layers.config import Experts
 from jaxllm.layers.moe import RouterSums
 from jaxllm.models.build import Params
-from jaxllm.models.config import ModelConfig
-
-
-def no_sums(config: ModelConfig) -> RouterSums | None:
-    """Return the sums of no token, to add to; None for a model without routers."""
-    if not isinstance(config.ffn, Experts):
-        return None
-    layers = len(config.stacks()[-1].layers)
-    by_expert, by_layer = (jnp.zeros((layers, *rest), jnp.float32) for rest in ((config.ffn.number,), ()))
-    return RouterSums(by_expert, by_expert, by_layer, by_layer)
 
 
 def balance_loss(sums: RouterSums) -> Float[Array, ""]:

@@ -12,12 +12,18 @@ from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq import Seq2Seq
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
+from jaxllm.models.vae import TransformerVae
 
 AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
-AnyModel = Transformer | TransformerEncoder | Seq2Seq
+AnyModel = Transformer | TransformerEncoder | Seq2Seq | TransformerVae
 Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
 STACKS = ("dense_blocks", "blocks")  # names in it, by `ModelConfig.stacks`
 _CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2SeqConfig: Seq2Seq}
+
+
+def _class(config: AnyConfig) -> type[AnyModel]:
+    is_vae = isinstance(config, ModelConfig) and config.latent is not None
+    return TransformerVae if is_vae else _CLASSES[type(config)]
 
 
 def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:
@@ -39,7 +45,7 @@ def graph(config: AnyConfig, compute: ComputeConfig, **how: bool) -> tuple[nnx.G
     Args:
       how: stacked=False: the blocks that write text are cut into layers (`unstack`), for decoding.
     """
-    build = lambda: _CLASSES[type(config)](config, compute, nnx.Rngs(0), **how)
+    build = lambda: _class(config)(config, compute, nnx.Rngs(0), **how)
     return nnx.split(nnx.eval_shape(build), nnx.Param)
 
 
@@ -50,7 +56,7 @@ def bind(graphdef: nnx.GraphDef, params: Params) -> AnyModel:
 
 def init_params(config: AnyConfig, seed: int) -> Params:
     """Draw the initial parameters; call under jit with out_shardings to have them born sharded."""
-    model = _CLASSES[type(config)](config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
+    model = _class(config)(config, ComputeConfig(), nnx.Rngs(rng.key(seed, "init")))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 

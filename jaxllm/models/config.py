@@ -19,6 +19,7 @@ from jaxllm.layers.config import (
     SlidingWindow,
     YarnScaling,
 )
+from jaxllm.models.vae_config import Latent
 
 
 class DenseLayers(Config):
@@ -88,6 +89,7 @@ class ModelConfig(Config):
     tie_embeddings: bool = Field(False, description="use the token embedding as output matrix")
     embed_scale: float | None = Field(None, gt=0, description="multiplies token embeddings; none = 1")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    latent: Latent | None = Field(None, description="makes it the decoder of a variational autoencoder; none = no VAE")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -101,6 +103,8 @@ class ModelConfig(Config):
             raise ValueError("norm_placement=none does not train without residual_gate=true; set it, or take pre")
         if self.parallel and self.norm_placement == "post":
             raise ValueError("norm_placement=post normalises x between attention and ffn; parallel must be false")
+        if self.latent and (isinstance(self.ffn, Experts) or self.window or self.parallel or self.mla):
+            raise ValueError("latent: a VAE has no experts, windows, parallel layers or mla; leave them out")
         if self.dense and not (isinstance(self.ffn, Experts) and self.dense.number < self.n_layers):
             raise ValueError(f"dense is for the first of n_layers={self.n_layers} layers with experts; leave it out")
         if self.mla:
@@ -120,6 +124,11 @@ class ModelConfig(Config):
     def kv_heads(self) -> int:
         """Key/value heads, K."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, those of a VAE's encoder included."""
+        return self.n_layers + (self.latent.encoder_layers if self.latent else 0)
 
     def explicit(self) -> Self:
         """Return the same architecture with the defaults that follow from other fields written out."""

@@ -195,6 +195,11 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.compute.dtype)
         return init_cache(config.n_layers, (batch, slots, *kept), dtype, latent=latent is not None)
 
+    def memory_cache(self, memory: Memory, slots: int) -> Cache:
+        """Return an empty cache with the keys and values of what each layer attends to beside the text."""
+        layers = zip(self.blocks, self.empty_cache(memory.segments.shape[0], slots), strict=True)
+        return tuple(layer._replace(memory=block.cross_attention.remember(memory)) for block, layer in layers)
+
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:

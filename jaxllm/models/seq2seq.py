@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.cache import Cache, Memory
 from jaxllm.layers.linear import constant
-from jaxllm.layers.masks import CacheMask, CausalMask, FullMask
+from jaxllm.layers.masks import CausalMask, FullMask
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.decoder import Transformer
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
@@ -67,23 +67,19 @@ class Seq2Seq(nnx.Module):
 
     def begin(self, sources: Int[Array, "B S"], segments: Int[Array, "B S"], slots: int) -> Cache:
         """Read the sources; return a cache of `slots` empty places for a target, with the source's keys and values."""
-        memory, cache = self.encode(sources, segments), self.decoder.empty_cache(sources.shape[0], slots)
-        layers = zip(self.decoder.blocks, cache, strict=True)
-        return tuple(layer._replace(memory=block.cross_attention.remember(memory)) for block, layer in layers)
+        return self.decoder.memory_cache(self.encode(sources, segments), slots)
 
     def prefill(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Write the beginnings of targets into the cache of `begin`."""
-        x = self.decoder.embedded(self._lookup(tokens), positions)
-        return self.decoder.run(x, positions, CausalMask(), cache)[:2]
+        return self.decoder.prefill(tokens, positions, cache)
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
-        x = self.decoder.embedded(self._lookup(tokens), positions)
-        return self.decoder.run(x, positions, CacheMask(positions), cache)[:2]
+        return self.decoder.decode(tokens, positions, cache)
 
     def _lookup(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.decoder.embed(tokens, jnp.dtype(self.compute.dtype))

@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "labels": (),
     "buckets": (),
+    "slots": (),
 }
 
 

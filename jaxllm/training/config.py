@@ -37,11 +37,23 @@ class Muon(Config):
 OptimConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]
 
 
+class Elbo(Config):
+    """How a VAE is kept from ignoring its latent: annealing and free bits of the KL term, word dropout."""
+
+    kl_weight: float = Field(1.0, ge=0, description="weight of the KL term; 1 = the evidence lower bound itself")
+    warmup: int = Field(1000, ge=0, description="steps over which that weight rises from zero (Bowman et al. 2016)")
+    period: int | None = Field(None, ge=1, description="steps until it rises again (Fu et al. 2019); none = once")
+    free_bits: float = Field(0.0, ge=0, description="KL that each latent of a text may have for nothing, nats")
+    word_dropout: float = Field(0.0, ge=0, lt=1, description="share of the tokens that the decoder does not see")
+    seed: int = Field(0, ge=0, description="decides the noise of the latents and which tokens are not seen")
+
+
 class StepConfig(Config):
     """What an update does beside the optimizer."""
 
     accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
+    elbo: Elbo = Field(Elbo(), description="the loss of a VAE (model.latent)")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="decay of a moving average of parameters, shorter at first; none = off"
     )

@@ -40,7 +40,7 @@ def _muon_dimensions(params: optax.Params) -> optax.Params:
     def dimensions(name: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         if "/experts/" in name and not name.endswith("bias"):  # as layers are, experts are a batch of matrices
             return optax.contrib.MuonDimensionNumbers((2,), (3,))
-        if not (name.startswith(("blocks/", "dense_blocks/")) and name.endswith("/kernel")):
+        if not ("blocks/" in name and name.endswith("/kernel")):
             return None
         axes = tuple(range(1, leaf.ndim))
         n_inputs = 2 if "/o/" in name else 1  # attention's output projection reads [heads, head_dim]

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxllm.core.batch import Batch
-from jaxllm.models.balance import move_biases, no_sums, router_loss, router_metrics
+from jaxllm.models.balance import move_biases, router_loss, router_metrics
 from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.rules import constrain
@@ -18,6 +18,7 @@ from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.losses import cross_entropy
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
+from jaxllm.training.vae_losses import Texts, draw, elbo_sums, vae_metrics
 
 Metrics = dict[str, Array]
 NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradient norms
@@ -39,31 +40,33 @@ def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: Compute
 
 
 def gradient_sums(
-    params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, step: StepConfig
+    params: Params, batch: Batch | Texts, model: ModelConfig, compute: ComputeConfig, step: StepConfig
 ) -> tuple[Params, Float[Array, ""], tuple]:
-    """Return (gradient of the loss sum, loss sum, (nats sum, router sums)), in `step.accumulate` microbatches."""
-    value_and_grad = jax.value_and_grad(loss_sums, has_aux=True)
-    if step.accumulate == 1:
-        (loss, rest), gradient = value_and_grad(params, batch, model, compute, step.z_loss)
-        return gradient, loss, rest
+    """Return (gradient of the loss sum, loss sum, (nats sum, other sums)), in `step.accumulate` microbatches."""
+    loss_of = functools.partial(elbo_sums, free_bits=step.elbo.free_bits) if isinstance(batch, Texts) else loss_sums
+    both = jax.value_and_grad(functools.partial(loss_of, model=model, compute=compute, z=step.z_loss), has_aux=True)
 
     def split(x: Array) -> Array:
         # Strided, so that each device's rows stay on it: [B] -> [B / A, A] -> [A, B / A].
         x = jnp.swapaxes(x.reshape(x.shape[0] // step.accumulate, step.accumulate, *x.shape[1:]), 0, 1)
-        return constrain(x, None, "batch", None)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
-    def add(carry: tuple, microbatch: Batch) -> tuple[tuple, None]:
-        (loss, rest), gradient = value_and_grad(params, microbatch, model, compute, step.z_loss)
-        return jax.tree.map(jnp.add, carry, (gradient, loss, rest)), None
+    def add(carry: tuple, microbatch: Batch | Texts) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, carry, both(params, microbatch)), None
 
-    nothing = jnp.zeros((), jnp.float32)
-    zero = (jax.tree.map(jnp.zeros_like, params), nothing, (nothing, no_sums(model)))
-    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+    if step.accumulate == 1:
+        (loss, rest), gradient = both(params, batch)
+        return gradient, loss, rest
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(both, params, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (loss, rest), gradient = jax.lax.scan(add, zero, parts)[0]
+    return gradient, loss, rest
 
 
 def train_step(
     state: TrainState, batch: Batch, lr: Float[Array, ""], *, model: ModelConfig, compute: ComputeConfig,
-    optim: AdamW | Muon, step: StepConfig,
+    optim: AdamW | Muon, step: StepConfig, texts_per_row: int = 1,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Return the state after one update on `batch`, and the step's metrics.
 
@@ -72,11 +75,16 @@ def train_step(
 
     Args:
       lr: learning rate of this update; `schedules.learning_rate` of the step.
+      texts_per_row: the most of a row, at least; read by a VAE alone.
     Returns:
       metrics: loss (mean nats per weighted token), objective (with z-loss and what routers add), grad_norm, lr, tokens
-      (sum of weights), skipped, and `balance.router_metrics` of a model with experts; float32 scalars.
+      (sum of weights), skipped, and `balance.router_metrics` of a model with experts; float32 scalars. The loss of a
+      VAE is -ELBO, with `vae_losses.vae_metrics` and kl_weight beside it.
     """
-    gradient, loss, (nats, routers) = gradient_sums(state.params, batch, model, compute, step)
+    latent = model.latent
+    rows = batch if latent is None else draw(batch, step.elbo, latent.size, state.step, texts_per_row)
+    gradient, loss, (nats, sums) = gradient_sums(state.params, rows, model, compute, step)
+    routers = sums if latent is None else None
     with jax.named_scope("update"):
         tokens = jnp.sum(batch.weights)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
@@ -104,7 +112,9 @@ def train_step(
         "loss": nats * scale, "objective": loss * scale, "grad_norm": norm, "lr": lr, "tokens": tokens,
         "skipped": 1.0 - good.astype(jnp.float32),
     }  # fmt: skip
-    if routers is not None:
+    if latent is not None:
+        metrics |= {**vae_metrics(sums, tokens), "kl_weight": rows.kl_weight[0]}
+    elif routers is not None:
         metrics |= router_metrics(routers, model.ffn)
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
@@ -116,9 +126,12 @@ def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: Comp
 
 
 def compile_step(
-    model: ModelConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState
-) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:
+    model: ModelConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
+    texts_per_row: int = 1,
+) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:  # fmt: skip
     """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
-    function = functools.partial(train_step, model=model, compute=compute, optim=optim, step=step)
+    function = functools.partial(
+        train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
+    )
     compiled = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
     return lambda state, batch, lr: compiled(state, batch, np.float32(lr))

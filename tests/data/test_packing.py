@@ -153,3 +153,13 @@ def test_best_fit_is_fast_and_tight():
     used = max(best_fit(sizes, 2048)) + 1
     assert time.process_time() - start < 2  # a million in a few seconds
     assert 1 - sum(sizes) / (used * 2048) < 0.001
+
+
+def test_whole_texts_are_cut_nowhere(text_dataset):
+    dataset = Dataset.open(text_dataset([2, 1, 1, 7]))
+    made = plan(dataset, PackingConfig(seq_len=5, whole=True, long="drop"))
+    assert [row.segments.tolist() for row in rows(made)] == [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]]
+    assert [row.weights.sum() for row in rows(made)] == [5, 2]
+    assert (made.texts_per_row, made.dropped, made.what) == (2, 1, "text")
+    with pytest.raises(ValueError, match=r"1 of 4 train texts do not fit into seq_len=5"):
+        plan(dataset, PackingConfig(seq_len=5, whole=True))

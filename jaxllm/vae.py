@@ -1,0 +1,109 @@
+"""A Transformer VAE as one object: texts to latents and back, new texts from the prior, ways between two texts.
+
+vae = jaxllm.load("runs/vae")
+vae.interpolate("A man is riding a bike.", "Two dogs play in the snow.")
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.inference.decode import Decoder, Limits, Request, bucket
+from jaxllm.inference.sampling import Sampler
+from jaxllm.language_model import save_run
+from jaxllm.models.build import Params, bind, check_vocabulary, graph
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.vae import Posterior
+from jaxllm.sharding.mesh import on_mesh_of
+
+
+class VAE:
+    """A variational autoencoder of texts with its tokenizer.
+
+    Args:
+      config: with `latent`. params: as training leaves them.
+      compute: precision; default: what suits this machine.
+    Raises:
+      ValueError: `config` has no latent, or the tokenizer is another model's.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Params, tokenizer: Tokenizer, *, compute: ComputeConfig | None = None
+    ):
+        if config.latent is None:
+            raise ValueError("model.latent is not set: this is no VAE; load it as a LanguageModel")
+        check_vocabulary(tokenizer.vocab_size, config.vocab_size)
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
+
+    def encode(self, texts: str | Sequence[str]) -> Posterior:
+        """Return q(z | text) of each text: mean and logvar, float32 [B, Z].
+
+        Raises:
+          ValueError: no texts, or one that is longer than the model's rows.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        if not texts:
+            raise ValueError("no texts; give at least one")
+        rows = [[*self.tokenizer.prefix, *self.tokenizer.encode(text)] for text in texts]
+        longest = self.config.max_seq_len
+        for index, row in enumerate(rows):
+            if not 0 < len(row) <= longest:
+                raise ValueError(f"text {index} has {len(row)} tokens; the model takes 1 to {longest} (max_seq_len)")
+        tokens = np.zeros((len(rows), bucket(max(map(len, rows)), longest)), np.int32)
+        segments = np.zeros_like(tokens)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)], segments[index, : len(row)] = row, 1
+        return Posterior(*(np.asarray(each[:, 0]) for each in self._posterior(self.params, tokens, segments)))
+
+    @cached_property
+    def _posterior(self) -> Callable[..., Posterior]:
+        graphdef, _ = graph(self.config, self.compute)
+        positions = lambda tokens: jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        run = lambda params, tokens, segments: bind(graphdef, params).posterior(tokens, segments, positions(tokens), 1)
+        return on_mesh_of(self.params, jax.jit(run))
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The decoder for token ids and latents; made at the first use."""
+        return Decoder(self.config, self.params, self.compute, vocab_size=self.tokenizer.vocab_size)
+
+    def decode(
+        self, latents: Float[np.ndarray, "B Z"], *, temperature: float = 0.0, seed: int = 0,
+        max_new_tokens: int | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Return the text of each latent: the likeliest token at each place, or one drawn at `temperature`."""
+        limits = Limits(max_new_tokens or self.config.max_seq_len, (self.tokenizer.eos_id,))
+        requests = [Request(self.tokenizer.prefix, source=latent) for latent in np.asarray(latents, np.float32)]
+        found = self.decoder.generate(requests, Sampler(temperature=temperature, seed=seed), limits)
+        return [self.tokenizer.decode(each.tokens) for each in found]
+
+    def sample(self, count: int = 1, *, seed: int = 0, temperature: float = 0.0) -> list[str]:
+        """Return `count` texts of latents drawn from the prior N(0, 1); `temperature` is that of their tokens."""
+        if count < 1:
+            raise ValueError(f"count={count} must be at least 1")
+        latents = np.random.default_rng(seed).standard_normal((count, self.config.latent.size), np.float32)
+        return self.decode(latents, temperature=temperature, seed=seed)
+
+    def reconstruct(self, texts: str | Sequence[str]) -> list[str]:
+        """Return what the decoder makes of each text's mean latent, without a look at the text."""
+        return self.decode(self.encode(texts).mean)
+
+    def interpolate(self, one: str, other: str, steps: int = 7) -> list[str]:
+        """Return the texts of `steps` latents on the straight line between the means of two texts, both included."""
+        if steps < 2:
+            raise ValueError(f"steps={steps} must be at least 2: both ends are texts of the line")
+        ends = self.encode([one, other]).mean
+        return self.decode(np.linspace(*ends, steps))
+
+    def save(self, directory: str | Path) -> None:
+        """Write a run directory that `jaxllm.load` reads: recipe, tokenizer, one checkpoint."""
+        save_run(directory, self, {})
