@@ -191,17 +191,18 @@ def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: 
 def _from_huggingface(directory: Path) -> Tokenizer:
     """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model or vocab.json and merges.txt."""
     config = files.read_json(directory / "tokenizer_config.json", {})
+    if (directory / "chat_template.jinja").is_file():
+        config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     source = read_source(directory)
     if source is None:
         for name in ("tokenizer.model", "spiece.model"):
             if (directory / name).is_file():
-                return _from_sentencepiece(SentencePieces((directory / name).read_bytes(), escape_mark=False))
+                pieces = SentencePieces((directory / name).read_bytes(), escape_mark=False)
+                return _from_sentencepiece(pieces, _template(config))
         raise FileNotFoundError(
             f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt, or a SentencePiece .model file"
         )
-    if (directory / "chat_template.jinja").is_file():
-        config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
 
 
@@ -229,19 +230,24 @@ def _from_fast(pieces: FastPieces, config: Mapping[str, Any], origin: Path) -> T
         eos = next((token for name, token in pieces.special.items() if name in usual), None)
     if eos is None:
         raise ValueError(f"{origin} names no eos_token among the special tokens")
+    ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
+    return Tokenizer(pieces, pieces.special, ids, _chat(_template(config), pieces.special, bos, eos))
+
+
+def _template(config: Mapping[str, Any]) -> str | None:
+    """Return the chat template of a tokenizer_config.json, of several the default one."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}.get("default")
-    ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
-    return Tokenizer(pieces, pieces.special, ids, _chat(template, pieces.special, bos, eos))
+        return {each["name"]: each["template"] for each in template}.get("default")
+    return template
 
 
-def _from_sentencepiece(pieces: SentencePieces) -> Tokenizer:
-    """Read the special tokens from the model; the default chat template applies if all roles are control symbols."""
+def _from_sentencepiece(pieces: SentencePieces, template: str | None = None) -> Tokenizer:
+    """Read the special tokens from the model; without a template, ours applies if all roles are control symbols."""
     bos, eos, pad, unknown = (pieces.id_of(role) for role in ("bos", "eos", "pad", "unk"))
     if bos is None or eos is None:
         raise ValueError(f"the SentencePiece model has bos id {bos} and eos id {eos}; both are needed (bos_id, eos_id)")
-    source = DEFAULT_TEMPLATE if all(name in pieces.control for name in ROLE_TOKENS) else None
+    source = template or (DEFAULT_TEMPLATE if all(name in pieces.control for name in ROLE_TOKENS) else None)
     # Padding is never attended nor trained, so a model without a pad id can pad with any id it has.
     padding = next(token for token in (pad, unknown, eos) if token is not None)
     return Tokenizer(pieces, pieces.control, (padding, bos, eos), _chat(source, pieces.control, bos, eos))

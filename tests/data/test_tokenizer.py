@@ -220,3 +220,18 @@ def test_foreign_model_with_leading_space(tmp_path, texts):
 def test_foreign_model_without_bos_is_refused(tmp_path, texts):
     with pytest.raises(ValueError, match="has bos id None and eos id"):
         tokenizers.load(_foreign(tmp_path, texts, bos_id=-1))
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_chat_template_beside_a_foreign_model_counts(where, tmp_path, texts):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    _foreign(tmp_path, texts).rename(directory / "tokenizer.model")
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": template}]
+    content = template if where.endswith("jinja") else json.dumps({"chat_template": named})
+    (directory / where).write_text(content, encoding="utf-8")
+    foreign = tokenizers.load(directory)
+    assert foreign.chat.source == template
+    foreign.save(tmp_path / "saved")
+    assert tokenizers.load(tmp_path / "saved").chat.source == template
