@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     row_length = "row length for which the report gives rows and padding (default: 512)"
     add("--seq-len", metavar="T", type=int, help=row_length)
     add("--seed", metavar="N", type=int, help="decides which documents are held out, and what --world says")
-    add("--overwrite", **switch, help="replace the directory if it exists")
+    add("--overwrite", **switch, help="replace the dataset if it exists")
     return result
 
 

@@ -20,7 +20,7 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy, Problems
 from jaxllm.data.report import PackingReport, PrepareReport, SplitReport
-from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.shard_writer import DatasetWriter, check_out
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ class PrepareConfig(Config):
     seq_len: int = Field(
         512, ge=2, description="row length for which the report gives the padding; training may use another"
     )
-    overwrite: bool = Field(False, description="replace the directory if it exists, once the new one is complete")
+    overwrite: bool = Field(False, description="replace the dataset if it exists, once the new one is complete")
 
     @property
     def dataset_kind(self) -> Kind:
@@ -110,12 +110,14 @@ def prepare(config: PrepareConfig) -> PrepareReport:
 
     Raises:
       FileNotFoundError: a source or tokenizer does not exist.
-      FileExistsError: `out` exists and `overwrite` is False.
+      FileExistsError: `out` exists and `overwrite` is False, or it is no dataset, or holds an input.
       ValueError: unreadable input under the policy "error", no text, or a tokenizer that cannot be trained or has no
         chat tokens.
       OSError: the disk is full; nothing is left behind.
     """
     start = time.perf_counter()
+    inputs = (path for each in config.inputs for path in sources.paths(each))
+    check_out(config.out, config.overwrite, inputs)  # before a tokenizer is trained
     reader = Reader(config)
     writer = DatasetWriter(config.out, make_tokenizer(config), config.dataset_kind, config.overwrite)
     if config.chat:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +14,38 @@ from jaxllm.core import files
 from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
 from jaxllm.data.tokenizer import Tokenizer
 
+# All that this module and `Tokenizer.save` write, by its path inside a dataset.
+_OWN = re.compile(
+    r"(manifest|report)\.json|tokenizer(/(tokenizer\.json|huggingface\.json|spm\.model|chat_template\.jinja))?|"
+    r"(train|validation)(/shard-\d+\.((tokens|offsets|trained)\.npy|origins\.jsonl))?"
+)
+
+
+def check_out(directory: str | Path, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+    """Raise FileExistsError unless `directory` can be made, or replaced without the loss of anything but a dataset.
+
+    Args:
+      overwrite: an empty directory and a dataset may be replaced; nothing else ever is.
+      inputs: files that are read; they must lie elsewhere.
+    """
+    path, place = Path(directory), Path(directory).resolve()
+    if not os.path.lexists(path):
+        return
+    other = f"choose another directory than {path}"
+    if Path.cwd().is_relative_to(place):
+        raise FileExistsError(f"{other}: the current directory is in it")
+    if path.is_symlink() or not path.is_dir():
+        raise FileExistsError(f"{other}: it is a {'link' if path.is_symlink() else 'file'}")
+    if inside := [each for each in inputs if Path(each).resolve().is_relative_to(place)]:
+        raise FileExistsError(f"{other}: the input {inside[0]} is in it")
+    names = (each.relative_to(path).as_posix() for each in path.rglob("*"))
+    if foreign := next((name for name in names if not _OWN.fullmatch(name)), None):
+        raise FileExistsError(f"{other}: it holds {foreign}, which is no part of a dataset")
+    if any(path.iterdir()) and not {"version", "splits"} <= files.read_json(path / "manifest.json", {"": None}).keys():
+        raise FileExistsError(f"{other}: it is not empty and has no manifest.json of a dataset")
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; choose another directory, or --overwrite to replace it")
+
 
 class DatasetWriter:
     """Context manager that builds `directory`; it appears when the block ends without an exception, and not before.
@@ -20,10 +54,10 @@ class DatasetWriter:
 
     Args:
       kind: "text" (every token is learned) or "chat" (the tokens marked `trained`).
-      overwrite: replace an existing directory at the end, once the new one is complete.
+      overwrite: replace an existing dataset at the end, once the new one is complete.
       shard_tokens: close a shard when it holds this many tokens.
     Raises:
-      FileExistsError: `directory` exists and `overwrite` is False.
+      FileExistsError: `check_out` refuses `directory`.
     """
 
     def __init__(
@@ -36,8 +70,7 @@ class DatasetWriter:
     ):
         self.directory = Path(directory)
         self.tokenizer, self.kind, self.overwrite = tokenizer, kind, overwrite
-        if self.directory.exists() and not overwrite:
-            raise FileExistsError(f"{self.directory} exists; choose another directory, or --overwrite to replace it")
+        check_out(directory, overwrite)
         self._sealed = False
         self._temporary = files.temporary_beside(self.directory)
         self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -101,6 +134,7 @@ class DatasetWriter:
             return
         if not self.overwrite:
             raise FileExistsError(f"{self.directory} appeared while the data was prepared; it is left as it is")
+        check_out(self.directory, self.overwrite)  # hours may have passed
         old = self._temporary.with_suffix(".old")
         os.replace(self.directory, old)
         os.replace(self._temporary, self.directory)

@@ -112,6 +112,15 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
             yield from world.conversations(source.count, source.seed)
 
 
+def paths(source: Input) -> list[str]:
+    """Return the files that a source reads, in order.
+
+    Raises:
+      FileNotFoundError: no file matches.
+    """
+    return _files(source.path) if isinstance(source, TextFiles | JsonLines) else []
+
+
 def _files(pattern: str) -> list[str]:
     """The file of this name, which may look like a pattern ("[x]1.txt"), or else the files that match the pattern."""
     if os.path.isdir(pattern):

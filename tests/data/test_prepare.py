@@ -58,6 +58,22 @@ def test_text_to_dataset(tmp_path, text_file, texts):
     assert "padding" in shown
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_directory_with_an_input_is_never_replaced_and_nothing_is_trained_before(
+    tmp_path, text_file, monkeypatch, overwrite
+):
+    monkeypatch.setattr("jaxllm.data.prepare.make_tokenizer", lambda config: pytest.fail("trained a tokenizer"))
+    before = sorted(tmp_path.rglob("*"))
+    pattern = TextFiles(path=str(tmp_path / "*.txt"))
+    with pytest.raises(FileExistsError, match=rf"than {tmp_path}: the input .*a\.txt is in it"):
+        prepare(PrepareConfig(inputs=(World(), pattern), out=str(tmp_path), overwrite=overwrite))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "mine").write_text("x")
+    with pytest.raises(FileExistsError, match="it holds mine"):
+        prepare(PrepareConfig(inputs=(World(),), out=str(tmp_path / "d"), overwrite=overwrite))
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "d", tmp_path / "d" / "mine"]
+
+
 def test_the_same_input_gives_the_same_data(tmp_path, text_file):
     prints = []
     for name in ("a", "b"):

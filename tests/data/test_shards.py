@@ -108,6 +108,53 @@ def test_existing_directory_is_kept_unless_overwrite(text_dataset, tmp_path, byt
     assert os.listdir(tmp_path) == ["text"]
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda d: (d / "notes.txt").write_text("mine"), "it holds notes.txt, which is no part of a dataset"),
+        (lambda d: (d / "train" / "mine.npy").write_text("x"), "it holds train/mine.npy, which is no part"),
+        (lambda d: (d / "manifest.json").unlink(), "it is not empty and has no manifest.json of a dataset"),
+        (lambda d: (d / "manifest.json").write_text('{"name": "app"}'), "has no manifest.json of a dataset"),
+    ],
+)
+def test_overwrite_replaces_datasets_only(text_dataset, byte, make, why):
+    directory = text_dataset([5], validation=[3])
+    make(directory)
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(FileExistsError, match=f"choose another directory than {directory}: .*{why}"):
+        DatasetWriter(directory, byte, "text", overwrite=True)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_what_came_into_the_directory_while_the_data_was_prepared_is_kept(text_dataset, byte):
+    directory = text_dataset([5])
+    with (
+        pytest.raises(FileExistsError, match=r"it holds notes\.txt"),
+        DatasetWriter(directory, byte, "text", overwrite=True) as writer,
+    ):
+        writer.add_text("train", [10] * 8, "s", "l", 8)
+        (directory / "notes.txt").write_text("mine")
+    assert (directory / "notes.txt").read_text() == "mine" and Dataset.open(directory).lengths.tolist() == [7]
+    assert os.listdir(directory.parent) == ["text"]
+
+
+def test_overwrite_leaves_files_links_and_the_current_directory(text_dataset, byte, tmp_path, monkeypatch):
+    directory = text_dataset([5])
+    (tmp_path / "link").symlink_to(directory)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(directory)
+    for out, why in (("../link", "the current"), (".", "the current"), ("..", "the current"), ("../file", "is a file")):
+        with pytest.raises(FileExistsError, match=why):
+            DatasetWriter(out, byte, "text", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="it is a link"):
+        DatasetWriter("link", byte, "text", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    with DatasetWriter("empty", byte, "text", overwrite=True) as writer:
+        writer.add_text("train", [10] * 8, "s", "l", 8)
+    assert Dataset.open("empty").lengths.tolist() == [10]
+
+
 @pytest.mark.parametrize(("length", "documents"), [(9000, 1), (0, 3000)], ids=["tokens", "offsets"])
 def test_a_full_disk_is_called_so_and_leaves_nothing(text_dataset, tmp_path, byte, length, documents):
     directory = text_dataset([5])
