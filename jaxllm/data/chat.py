@@ -1,13 +1,13 @@
 """Chat templates: messages to text pieces and special tokens, with the tokens to learn marked.
 
 A template is Jinja2 as Hugging Face writes it; `{% generation %}` ... `{% endgeneration %}` surrounds what the model
-must learn to say. Special tokens come from the template alone: the text of one inside a message stays text (no prompt
+must learn to say, and where a template has no such tag, that is told from what each answer adds to the text. Special tokens come from the template alone: the text of one inside a message stays text (no prompt
 injection).
 """
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import resources
@@ -23,14 +23,24 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 BOS, EOS = "<bos>", "<eos>"
 _NONCHARACTERS = range(0xFDD0, 0xFDF0)
 _PRIVATE_USE = range(0xE000, 0xF900)
+_TAG = re.compile(r"{%[-+]?\s*generation\b")
+
+_ADVICE = (
+    "put {% generation %} and {% endgeneration %} around what the assistant says and the token that ends it, in the "
+    "chat_template.jinja of the model's directory"
+)
 
 # The answer ends with eos inside the generation block, so that the model learns to stop.
 DEFAULT_TEMPLATE = resources.files(__package__).joinpath("chat_template.jinja").read_text("utf-8")
 
 
+class TemplateError(ValueError):
+    """The template itself does not allow to tell what the assistant says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of rendered chat: running text, or one special token by name; `trained` = inside a generation block."""
+    """A stretch of rendered chat: running text, or one special token by name; `trained` = said by the assistant."""
 
     text: str
     special: bool
@@ -62,6 +72,7 @@ class ChatTemplate:
         Raises:
           ValueError: the template refuses the messages (unknown role, wrong order) or itself fails; the message says
             which.
+          TemplateError: it has no generation tag, and prints earlier turns or the start of an answer in two ways.
         """
         turns = [{"role": m.role, "content": m.content} if isinstance(m, Message) else dict(m) for m in messages]
         from jaxllm.data import jinja_templates
@@ -70,11 +81,36 @@ class ChatTemplate:
         # The text of special tokens inside a message is broken up: '<eos>' -> '<' shield 'eos>'.
         hide = partial(self._special_pattern.sub, lambda found: found[0][0] + shield + found[0][1:])
         guarded = [{k: hide(value) if isinstance(value, str) else value for k, value in turn.items()} for turn in turns]
-        text = jinja_templates.render(
-            self.source, messages=guarded, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+        render = lambda turns, prompt: jinja_templates.render(
+            self.source, messages=turns, add_generation_prompt=prompt, tools=None, documents=None,
             bos_token=self.bos_token, eos_token=self.eos_token, generation_start=start, generation_end=end,
         )  # fmt: skip
+        text = render(guarded, add_generation_prompt)
+        if not (add_generation_prompt or _TAG.search(self.source)):
+            text = "".join(self._mark_answers(text, guarded, render, (start, end)))
         return list(self._split(text, shield, start, end))
+
+    def _mark_answers(
+        self, text: str, turns: list[dict], render: Callable[[list[dict], bool], str], marks: tuple[str, str]
+    ) -> Iterator[str]:
+        """Yield `text` with marks around each answer: what its message adds to the generation prompt before it.
+
+        White space after the token that ends an answer is not part of it: nobody asks the model for more by then.
+        """
+        done = 0
+        for number in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+            before, through = render(turns[:number], True), render(turns[: number + 1], False)
+            if not through.startswith(before) or len(before) < done:
+                raise TemplateError(f"begins an answer in another way than its generation prompt; {_ADVICE}")
+            if not text.startswith(through):
+                advice = f"prepare conversations of one answer each, or {_ADVICE}"
+                raise TemplateError(f"prints earlier turns in another way than the last (without reasoning?); {advice}")
+            said = through[len(before) :]
+            if said.rstrip().endswith(self.special):
+                said = said.rstrip()
+            yield from (text[done : len(before)], marks[0], said, marks[1])
+            done = len(before) + len(said)
+        yield text[done:]
 
     @cached_property
     def _special_pattern(self) -> re.Pattern:

@@ -13,7 +13,7 @@ from jaxllm.core import files
 from jaxllm.core.config import Config
 from jaxllm.core.wording import count
 from jaxllm.data import sources, tokenizer
-from jaxllm.data.chat import encode_chat, template_of
+from jaxllm.data.chat import TemplateError, encode_chat, template_of
 from jaxllm.data.clean import CleanConfig, Cleaner
 from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.packing import PackingConfig, plan
@@ -181,6 +181,8 @@ def _encode(reader: Reader, tok: Tokenizer) -> Iterator[Encoded]:
         if isinstance(item, Conversation):
             try:
                 ids, trained = _encode_conversation(item, tok)
+            except TemplateError as error:  # no line of the user's is at fault
+                raise ValueError(f"the chat template of {reader.config.tokenizer.path} {error}") from error
             except ValueError as error:
                 reader.reject(item, error)
             else:
@@ -199,10 +201,7 @@ def _encode_conversation(item: Conversation, tok: Tokenizer) -> tuple[list[int],
     """Encode; a conversation of which nothing is learned is an error (nothing predicts the first token)."""
     ids, trained = encode_chat(tok, item.messages)
     if not any(trained[1:]):
-        raise ValueError(
-            "no token of this conversation is learned; it needs an assistant message, and the chat template needs "
-            "{% generation %} around what the assistant says"
-        )
+        raise ValueError("no token of this conversation is learned; it needs an answer of the assistant")
     return ids, trained
 
 

@@ -1,7 +1,9 @@
+import itertools
+
 import pytest
 
 from jaxllm.data import tokenizer as tokenizers
-from jaxllm.data.chat import ChatTemplate, Piece, encode_chat
+from jaxllm.data.chat import ChatTemplate, Piece, TemplateError, encode_chat
 from jaxllm.data.documents import Message, parse_messages
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -88,6 +90,79 @@ def test_template_of_another_shape_filters_and_loop_controls(byte):
         Piece("<eos>", True, False),
         Piece("\n", False, False),
     ]
+
+
+ENDS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")
+TURNS = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}BODY{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML = TURNS.replace("BODY", "{{ m.content }}")
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|header|>' + m.role + '<|/header|>\\n\\n' }}"
+    "{{ m.content | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|header|>assistant<|/header|>\\n\\n' }}{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% elif m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+REASONING = TURNS.replace(  # the last answer has its reasoning, or an empty one; earlier ones have none
+    "BODY",
+    "{% if m.role == 'assistant' and loop.last %}{{ m.content if '</think>' in m.content else "
+    "'<think>\\n\\n</think>\\n\\n' + m.content }}{% else %}{{ m.content.split('</think>')[-1].lstrip() }}{% endif %}",
+)
+TALK = [
+    Message("user", "q"),
+    Message("assistant", " a <|im_end|>\n"),
+    Message("user", "r"),
+    Message("assistant", "b\n"),
+]
+
+
+def said(source, messages):
+    runs = itertools.groupby(ChatTemplate(source, ENDS, "<s>", "</s>").render(messages), lambda piece: piece.trained)
+    return ["".join(piece.text for piece in pieces) for trained, pieces in runs if trained]
+
+
+@pytest.mark.parametrize(
+    ("source", "answers"),
+    [
+        (CHATML, [" a <|im_end|>\n<|im_end|>", "b\n<|im_end|>"]),
+        (HEADERS, ["a <|im_end|><|eot|>", "b<|eot|>"]),
+        (INST, [" a <|im_end|></s>", " b</s>"]),
+        (CHATML.replace("<|im_end|>", ""), [" a <|im_end|>\n\n", "b\n\n"]),  # no token ends an answer
+    ],
+    ids=["chatml", "headers", "inst", "no end"],
+)
+def test_answers_are_found_without_generation_tags(source, answers):
+    assert said(source, TALK) == answers
+    plain = ChatTemplate(source + "{% generation %}{% endgeneration %}", ENDS, "<s>", "</s>")  # marks nothing
+    text = lambda template: "".join(piece.text for piece in template.render(TALK))
+    assert text(plain) == text(ChatTemplate(source, ENDS, "<s>", "</s>"))
+
+
+def test_two_answers_in_a_row_and_one_without_a_question():
+    assert said(CHATML, TALK[:2] + TALK[3:]) == [" a <|im_end|>\n<|im_end|>", "b\n<|im_end|>"]
+    with pytest.raises(ValueError, match="does not accept these messages: roles must alternate"):
+        said(INST, TALK[1:2])
+
+
+def test_templates_that_rewrite_earlier_turns_are_named():
+    assert said(REASONING, TALK[:1] + TALK[3:]) == ["<think>\n\n</think>\n\nb\n<|im_end|>"]
+    with pytest.raises(TemplateError, match=r"prints earlier turns in another way .*one answer each, or put {% gen"):
+        said(REASONING, TALK)
+    opens = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% endif")
+    with pytest.raises(TemplateError, match=r"^begins an answer in another way than its generation prompt; put {% gen"):
+        said(opens, TALK)
+    # With the tag, a template may print what it likes.
+    marked = REASONING.replace("{{ '<|im_end|>", "{% generation %}{{ '<|im_end|>").replace(
+        "{% endfor", "{% endgeneration %}{% endfor"
+    )
+    assert said(marked, TALK) == ["<|im_end|>\n"] * 4
 
 
 def test_template_errors_are_ours():

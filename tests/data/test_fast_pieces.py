@@ -63,6 +63,27 @@ def test_a_conversation_is_encoded_at_once_and_its_answers_are_marked(byte_level
     assert not trained[0]
 
 
+def test_answers_without_generation_tags_are_those_that_transformers_finds_with_them(byte_level):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.load(byte_level)
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(byte_level / "tokenizer.json"), eos_token="<|im_end|>")
+    turns = ("user", "Hello"), ("assistant", " two  spaces\n"), ("user", "naïve"), ("assistant", "你好！")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = theirs.apply_chat_template(
+        messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, trained = encode_chat(tokenizer, messages)
+    assert tokenizer.chat.source == CHATML
+    assert (ids, trained) == (expected["input_ids"], [bool(each) for each in expected["assistant_masks"]])
+    assert sum(trained) > 4 and not trained[-1]
+
+
 def test_a_saved_copy_is_the_same_tokenizer(byte_level, tmp_path):
     tokenizer = tokenizers.load(byte_level)
     tokenizer.save(tmp_path)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from jaxllm.data import describe, report
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.chat import ChatTemplate
 from jaxllm.data.loader import DataConfig, Loader, Source
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
@@ -121,6 +122,21 @@ def test_conversations_without_answers_stop(tmp_path):
     assert not (tmp_path / "d").exists()
     with pytest.raises(ValueError, match=r"1 input unreadable \(first: .*a\.jsonl, line 1: no token of this"):
         prepare(config.model_copy(update={"errors": "skip"}))
+
+
+def test_a_template_that_cannot_be_learned_from_is_named_whatever_the_policy(tmp_path):
+    byte = tokenizers.byte_tokenizer()
+    source = "{% for m in messages %}{{ m.content if loop.last else '' }}{{ eos_token }}{% endfor %}"
+    byte.chat = ChatTemplate(source, tuple(byte.special))
+    byte.save(tmp_path / "their")
+    turn = '{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}'
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": [{turn}, {turn}]}}\n')
+    config = PrepareConfig(
+        inputs=(JsonLines(path=str(tmp_path / "a.jsonl")),), chat=True, out=str(tmp_path / "d"), errors="skip",
+        tokenizer=ExistingTokenizer(path=str(tmp_path / "their")),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^the chat template of {tmp_path}/their begins an answer .*generation %"):
+        prepare(config)
 
 
 def test_bad_conversations_are_left_out_and_counted(tmp_path):
