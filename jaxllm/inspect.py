@@ -48,8 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_dir(path: Path) -> Path | None:
     """Return the run directory that `path` is or names, if it does."""
-    if (path / "run.json").is_file():
-        path = path / files.read_json(path / "run.json")["model"]
+    path = files.named_run(path)[0]
     return path if (path / "recipe.yaml").is_file() else None
 
 

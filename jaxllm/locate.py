@@ -22,10 +22,9 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
     path = Path(model)
     if not path.exists():
         raise ValueError(f"{path} does not exist; MODEL is a run directory, a Hugging Face directory or a GGUF file")
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        return path.parent.parent, int(path.name)
-    if not (path / "recipe.yaml").is_file() and (path / "run.json").is_file():
-        path = path / files.read_json(path / "run.json")["model"]
+    path, step = files.named_run(path)
+    if step is not None:
+        return path, step
     if not (path / "recipe.yaml").is_file():
         ggufs = [each.name for each in sorted(path.glob("*.gguf"))]
         hint = f"; of its GGUF files name one: {', '.join(ggufs)}" if ggufs else ""

@@ -24,11 +24,18 @@ def main(argv: list[str] | None = None) -> int | None:
     recipe = of_command_line(argv, __doc__)
     if recipe is None:
         return 0
+    from jaxllm.data.shards import read_manifest
     from jaxllm.wiring import train
 
     if recipe.start_from is None:
         raise ValueError(
             "start_from is not set; name the model to tune (start_from=runs/...), or use python -m jaxllm.train"
+        )
+    paths = [source.path for source in recipe.data.sources]
+    if not any(read_manifest(path).kind == "chat" for path in paths):
+        raise ValueError(
+            f"no conversations in {' and '.join(paths)}: prepared as text; prepare conversations (--chat) for "
+            "data.sources, or learn from text with python -m jaxllm.train"
         )
     return train(recipe, name="tune").status
 

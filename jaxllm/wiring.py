@@ -92,6 +92,9 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
             log.say(run.describe(steps))
             for note in run.notes():
                 log.say(note)
+            chats = [str(each.directory) for each in loader.datasets if each.kind == "chat"]
+            if name == "train" and chats and not done:
+                log.say(f"note: of the conversations in {' and '.join(chats)} only the answers are learned, as in tune")
             if steps == done:
                 log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained; steps=N goes on to step N")
             log.say(run.memory(state))

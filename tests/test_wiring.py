@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.sources import World
@@ -18,6 +19,7 @@ from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train import main as train_command
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
+from jaxllm.tune import main as tune_command
 from jaxllm.wiring import RunResult, _check_home, total_steps, train
 
 RECIPE = """
@@ -183,7 +185,25 @@ def test_start_from_a_checkpoint_needs_no_model_section(workspace):
     text = "\n".join(line for line in RECIPE.splitlines() if not line.startswith("model"))
     (workspace / "tune.yaml").write_text(text)
     for source in ("runs/one/checkpoints/2", "named"):
+        assert tokenizers.load(source).fingerprint == tokenizers.load("runs/one").fingerprint
         assert load_recipe("tune.yaml", [f"start_from={source}"]).model == load_recipe("runs/one").model
+
+
+def test_tune_needs_conversations_and_train_says_that_it_has_them(workspace, capsys):
+    assert tune_command(["recipe.yaml", "start_from=runs/one", "out=runs/two"]) == 2
+    assert (
+        "error: no conversations in data: prepared as text; prepare conversations (--chat)" in capsys.readouterr().err
+    )
+    assert not (workspace / "runs" / "two").exists()
+    talk = PrepareConfig(inputs=(World(count=40),), out="talk", tokenizer=BytesTokenizer(), chat=True, validation=0)
+    prepare(talk)
+    flags = ["recipe.yaml", "data.sources.0.path=talk", "data.packing.seq_len=320", "model.max_seq_len=320", "steps=1"]
+    note = "note: of the conversations in talk only the answers are learned, as in tune"
+    for steps, notes in ((1, 1), (2, 0)):  # said once, and not again by a resumed run
+        assert train_command([*flags, f"steps={steps}", "out=runs/three"]) == 0
+        assert capsys.readouterr().out.count(note) == notes
+    assert tune_command([*flags, "start_from=runs/three", "out=runs/four"]) == 0
+    assert note not in capsys.readouterr().out
 
 
 def test_length_in_samples_survives_another_batch_size(workspace):

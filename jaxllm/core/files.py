@@ -56,6 +56,14 @@ def read_json(path: str | os.PathLike, missing: Any = None) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or edited: write it again") from error
 
 
+def named_run(path: Path) -> tuple[Path, int | None]:
+    """Return (the run of which `path` is a checkpoint, or that its run.json names, or itself; checkpoint or None)."""
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    named = {} if (path / "recipe.yaml").is_file() else read_json(path / "run.json", {"model": ""})
+    return path / named.get("model", ""), None
+
+
 def check_empty(directory: str | os.PathLike) -> None:
     """Raise ValueError unless `directory` is free to write into: it does not exist, or holds nothing."""
     path = Path(directory)

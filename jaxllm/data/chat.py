@@ -1,8 +1,8 @@
 """Chat templates: messages to text pieces and special tokens, with the tokens to learn marked.
 
 A template is Jinja2 as Hugging Face writes it; `{% generation %}` ... `{% endgeneration %}` surrounds what the model
-must learn to say, and where a template has no such tag, that is told from what each answer adds to the text. Special tokens come from the template alone: the text of one inside a message stays text (no prompt
-injection).
+must learn to say, and where a template has no such tag, that is told from what each answer adds to the text. Special
+tokens come from the template alone: the text of one inside a message stays text (no prompt injection).
 """
 
 import itertools

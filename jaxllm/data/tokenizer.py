@@ -142,8 +142,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Load a tokenizer directory, a dataset or run that holds one, a Hugging Face directory, a GGUF file, or any
-    `.model` file.
+    """Load a tokenizer directory, a dataset or whatever else means a run (`files.named_run`) that holds one, a
+    Hugging Face directory, a GGUF file, or any `.model` file.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -155,6 +155,7 @@ def load(path: str | Path) -> Tokenizer:
         return from_gguf(GgufFile(path))
     if path.is_file():
         return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
+    path = files.named_run(path)[0]
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     description = files.read_json(path / "tokenizer.json", {})
     if not description or "model" in description:
