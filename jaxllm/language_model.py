@@ -6,7 +6,7 @@ lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,20 +94,20 @@ class LanguageModel:
         """
         tokens = token_rows(tokens, self.config.vocab_size, self.config.max_seq_len)
         mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-        return self._logits(tokens, mask)
+        packed = choose_layout(self.params, self.compute).packed
+        return self._logits(self.decoder.params if packed else self.params, tokens, mask)
 
     @cached_property
-    def _logits(self) -> Callable[[Array, Array], Array]:
+    def _logits(self) -> Callable[[Params, Array, Array], Array]:
         layout = choose_layout(self.params, self.compute)
-        params, how = (self.decoder.params, layout._asdict()) if layout.packed else (self.params, {})
-        graphdef, _ = graph(self.config, self.compute, **how)
+        graphdef, _ = graph(self.config, self.compute, **(layout._asdict() if layout.packed else {}))
 
         def logits(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
             segments = mask.astype(jnp.int32)
             positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
             return bind(graphdef, params)(tokens, segments, positions)
 
-        return partial(on_mesh_of(params, jax.jit(logits)), params)
+        return on_mesh_of(self.params, jax.jit(logits))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008

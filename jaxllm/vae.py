@@ -81,7 +81,8 @@ class VAE:
         max_new_tokens: int | None = None,
     ) -> list[str]:  # fmt: skip
         """Return the text of each latent: the likeliest token at each place, or one drawn at `temperature`."""
-        limits = Limits(max_new_tokens or self.config.max_seq_len, (self.tokenizer.eos_id,))
+        most = self.config.max_seq_len if max_new_tokens is None else max_new_tokens
+        limits = Limits(most, (self.tokenizer.eos_id,))
         requests = [Request(self.tokenizer.prefix, source=latent) for latent in np.asarray(latents, np.float32)]
         found = self.decoder.generate(requests, Sampler(temperature=temperature, seed=seed), limits)
         return [self.tokenizer.decode(each.tokens) for each in found]

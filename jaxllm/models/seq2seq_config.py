@@ -30,10 +30,11 @@ class Seq2SeqConfig(Config):
         if self.start_token >= self.decoder.vocab_size:
             raise ValueError(f"start_token={self.start_token} is not below decoder.vocab_size={self.vocab_size}")
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if isinstance(stack.ffn, Experts) or isinstance(stack.positions, Rope) or stack.window or stack.parallel:
+            kinds = isinstance(stack.ffn, Experts) or isinstance(stack.positions, Rope)
+            if kinds or stack.window or stack.parallel or stack.mla or stack.latent:
                 raise ValueError(
-                    f"{name}: experts, rotary positions, windows and parallel layers are for decoder-only models; "
-                    "leave them out"
+                    f"{name}: experts, rotary positions, windows, parallel layers, mla and latent are for decoder-only "
+                    "models; leave them out"
                 )
         return self
 
