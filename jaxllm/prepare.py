@@ -26,15 +26,15 @@ def main(argv: list[str] | None = None) -> int | None:
         sys.stdout.write(_parser().format_help() + "\nkeys of RECIPE and of key=value:\n")
         sys.stdout.write(schema.describe(prepare.PrepareConfig))
         return 0
-    recipe, overrides = _positional(rest)
     inputs = _inputs(arguments)
-    if recipe and inputs:
-        raise ValueError(f"sources are given twice: in {recipe} and as flags; write all into the recipe, or use flags")
-    config = configs.load(prepare.PrepareConfig, recipe, inputs + _settings(arguments) + overrides)
+    recipe, overrides = _positional(rest, bool(inputs))
+    commands = {"start_from": "tune", "data": "train"}
+    config = configs.load(prepare.PrepareConfig, recipe, inputs + _settings(arguments) + overrides, commands=commands)
 
     from rich.console import Console
 
-    report.show(prepare.prepare(config), Console())
+    console = Console()
+    report.show(prepare.prepare(config, console), console)
     return None
 
 
@@ -65,14 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     return result
 
 
-def _positional(rest: list[str]) -> tuple[str | None, list[str]]:
-    """Split what is no flag into the recipe and the overrides."""
+def _positional(rest: list[str], has_inputs: bool) -> tuple[str | None, list[str]]:
+    """Split what is no flag into the recipe and the overrides; `has_inputs`: sources were given as flags."""
     overrides = [text for text in rest if re.match(r"[A-Za-z_][\w.]*=", text)]
     others = [text for text in rest if text not in overrides]
     if wrong := [text for text in others if text.startswith("-")]:
         raise ValueError(f"unknown flag {wrong[0]}; python -m jaxllm.prepare --help lists all flags")
-    if len(others) > 1:
-        raise ValueError(f"more than one recipe: {', '.join(others)}; quote glob patterns, and repeat --text for each")
+    shown = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
+    if len(others) > 1 or (others and has_inputs and not others[0].endswith((".yaml", ".yml"))):
+        raise ValueError(
+            f"one RECIPE.yaml is expected, or flags alone, but not {shown}; quote the pattern, so that the shell does "
+            "not expand it (--text 'books/*.txt'), and repeat the flag for each pattern"
+        )
+    if others and has_inputs:
+        raise ValueError(f"sources are given twice: in {shown} and as flags; write all into the recipe, or use flags")
     return (others[0] if others else None), overrides
 
 

@@ -88,7 +88,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         if not any(override.partition("=")[0].strip() == "out" for override in overrides):
             overrides = [f"out={json.dumps(str(path))}", *overrides]
         path = Path(path) / FILE_NAME
-    return configs.load(Recipe, path, overrides, expand=_expand)
+    return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"})
 
 
 def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:

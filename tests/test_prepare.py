@@ -62,11 +62,13 @@ def test_one_line_is_prepared_and_trained_on(tmp_path, capsys, size, split):
         assert told.startswith(note) and told.count("\n") == bool(note)
 
 
-def test_recipe_makes_a_dataset(text, tmp_path):
+def test_recipe_makes_a_dataset(text, tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"inputs:\n- kind: text\n  path: {text}\n  split: line\ntokenizer: {{kind: bytes}}\nout: {tmp_path / 'd'}\n"
     )
+    assert train.main([str(recipe)]) == 2
+    assert f"{recipe} is a recipe of prepare; run: python -m jaxllm.prepare {recipe}\n" in capsys.readouterr().err
     assert prepare.main([str(recipe), "validation=3"]) is None
     assert len(Dataset.open(tmp_path / "d", "validation")) == 3
 
@@ -80,12 +82,22 @@ def test_recipe_makes_a_dataset(text, tmp_path):
         (["--out", "d"], "missing key 'inputs'"),
         (["--world", "5", "--split", "line", "--out", "d"], "--split says how --text is cut, and there is no --text"),
         (["r.yaml", "--world", "5"], "sources are given twice: in r.yaml and as flags"),
-        (["a.txt", "b.txt"], "more than one recipe: a.txt, b.txt; quote glob patterns"),
+        (["a.txt", "b.txt"], "one RECIPE.yaml is expected, or flags alone, but not a.txt, b.txt; quote the pattern"),
+        (["--text", "a", "b", "--out", "d"], "or flags alone, but not b; quote the pattern"),
+        (["--text", "a", "b", "c", *"defg"], "but not b, c and 4 more; quote the pattern, so that the shell does not"),
+        (["--pydocs", "foo", "--out", "d"], "or flags alone, but not foo; quote"),
+        (["train.yaml"], "train.yaml is a recipe of train; run: python -m jaxllm.train train.yaml"),
+        (["tune.yaml", "out=x"], "tune.yaml is a recipe of tune; run: python -m jaxllm.tune tune.yaml"),
+        (["--chat", "--jsonl", "q.jsonl:question", "--out", "d"], "a conversation has two fields, PROMPT,ANSWER (or"),
+        (["--chat", "--jsonl", "q.jsonl:a,b,c", "--out", "d"], "--jsonl q.jsonl:a,b,c: a conversation has two fields"),
         (["--world", "0", "--out", "d"], "inputs.0.count=0: should be greater than or equal to 1"),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.yaml").write_text(RECIPE.format(run="r", data="d"))
+    (tmp_path / "tune.yaml").write_text(RECIPE.format(run="r", data="d") + "start_from: x\n")
+    (tmp_path / "q.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     assert prepare.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

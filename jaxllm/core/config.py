@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
@@ -91,6 +92,7 @@ def load(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     expand: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    commands: Mapping[str, str] = MappingProxyType({}),
 ) -> C:
     """Read a YAML file, apply dotted overrides and validate.
 
@@ -100,10 +102,13 @@ def load(
     Args:
       expand: called with the merged tree of mappings, lists and texts, of any shape; may replace a preset's name by its
         fields.
+      commands: the command that a file with this key is for, instead.
     Raises:
       ConfigError: with every problem found, one per line.
     """
     tree = {} if path is None else read(path)
+    if other := next((command for key, command in commands.items() if key in tree), None):
+        raise ConfigError(f"{path} is a recipe of {other}; run: python -m jaxllm.{other} {path}")
     pairs = [_pair(override) for override in overrides]
     for key, value in sorted(pairs, key=lambda pair: pair[0].count(".") if pair[0].endswith(f".{KIND}") else math.inf):
         _assign(tree, key, value)

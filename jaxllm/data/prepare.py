@@ -5,7 +5,7 @@ import heapq
 import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -19,10 +19,13 @@ from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy, Problems
-from jaxllm.data.report import PackingReport, PrepareReport, SplitReport
+from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
 from jaxllm.data.shard_writer import DatasetWriter, check_out
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
 BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
@@ -79,8 +82,8 @@ class Encoded(NamedTuple):
 class Reader:
     """The cleaned documents of a config, and the account of what was read and dropped."""
 
-    def __init__(self, config: PrepareConfig):
-        self.config = config
+    def __init__(self, config: PrepareConfig, progress: Progress):
+        self.config, self.progress = config, progress
         self.problems = Problems(config.errors)
         self.cleaner = Cleaner(config.clean)
         self.n_read = self.n_kept = self.bytes_read = self.bytes_kept = 0
@@ -92,6 +95,7 @@ class Reader:
             for item in read(each, self.problems):
                 self.n_read += 1
                 self.bytes_read += _size(item)
+                self.progress(self.n_read, self.bytes_read)
                 cleaned = clean(item)
                 if cleaned is not None:
                     self.n_kept += 1
@@ -105,9 +109,11 @@ class Reader:
         self.bytes_kept -= _size(item)
 
 
-def prepare(config: PrepareConfig) -> PrepareReport:
+def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareReport:
     """Make the dataset directory `config.out` and return the account of it (also stored as report.json).
 
+    Args:
+      console: where the progress is shown.
     Raises:
       FileNotFoundError: a source or tokenizer does not exist.
       FileExistsError: `out` exists and `overwrite` is False, or it is no dataset, or holds an input.
@@ -118,10 +124,17 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     start = time.perf_counter()
     inputs = (path for each in config.inputs for path in sources.paths(each))
     check_out(config.out, config.overwrite, inputs)  # before a tokenizer is trained
-    reader = Reader(config)
-    writer = DatasetWriter(config.out, make_tokenizer(config), config.dataset_kind, config.overwrite)
+    with Progress(console) as progress:
+        writer = DatasetWriter(config.out, make_tokenizer(config, progress), config.dataset_kind, config.overwrite)
+        return _write(Reader(config, progress), writer, start)
+
+
+def _write(reader: Reader, writer: DatasetWriter, start: float) -> PrepareReport:
+    """Fill the dataset and publish it; `start` of all the work, in seconds."""
+    config = reader.config
     if config.chat:
         template_of(writer.tokenizer)  # without one, every conversation would be a problem of its own
+    reader.progress.begin("reading and tokenising")
     with writer:
         for split, item in assign_splits(_encode(reader, writer.tokenizer), config.validation, config.seed):
             if config.chat:
@@ -137,12 +150,12 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     return report
 
 
-def make_tokenizer(config: PrepareConfig) -> Tokenizer:
+def make_tokenizer(config: PrepareConfig, progress: Progress) -> Tokenizer:
     """Train, load or build the tokenizer that `config` asks for."""
     match config.tokenizer:
         case TokenizerConfig():
-            reader = Reader(config)
-            texts = (text for item in reader for text in _texts(item))
+            reader = Reader(config, progress)
+            texts = _told(reader)
             first = next(texts, None)
             if first is None:
                 raise ValueError(_why_empty(reader))
@@ -151,6 +164,14 @@ def make_tokenizer(config: PrepareConfig) -> Tokenizer:
             return tokenizer.byte_tokenizer()
         case ExistingTokenizer():
             return tokenizer.load(config.tokenizer.path)
+
+
+def _told(reader: Reader) -> Iterator[str]:
+    """The texts of `reader`, and when they end, word that training begins."""
+    reader.progress.begin("reading for the tokenizer")
+    for item in reader:
+        yield from _texts(item)
+    reader.progress.begin("training the tokenizer")
 
 
 def assign_splits(items: Iterable[Encoded], validation: float, seed: int) -> Iterator[tuple[str, Encoded]]:

@@ -1,6 +1,10 @@
-"""What `prepare` did, as data (report.json) and as tables for a person."""
+"""What `prepare` does, as a line that moves, and what it did, as data (report.json) and as tables for a person."""
 
+import math
+import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxllm.core.config import Record
@@ -9,6 +13,8 @@ from jaxllm.data.clean import RuleCount
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LIVE_S, LINE_S = 0.2, 10.0  # seconds between two words of progress, on a terminal and elsewhere
 
 
 class SplitReport(Record):
@@ -49,20 +55,68 @@ class PrepareReport(Record):
     notes: tuple[str, ...]
 
 
+class Progress:
+    """Context manager that says how far the work is: a live line on a terminal, elsewhere a line every ten seconds.
+
+    Args:
+      console: where to; None: nowhere.
+    """
+
+    def __init__(self, console: "Console | None" = None):
+        self._console = console
+        self._status = console.status("") if console is not None and console.is_terminal else None
+        self._interval = math.inf if console is None else LIVE_S if self._status else LINE_S
+        self._spoken = False
+
+    def __enter__(self) -> "Progress":
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def begin(self, stage: str) -> None:
+        """Start a stage; its rates are its own."""
+        self._stage, self._start = stage, time.perf_counter()
+        self._due = self._start + self._interval
+        if self._status or self._spoken:
+            self._say(stage, spinner="dots")  # shown at once: training may hold the interpreter
+
+    def __call__(self, documents: int, size_bytes: int) -> None:
+        """Say that so much of this stage is read, if it is time to."""
+        now = time.perf_counter()
+        if now >= self._due:
+            self._due, megabytes = now + self._interval, size_bytes / 1e6
+            rate = megabytes / max(now - self._start, 1e-9)
+            self._say(f"{self._stage}: {count(documents, 'document')}, {megabytes:,.1f} MB, {rate:,.2f} MB/s")
+
+    def _say(self, text: str, spinner: str | None = None) -> None:
+        self._spoken = True
+        if self._status:
+            self._status.update(text, spinner=spinner)
+        else:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            sys.stdout.flush()
+
+
 def show(report: PrepareReport, console: "Console") -> None:
     """Print the report as tables."""
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     unit = "conversation" if report.kind == "chat" else "document"
-    table = Table(title=escape(report.directory), show_header=False, title_justify="left")
+    wrap = partial(Column, overflow="fold")  # the end of a path, and the line number behind it, are never cut off
+    table = Table(Column(), wrap(), title=escape(report.directory), show_header=False, title_justify="left")
     for name, value in _facts(report, unit):
         table.add_row(name, escape(value))
     console.print(table)
     losses = [("unreadable", 0, report.problems, report.problem_examples)]
     losses += [(name, rule.changed, rule.dropped, rule.examples) for name, rule in report.rules.items()]
-    if any(changed or dropped for _, changed, dropped, _ in losses):
-        table = Table("rule", "changed", f"{unit}s dropped", "examples", title="left out", title_justify="left")
+    if losses := [each for each in losses if any(each[1:3])]:
+        columns = "rule", "changed", f"{unit}s dropped", wrap("examples")
+        table = Table(*columns, title="left out or changed", title_justify="left")
         for name, changed, dropped, examples in losses:
             table.add_row(name, f"{changed:,}", f"{dropped:,}", escape("\n".join(examples)))
         console.print(table)

@@ -18,6 +18,8 @@ from jaxllm.data import pydocs
 from jaxllm.data.documents import Conversation, Document, Message, parse_messages
 from jaxllm.data.problems import Problems, as_json
 
+FORMS = ("messages", "alpaca", "instances")  # of rows that are conversations, apart from a field each
+
 
 class TextFiles(Config):
     """Plain text files in UTF-8."""
@@ -92,12 +94,18 @@ def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: a text source, which has none; unreadable input under the policy "error".
+      ValueError: a text source, which has none; `fields` that are none; unreadable input under the policy "error".
     """
     match source:
         case TextFiles():
             raise ValueError(f"--text {source.path} has no conversations; use --jsonl for them, or leave out --chat")
         case JsonLines():
+            names = (source.fields or "messages").split(",")
+            if names[0] not in FORMS and not (len(names) == 2 and all(names)):
+                raise ValueError(
+                    f"--jsonl {source.path}:{source.fields}: a conversation has two fields, PROMPT,ANSWER (or the form "
+                    f"{', '.join(FORMS)})"
+                )
             for path, number, row in _rows(source.path, problems):
                 place = f"{path}:{number}"
                 for each, form in problems.attempt(place, _instances, row, source.fields) or ():

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_text_to_dataset(tmp_path, text_file, texts):
 def test_a_directory_with_an_input_is_never_replaced_and_nothing_is_trained_before(
     tmp_path, text_file, monkeypatch, overwrite
 ):
-    monkeypatch.setattr("jaxllm.data.prepare.make_tokenizer", lambda config: pytest.fail("trained a tokenizer"))
+    monkeypatch.setattr("jaxllm.data.prepare.make_tokenizer", lambda *_: pytest.fail("trained a tokenizer"))
     before = sorted(tmp_path.rglob("*"))
     pattern = TextFiles(path=str(tmp_path / "*.txt"))
     with pytest.raises(FileExistsError, match=rf"than {tmp_path}: the input .*a\.txt is in it"):
@@ -169,6 +170,45 @@ def test_the_report_of_clean_data_has_no_table_of_losses_and_counts_in_plain_eng
     assert "1 document, 5 tokens, 4 trained" in shown
     assert "0 documents, 0 tokens" in shown
     assert "1 row of 512, " in shown and "--seq-len asks for another" in shown
+
+
+def test_the_table_of_losses_has_only_those_and_shows_the_line_number_on_a_narrow_terminal(tmp_path):
+    path = tmp_path / f"{'long' * 20}.jsonl"
+    path.write_text('{"text": "one"}\n{bad\n')
+    made = prepare(
+        PrepareConfig(
+            inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer(), errors="skip"
+        )
+    )
+    out = io.StringIO()
+    report.show(made, Console(file=out, width=60))
+    assert "min_chars" not in out.getvalue() and "unreadable" in out.getvalue()
+    cells = [line.split("│")[-2].strip() for line in out.getvalue().splitlines() if line.count("│") == 5]
+    assert f"{path.name}:2:" in "".join(cells)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(tmp_path, monkeypatch, terminal):
+    monkeypatch.setenv("TERM", "xterm")
+
+    def told(name, **intervals):
+        for key, value in intervals.items():
+            monkeypatch.setattr(report, key, value)
+        console = Console(file=io.StringIO(), width=150, force_terminal=terminal)
+        vocabulary = TokenizerConfig(vocab_size=600)
+        made = prepare(
+            PrepareConfig(inputs=(World(count=90),), out=str(tmp_path / name), tokenizer=vocabulary), console
+        )
+        return made, console.file.getvalue()
+
+    made, shown = told("a", LIVE_S=0.0, LINE_S=0.0)
+    stages = ["reading for the tokenizer", "training the tokenizer", "reading and tokenising"]
+    assert sorted(stages, key=shown.index) == stages
+    if not terminal:
+        first, *_, last = shown.splitlines()
+        assert first.startswith("reading for the tokenizer: 1 document, 0.0 MB, ")
+        assert re.fullmatch(rf"reading and tokenising: 90 documents, {made.bytes_read / 1e6:.1f} MB, [\d.]+ MB/s", last)
+        assert told("b", LINE_S=1e9)[1] == ""
 
 
 def test_unreadable_rows_are_in_the_report(tmp_path):
