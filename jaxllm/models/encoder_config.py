@@ -57,7 +57,9 @@ class EncoderConfig(Config):
             )
         if isinstance(stack.ffn, Experts):
             raise ValueError("ffn.kind=experts: an encoder has no loss that keeps experts in use; take gated or plain")
-        if unused := [name for name in ("window", "embed_scale", "logit_softcap", "mla", "latent") if stack.model_dump()[name]]:
+        if unused := [
+            name for name in ("window", "embed_scale", "logit_softcap", "mla", "latent") if stack.model_dump()[name]
+        ]:
             raise ValueError(f"{', '.join(unused)} of the stack: an encoder does not compute it; leave it out")
         return self
 
