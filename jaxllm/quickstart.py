@@ -118,7 +118,7 @@ def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
         overrides += random if arguments.skip_pretraining else [f"start_from={out / 'pretrain'}"]
     if arguments.smoke:
         overrides.append(str(SMOKE["steps"]))
-    return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage).status
+    return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage, goes_on=False).status
 
 
 def _results(out: Path, before: dict[str, Any] | None, after: dict[str, Any], tuned: "LanguageModel") -> dict[str, Any]:

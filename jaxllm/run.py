@@ -28,6 +28,7 @@ from jaxllm.training.loop import Action, Diverged
 from jaxllm.training.metrics import read
 from jaxllm.training.optim import optimizer
 from jaxllm.training.run_log import Position, RunLog
+from jaxllm.training.schedules import warmup_steps
 from jaxllm.training.state import TrainState, init_state, param_shardings
 from jaxllm.training.step import eval_step
 from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
@@ -242,8 +243,8 @@ class Run:
             + (f"; resuming at step {done}" if done else "")
         )
 
-    def notes(self) -> Iterator[str]:
-        """Say which conversations are left out, what the losses are of, and if a batch is larger than an epoch."""
+    def notes(self, steps: int) -> Iterator[str]:
+        """Say what is left out, what the losses are of, and if a batch or the warm-up is long for a run of `steps`."""
         sources, rows, batch = self.recipe.data.sources, self.loader.samples_per_epoch, self.recipe.data.batch_size
         yield from self.loader.notes()
         if self._held_out and len(sources) > 1:
@@ -256,6 +257,12 @@ class Run:
                 f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more "
                 "than an epoch, and a length in epochs or tokens is rounded up to whole steps; lower data.batch_size "
                 f"to {rows} or less to train just as long as you asked"
+            )
+        schedule = self.recipe.optim.schedule
+        if 2 * (rise := warmup_steps(schedule, steps)) > steps > 1:
+            yield (
+                f"note: the learning rate rises over {'all ' if rise == steps else f'{rise:g} of the '}{steps} steps "
+                f"(optim.schedule.warmup={schedule.warmup:g}); 0.05, which is a share of them, leaves time for its fall"
             )
 
 

@@ -59,9 +59,11 @@ class RunResult:
         return 128 + (signal.Signals[self.stopped] if known else signal.SIGTERM)
 
 
-def train(recipe: Recipe, *, name: str = "train") -> RunResult:
+def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunResult:
     """Train as `recipe` says, from the beginning or from the newest checkpoint in `recipe.out`.
 
+    Args:
+      goes_on: whether to say of a run that was finished before how it can be made longer.
     Raises:
       ValueError: the recipe contradicts itself, the data, or the run that is already in `recipe.out`.
     """
@@ -74,7 +76,7 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
         jax.set_mesh(mesh),
         _claimed(run_dir, recipe, loader),
         Checkpoints(run_dir, recipe.checkpoint) as checkpoints,
-        StopRequest(mesh) as stop,
+        StopRequest(mesh, lambda: _kept(run_dir)) as stop,
     ):
         state = run.start(checkpoints)
         steps, done = total_steps(recipe, loader, run.begin.step, run.begin.sample), run.begin.step
@@ -90,14 +92,16 @@ def train(recipe: Recipe, *, name: str = "train") -> RunResult:
             begin=run.begin, tokens_per_step=run.tokens_per_step, flops=run.flops_per_step(),
         ) as log:  # fmt: skip
             log.say(run.describe(steps))
-            for note in run.notes():
+            for note in run.notes(steps):
                 log.say(note)
             chats = [str(each.directory) for each in loader.datasets if each.kind == "chat"]
             if name == "train" and chats and not done:
                 log.say(f"note: of the conversations in {' and '.join(chats)} only the answers are learned, as in tune")
             if steps == done:
-                log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained; steps=N goes on to step N")
-            log.say(run.memory(state))
+                more = f"; to go on: python -m jaxllm.train {run_dir} steps=N" * goes_on
+                log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained{more}")
+            else:
+                log.say(run.memory(state))
             state = _train(run, state, steps, log, stop)
             step = int(state.step)
             if step < steps:
@@ -111,6 +115,8 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
     actions = run.actions(log)
     run.catch_up(actions, state, steps)
     run.loader.set_state({"sample": run.begin.sample})
+    if steps > run.begin.step:
+        log.say("compiling the step ...")
     compiled = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
 
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
@@ -186,6 +192,13 @@ def _check_home(run_dir: Path, recipe: Recipe) -> None:
         leftover = re.compile(rf"{re.escape(lock.FILE_NAME)}|\.{re.escape(FILE_NAME)}\..*\.tmp")
         if any(not leftover.fullmatch(path.name) for path in run_dir.iterdir()):
             raise ValueError(f"{run_dir} is not empty and holds no run; choose another `out`")
+
+
+def _kept(run_dir: Path) -> str:
+    """Say what is on disk of a run that is left without saving; asks the file system alone, for any thread."""
+    steps = [int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()]
+    kept = f"the newest checkpoint is of step {max(steps)}; resume" if steps else "nothing was saved yet; begin anew"
+    return f"left without saving: {kept} with: python -m jaxllm.train {run_dir}"
 
 
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:

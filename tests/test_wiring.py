@@ -1,5 +1,6 @@
 """Runs inside this process: what is refused before anything is written, and how a run goes on."""
 
+import re
 import resource
 import shutil
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from jaxllm.train import main as train_command
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
 from jaxllm.tune import main as tune_command
-from jaxllm.wiring import RunResult, _check_home, total_steps, train
+from jaxllm.wiring import RunResult, _check_home, _kept, total_steps, train
 
 RECIPE = """
 out: runs/one
@@ -242,7 +243,8 @@ def announced(*overrides):
     recipe = load_recipe("recipe.yaml", overrides)
     loader = Loader(recipe.data)
     run = Run(recipe, loader, make_mesh(recipe.mesh))
-    return run.describe(total_steps(recipe, loader, 0, 0)), "".join(run.notes())
+    steps = total_steps(recipe, loader, 0, 0)
+    return run.describe(steps), "".join(run.notes(steps))
 
 
 def test_that_the_two_losses_are_of_different_mixtures_is_said(workspace):
@@ -273,7 +275,7 @@ def test_conversations_that_are_left_out_are_counted(tmp_path):
     data = {"sources": [{"path": str(tmp_path / "chat")}], "packing": {"seq_len": 90, "long": "drop"}, "batch_size": 4}
     recipe = Recipe(out="out", model=presets.get("tiny"), data=data)
     loader = Loader(recipe.data)
-    [note] = Run(recipe, loader, make_mesh(recipe.mesh)).notes()
+    [note] = Run(recipe, loader, make_mesh(recipe.mesh)).notes(1000)
     [plan] = loader.plans
     longer = int((plan.dataset.lengths - 1 > 90).sum())
     assert 0 < longer < len(plan.dataset)
@@ -284,6 +286,36 @@ def test_a_finite_order_fills_up_its_last_batch_and_is_no_longer_than_asked(work
     size = Loader(load_recipe("recipe.yaml").data).samples_per_epoch
     line, _ = announced("data.epochs=1", f"data.batch_size={3 * size}", "steps=1 epoch")
     assert f"1 step = {size * 32 / 1000:.1f}k positions = 1.0 epochs" in line
+
+
+def test_a_warmup_that_leaves_no_time_for_the_fall_is_said(workspace):
+    rises = [announced("steps=9", f"optim.schedule.warmup={warmup}")[1] for warmup in (50, 5, 4, 0.05)]
+    assert "the learning rate rises over all 9 steps (optim.schedule.warmup=50); 0.05, which" in rises[0]
+    assert "rises over 5 of the 9 steps (optim.schedule.warmup=5)" in rises[1]
+    assert rises[2:] == ["", ""]
+
+
+def test_a_run_speaks_before_it_compiles_and_after_its_first_step_and_a_finished_one_only_says_so(workspace, capsys):
+    recipe = load_recipe("recipe.yaml", ["out=runs/two", "steps=3", "monitor.log_every=100"])
+    train(recipe)
+    said = capsys.readouterr().out
+    assert "memory per device" in said.partition("compiling the step ...\n")[0]
+    first, last = re.findall(r"^train (\d)/3  loss [\d.]+  (.*)$", said, re.MULTILINE)
+    assert first[0] == "1" and re.fullmatch(r"compiled and done in \d+ s", first[1])
+    assert last[0] == "3" and last[1].endswith("  0:00 left")
+    train(recipe)
+    said = capsys.readouterr().out
+    more = "to go on: python -m jaxllm.train runs/two steps=N"
+    assert f"finished: all 3 steps are done, nothing is trained; {more}" in said
+    assert "memory per device" not in said and "compiling" not in said
+    train(recipe, goes_on=False)
+    assert "nothing is trained\n" in capsys.readouterr().out
+
+
+def test_what_is_left_without_saving_is_said_with_what_was_kept(workspace):
+    (workspace / "runs/one/checkpoints/6.orbax-checkpoint-tmp").mkdir()
+    assert _kept(Path("runs/one")).endswith("checkpoint is of step 4; resume with: python -m jaxllm.train runs/one")
+    assert "nothing was saved yet; begin anew with:" in _kept(Path("runs/none"))
 
 
 @pytest.mark.parametrize(

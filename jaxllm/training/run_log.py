@@ -50,12 +50,13 @@ class RunLog:
         self._window: list[tuple[float, float]] = []
         self._timed = False
         self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
-        self._name, self._start = name, time.perf_counter()
+        self._name, self._first_end = name, 0.0
         self._console = Console()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self._console, disable=self._writer is None or not self._console.is_terminal,
+            speed_estimate_period=600.0,  # s; its own 30 may see no two updates of slow steps
         )  # fmt: skip
         self._task = self._bar.add_task(name, completed=begin.step, total=steps, facts="compiling")
 
@@ -77,11 +78,11 @@ class RunLog:
         """Show that `step` updates are done."""
         self._bar.update(self._task, completed=step, facts=facts)
         if self._bar.disable and self._writer is not None:
-            per_step = (time.perf_counter() - self._start) / max(1, step - self._begin.step)
-            left = int(per_step * (self._steps - step))
-            self._console.print(
-                f"{self._name} {step}/{self._steps}  {facts}  {left // 60}:{left % 60:02d} left", highlight=False
-            )
+            left = ""
+            if timed := step - self._begin.step - 1:  # the first step compiles
+                seconds = int((time.perf_counter() - self._first_end) / timed * (self._steps - step))
+                left = f"  {seconds // 60}:{seconds % 60:02d} left"
+            self._console.print(f"{self._name} {step}/{self._steps}  {facts}{left}", highlight=False)
             sys.stdout.flush()
 
     def step(self, step: int, metrics: dict[str, float], seconds: float, waited: float) -> None:
@@ -93,8 +94,12 @@ class RunLog:
         due = step % self._config.log_every == 0 or step == self._steps
         if self._writer is not None:
             self._writer.metrics(step, {"sample": self._begin.at(step - 1), **metrics}, board=due)
+        if first := step == self._begin.step + 1:
+            self._first_end = time.perf_counter()
         if due:
             self._timing(step, metrics)
+        elif first:
+            self._progress(step, f"loss {metrics['loss']:.4f}  compiled and done in {seconds:.0f} s")
 
     def _timing(self, step: int, metrics: dict[str, float]) -> None:
         # The first step of a process compiles; a window with more steps leaves it out of the rates.

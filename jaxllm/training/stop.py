@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,14 @@ class StopRequest:
 
     Args:
       mesh: devices of all processes; needed where there are several.
+      last_words: returns the line that is said when a second signal leaves at once; it must not wait for other threads.
 
     Attributes:
       reason: name of the signal, or "".
     """
 
-    def __init__(self, mesh: Mesh | None = None):
-        self.reason = ""
+    def __init__(self, mesh: Mesh | None = None, last_words: Callable[[], str] = lambda: "left without saving"):
+        self.reason, self._last_words = "", last_words
         self._mesh = mesh
         self._voted = False
         self._alone = jax.process_count() == 1
@@ -84,4 +86,13 @@ class StopRequest:
                 sys.stderr.write(f"\n{name.name}: saving after this step; again: leave at once without saving\n")
                 sys.stderr.flush()
             elif time.monotonic() - first_s > ECHO_S:
-                os._exit(128 + name)
+                self._leave(128 + name)
+
+    def _leave(self, status: int) -> None:
+        """Exit with a last line; straight to the descriptors, for the main thread may hold the streams' locks."""
+        try:
+            if os.isatty(1):
+                os.write(1, b"\x1b[?25h")  # a live line hides the cursor
+            os.write(2, f"\n{self._last_words()}\n".encode())
+        finally:
+            os._exit(status)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxllm.training.schedules import Cosine, WarmupStableDecay, learning_rate
+from jaxllm.training.schedules import Cosine, WarmupStableDecay, learning_rate, warmup_steps
 
 
 def curve(config, steps=100, peak=2.0):
@@ -28,3 +28,10 @@ def test_no_warmup_starts_at_the_peak():
 
 def test_warmup_longer_than_the_run_is_cut():
     assert curve(Cosine(warmup=1000), steps=10)[9] == pytest.approx(2.0)
+
+
+def test_a_warmup_below_one_is_a_share_of_the_steps():
+    np.testing.assert_array_equal(curve(Cosine(warmup=0.1)), curve(Cosine(warmup=10)))
+    short = curve(Cosine(warmup=0.05, final=0.0), steps=9)
+    assert short[0] == 2.0 and short[8] < 0.1
+    assert [warmup_steps(Cosine(warmup=warmup), 40) for warmup in (0, 0.05, 1, 100)] == [0, 2, 1, 40]

@@ -10,7 +10,7 @@ from jaxllm.training.stop import StopRequest
 BUSY = """
 import hashlib, sys
 from jaxllm.training.stop import StopRequest
-with StopRequest():
+with StopRequest(None, lambda: "step 3 is kept"):
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
 """
@@ -44,4 +44,15 @@ def test_a_second_ctrl_c_leaves_at_once_while_the_main_thread_is_in_c():
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    process.communicate()
+    assert process.communicate()[1] == "\nstep 3 is kept\n"
+
+
+def test_nothing_that_fails_keeps_a_process_that_is_told_twice():
+    failing = BUSY.replace('"step 3 is kept"', "1 / 0")
+    process = subprocess.Popen([sys.executable, "-c", failing], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"busy\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
