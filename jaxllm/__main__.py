@@ -15,9 +15,8 @@ import jaxllm
 def verbs() -> dict[str, str]:
     """Return the commands with their one-line descriptions, in alphabetical order."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("[a-z]*.py"))}
-    return {
-        name: text.partition("\n")[0].strip('"') for name, text in sources.items() if "\n@command\ndef main(" in text
-    }
+    does = {name: text.partition("\n")[0].strip('"').partition(": ")[2] for name, text in sources.items()}
+    return {name: does[name] for name, text in sources.items() if "\n@command\ndef main(" in text}
 
 
 def main(argv: list[str] | None = None) -> int | None:

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     distributed.start(distributed.PlatformConfig())
     model = jaxllm.load(look(arguments.model)[1])  # which refuses what continues no text
+    _check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
         data = _data_config(arguments, model)
@@ -73,6 +74,24 @@ def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"{flag} has {unknown[0]!r}, which does not exist; use any of {','.join(known)}")
     return chosen
+
+
+def _check_lengths(arguments: argparse.Namespace, model: "LanguageModel", tasks: list[str], splits: list[str]) -> None:
+    """Raise ValueError with the tasks whose prompts the model cannot take, and with those that remain."""
+    from jaxllm.evaluation.applications import exercises
+
+    longest: dict[str, int] = {}
+    asked = exercises(arguments.n, arguments.seed, splits, [task for task in tasks if task in APPLICATIONS])
+    for (_, task), examples in asked.items():
+        lengths = [len(model.encode([{"role": "user", "content": example.prompt}])) for example in examples]
+        longest[task] = max(longest.get(task, 0), *lengths)
+    room = model.config.max_seq_len - 1
+    if long := [task for task, length in longest.items() if length > room]:
+        rest = ",".join(task for task in tasks if task not in long)
+        raise ValueError(
+            f"prompts of {', '.join(f'{task} (up to {longest[task]} tokens)' for task in long)} are longer than the "
+            f"{room} tokens that {arguments.model} takes; {f'use --tasks {rest}' if rest else 'no task remains'}"
+        )
 
 
 def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "DataConfig":

@@ -69,6 +69,8 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
 
 
 def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:
+    if arguments.rows is not None and arguments.rows < 1:
+        raise ValueError(f"--rows={arguments.rows}: show at least one row")
     if arguments.step is None:
         first, size = 0, 4
     elif arguments.step < 1:

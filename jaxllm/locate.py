@@ -21,7 +21,8 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
     """
     path = Path(model)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; MODEL is a run directory, a Hugging Face directory or a GGUF file")
+        hint = files.misspelt(path) or "; MODEL is a run directory, a Hugging Face directory or a GGUF file"
+        raise ValueError(f"{path} does not exist{hint}")
     path, step = files.named_run(path)
     if step is not None:
         return path, step

@@ -70,7 +70,7 @@ def _positional(rest: list[str], has_inputs: bool) -> tuple[str | None, list[str
     overrides = [text for text in rest if re.match(r"[A-Za-z_][\w.]*=", text)]
     others = [text for text in rest if text not in overrides]
     if wrong := [text for text in others if text.startswith("-")]:
-        raise ValueError(f"unknown flag {wrong[0]}; python -m jaxllm.prepare --help lists all flags")
+        _parser().error(f"unrecognized arguments: {wrong[0]}")
     shown = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
     if len(others) > 1 or (others and has_inputs and not others[0].endswith((".yaml", ".yml"))):
         raise ValueError(

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
-from jaxllm.core.files import read_json
+from jaxllm.core.files import misspelt, read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.shards import read_manifest
@@ -77,6 +77,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
     A run directory is `out` of its own recipe, wherever it was copied or moved to.
     """
+    if path is not None and not Path(path).exists():
+        raise ValueError(f"{path} does not exist{misspelt(Path(path)) or '; give a RECIPE.yaml or a RUN_DIR'}")
     if path is not None and Path(path).is_dir():
         if (manifest := Path(path) / "manifest.json").exists():
             chat = read_json(manifest)["kind"] == "chat"
@@ -87,17 +89,30 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             )
         if not any(override.partition("=")[0].strip() == "out" for override in overrides):
             overrides = [f"out={json.dumps(str(path))}", *overrides]
-        path = Path(path) / FILE_NAME
+        directory, path = Path(path), Path(path) / FILE_NAME
+        if not path.exists():
+            found = [*directory.glob("*.yaml"), *(recipe.parent for recipe in directory.glob(f"*/{FILE_NAME}"))]
+            hint = f"; recipes and runs in it: {', '.join(map(str, sorted(found)))}" if found else ""
+            raise ValueError(f"{directory} is no run directory (no {FILE_NAME}){hint}")
     return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"})
 
 
 def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
-    """Return the recipe that RECIPE.yaml or RUN_DIR and key=value ... say; None: `usage` and all keys are printed."""
+    """Return the recipe that RECIPE.yaml or RUN_DIR and key=value ... say; None: `usage` and all keys are printed.
+
+    Raises:
+      ValueError: nothing is given, or no such recipe.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or {"-h", "--help"} & {*argv}:
+    if {"-h", "--help"} & {*argv}:
         sys.stdout.write(usage + describe(Recipe))
         return None
-    return load_recipe(argv[0], argv[1:])
+    if not argv:
+        raise ValueError(f"no recipe and no run is given\n{usage.split(chr(10) * 2)[1]}\n--help lists all keys")
+    recipe = load_recipe(argv[0], argv[1:])
+    if Path(argv[0]).is_dir() and not (Path(recipe.out) / FILE_NAME).exists():
+        sys.stderr.write(f"note: {recipe.out} is a new run from the beginning; of {argv[0]} it has the recipe alone\n")
+    return recipe
 
 
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:

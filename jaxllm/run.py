@@ -20,7 +20,7 @@ from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
 from jaxllm.locate import is_huggingface, locate, look
 from jaxllm.models import accounting
-from jaxllm.recipe import Recipe
+from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.feed import place
@@ -95,7 +95,13 @@ class Run:
         if resumes:
             abstract = jax.eval_shape(lambda: state)
             del state  # or two states would be in memory
-            state, meta = checkpoints.restore(abstract, self.shardings, self._fingerprints())
+            try:
+                state, meta = checkpoints.restore(abstract, self.shardings, self._fingerprints())
+            except ValueError as error:
+                before, now = (each.data.model_dump() for each in (load_recipe(self.run_dir), recipe))
+                changed = [f"data.{key}" for key in ("sources", "packing", "seed") if before[key] != now[key]]
+                hint = f" (not as in its recipe: {', '.join(changed)})" if changed else ""
+                raise ValueError(f"{error}{hint}") from error
             self.begin = self.begin._replace(step=int(state.step), sample=meta["sample"])
             self.val_loss = meta.get("val_loss")
         return state

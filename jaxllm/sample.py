@@ -55,9 +55,12 @@ def main(argv: list[str] | None = None) -> int | None:
     if arguments.chat:
         converse(lm, arguments, sampler)
     elif arguments.stream:
+        text = ""
         for piece in _pieces(lm.stream(_requests(lm, prompts, arguments)[0], **_options(arguments, sampler))):
+            text += piece
             _say(piece)
         _say("\n")
+        _note_empty(text, prompts[0])
     else:
         answer(lm, prompts, arguments, sampler)
     return None
@@ -200,6 +203,8 @@ def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Names
         answers = lm.generate(requests, num_samples=arguments.num_samples, **_options(arguments, sampler))
     for found in answers:
         prompt = prompts[found.prompt].text
+        if not arguments.json:
+            _note_empty(found.text, prompts[found.prompt])
         if arguments.json:
             line = {
                 "prompt": prompt, "text": found.text, "tokens": len(found.tokens), "finish_reason": found.finish_reason,
@@ -238,6 +243,8 @@ def converse(lm: "LanguageModel", arguments: argparse.Namespace, sampler: "Sampl
             for piece in _pieces(lm.stream(messages, **_options(arguments, sampler))):
                 pieces.append(piece)
                 _say(piece)
+            if not "".join(pieces).strip():
+                _say("(empty answer)")
         except KeyboardInterrupt:
             _say(" (stopped)")
         except ValueError as error:  # the conversation has outgrown the model
@@ -271,7 +278,8 @@ def _requests(
     """Return prompts as messages if the model was taught to answer, else as they are; name one that does not fit."""
     plain = arguments.raw or not lm.is_chat
     if plain and arguments.system:
-        raise ValueError("--system needs a chat template; leave out --raw, or choose a tuned model")
+        why = "--raw takes no" if arguments.raw else f"{arguments.model} was never tuned on conversations and knows no"
+        raise ValueError(f"{why} system message; leave out --system{' or --raw' * (arguments.raw and lm.is_chat)}")
     requests = [text if plain else [*_start(arguments), {"role": "user", "content": text}] for text, _ in prompts]
     for request, (_, place) in zip(requests, prompts, strict=True):
         if (length := len(lm.encode(request))) >= lm.config.max_seq_len:
@@ -279,6 +287,12 @@ def _requests(
                 f"the prompt of {place} has {length} tokens; the model takes at most {lm.config.max_seq_len - 1}"
             )
     return requests
+
+
+def _note_empty(text: str, prompt: Prompt) -> None:
+    """Say on standard error that a blank line is all that the model had to say."""
+    if not text.strip():
+        sys.stderr.write(f"note: the answer to the prompt of {prompt.place} is empty\n")
 
 
 def _start(arguments: argparse.Namespace) -> list[dict[str, str]]:

@@ -87,6 +87,19 @@ def test_applications_are_asked_and_shown(model, tmp_path, capsys):
     assert "topic_zh" in out
 
 
+def test_tasks_that_are_too_long_for_the_model_are_named_with_those_that_are_not(lm, tmp_path, capsys):
+    config = CONFIG.model_copy(update={"max_seq_len": 150})
+    LanguageModel(config, lm.params, byte_tokenizer(), chat=True).save(tmp_path / "short")
+    path = str(tmp_path / "short")
+    assert evaluate.main([path, "--n", "2", "--tasks", "perplexity,classification,qa"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: prompts of qa (up to 159 tokens) are longer than the 149 tokens that {path} takes; "
+        "use --tasks perplexity,classification\n"
+    )
+    assert evaluate.main([path, "--n", "2", "--tasks", "classification"]) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -18,6 +18,7 @@ from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import ClampedGate, Experts, Rope
 from jaxllm.locate import look
+from jaxllm.models.accounting import param_count
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.sample import main as sample
@@ -80,6 +81,14 @@ def test_converted_to_a_run_and_back(exported, tmp_path, capsys):
         assert (tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes(), name
     assert convert([str(exported), str(tmp_path / "run")]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_tied_head_that_the_family_must_write_apart_is_counted_twice(tmp_path, capsys):
+    config = CONFIG.model_copy(update={"embed_scale": 3.0, "tie_embeddings": True})
+    LanguageModel(config, init_params(config, 0), byte_tokenizer()).save(tmp_path / "run")
+    assert convert([str(tmp_path / "run"), str(tmp_path / "exported")]) is None
+    n, head = param_count(config), config.vocab_size * config.d_model
+    assert f": {n:,} parameters ({n + head:,} as written, where shared ones stand twice);" in capsys.readouterr().out
 
 
 def test_sample_reads_the_directory(exported, capsys):

@@ -12,6 +12,7 @@ def test_listing_has_every_command_with_a_description(capsys):
     out = capsys.readouterr().out
     for verb, text in verbs().items():
         assert text and f"  {verb:<12}{text}" in out
+    assert "python -m" not in out
 
 
 def test_listing_imports_no_command():

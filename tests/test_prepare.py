@@ -76,7 +76,7 @@ def test_recipe_makes_a_dataset(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--txt", "a"], "unknown flag --txt; python -m jaxllm.prepare --help lists all flags"),
+        (["--txt", "a"], "unknown flag --txt; did you mean --text?"),
         (["--text", "none.txt", "--out", "d"], "no file matches 'none.txt'"),
         (["--world", "5"], "missing key 'out'"),
         (["--out", "d"], "missing key 'inputs'"),

@@ -1,8 +1,13 @@
 """What a recipe may not say of itself, before anything is compiled."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from jaxllm.recipe import Recipe, check, load_recipe
+from jaxllm.core import config as configs
+from jaxllm.recipe import Recipe, check, load_recipe, of_command_line
+from jaxllm.train import main as train
 
 TINY = (
     "out=x", "data.sources.0.path=y", "model.preset=tiny", "model.max_seq_len=32", "model.vocab_size=300",
@@ -18,6 +23,40 @@ def problems(made: Recipe, n_devices: int = 1, n_processes: int = 1, vocab_size:
     with pytest.raises(ValueError, match=r"^the recipe contradicts itself:\n") as error:
         check(made, vocab_size=vocab_size, n_devices=n_devices, n_processes=n_processes)
     return [line.strip() for line in str(error.value).splitlines()[1:]]
+
+
+def test_a_path_without_a_recipe_is_said_with_what_was_meant(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own/train.yaml", "runs/one/recipe.yaml", "runs/two/recipe.yaml", "empty/notes.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    for path, said in {
+        "run/one": "run/one does not exist; did you mean runs/one?",
+        "own/trian.yaml": "own/trian.yaml does not exist; did you mean own/train.yaml?",
+        "own/train.yaml/x": "own/train.yaml/x does not exist; give a RECIPE.yaml or a RUN_DIR",
+        "own": "own is no run directory (no recipe.yaml); recipes and runs in it: own/train.yaml",
+        "runs": "runs is no run directory (no recipe.yaml); recipes and runs in it: runs/one, runs/two",
+        "empty": "empty is no run directory (no recipe.yaml)",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            load_recipe(path)
+    assert train([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no recipe and no run is given\nusage: python -m jaxllm.train RECIPE.yaml")
+    assert error.endswith("\n--help lists all keys\n") and error.count("\n") == 4
+
+
+def test_a_new_run_with_the_recipe_of_another_is_said_to_be_new(tmp_path, capsys):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for run_dir in (old, new):
+        run_dir.mkdir()
+        (run_dir / "recipe.yaml").write_text(configs.dump(recipe()))
+    of_command_line([str(old)], "")
+    of_command_line([str(old), f"out={new}"], "")
+    assert capsys.readouterr().err == ""
+    (new / "recipe.yaml").unlink()
+    of_command_line([str(old), f"out={new}"], "")
+    assert capsys.readouterr().err == f"note: {new} is a new run from the beginning; of {old} it has the recipe alone\n"
 
 
 @pytest.mark.parametrize("accumulate", [7, 48])

@@ -128,6 +128,48 @@ def test_a_conversation_remembers_resets_and_ends(capsys, monkeypatch):
     ]  # fmt: skip
 
 
+class Silent(Parrot):
+    """A model that ends its answers before the first word."""
+
+    config = CONFIG
+
+    def encode(self, prompt):
+        return [1]
+
+    def generate(self, requests, **options):
+        return [SimpleNamespace(prompt=i, text=text, tokens=[1], sample=0, finish_reason="stop")
+                for i, text in enumerate(("word", " ")[-len(requests):])]  # fmt: skip
+
+    def stream(self, messages, **options):
+        yield from ()
+
+
+def test_an_empty_answer_is_said_in_a_conversation_and_noted_beside_text(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    sample.converse(Silent(), SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[]), Sampler())
+    assert "> (empty answer)\n" in capsys.readouterr().out
+    monkeypatch.setattr(sample, "_load", lambda _: (Silent(), Sampler()))
+    note = "note: the answer to the prompt of --prompt is empty\n"
+    assert outcome(capsys, "m", "--prompt", "x") == (None, " \n", note)
+    assert outcome(capsys, "m", "--prompt", "x", "--stream") == (None, "\n", note)
+    _, out, err = outcome(capsys, "m", "--prompt", "x", "--json")
+    assert (json.loads(out)["text"], err) == (" ", "")
+
+
+@pytest.mark.parametrize(
+    ("is_chat", "flags", "message"),
+    [
+        (False, [], "m was never tuned on conversations and knows no system message; leave out --system\n"),
+        (True, ["--raw"], "--raw takes no system message; leave out --system or --raw\n"),
+    ],
+)
+def test_why_there_is_no_system_message_is_said(capsys, monkeypatch, is_chat, flags, message):
+    model = Silent()
+    model.is_chat = is_chat
+    monkeypatch.setattr(sample, "_load", lambda _: (model, Sampler()))
+    assert outcome(capsys, "m", "--prompt", "x", "--system", "b", *flags) == (2, "", "error: " + message)
+
+
 def test_what_begins_like_a_command_is_not_said_to_the_model_and_one_never_tuned_is_announced(capsys, monkeypatch):
     arguments = SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[])
     model = Parrot()
@@ -151,6 +193,9 @@ def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys, monk
     ("argv", "message"),
     [
         (["nowhere", "--prompt", "x"], "nowhere does not exist"),
+        (["m", "--promt", "x"], "unknown flag --promt; did you mean --prompt?"),
+        (["m", "--prompt", "x", "--qq"], "unknown flag --qq; python -m jaxllm.sample --help lists all flags"),
+        (["--raw"], "the following arguments are required: MODEL; python -m jaxllm.sample --help lists all"),
         (["m", "--prompt", " "], "prompt of --prompt is empty"),
         (["m", "--prompt", "x", "--prompts", "f"], "--prompt and --prompts are both given"),
         (["m", "--prompts", "no-such-file"], "No such file or directory: no-such-file"),

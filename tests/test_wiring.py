@@ -93,7 +93,7 @@ def test_a_stop_before_the_evaluation_is_caught_up(workspace):
     [
         (["step.ema_decay=0.9", "steps=9"], r"with another step.ema_decay \(none, now a moving average\)"),
         (["optim.kind=muon", "steps=9"], r"with another optim.kind \(adamw, now muon\)"),
-        (["data.seed=1"], r"with another data \("),
+        (["data.seed=1", "data.batch_size=16"], r"with another data \(.*; .* \(not as in its recipe: data.seed\)$"),
         (["data.epochs=1", "steps=1000000"], r"steps=1000000 needs \d+ samples, and data.epochs=1 are \d+; set steps="),
         (["monitor.prompts=[" + "x" * 50 + "]", "monitor.sample_tokens=4"], "monitor.prompts.0 has 51 tokens"),
         (["model.d_ff=48"], "already holds a run with another model"),
@@ -165,6 +165,11 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path, found, f
     (tmp_path / found).touch()
     with nullcontext() if free else pytest.raises(ValueError, match="holds no run"):
         _check_home(tmp_path, None)
+
+
+def test_rows_are_at_least_one(workspace, capsys):
+    assert inspect(["data", "--rows", "0"]) == 2
+    assert capsys.readouterr() == ("", "error: --rows=0: show at least one row\n")
 
 
 def test_another_tokenizer_is_called_so(workspace):

@@ -1,11 +1,13 @@
 """The frame of every command: what a user can repair is one line, what is our bug a traceback."""
 
 import argparse
+import difflib
 import functools
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int | None]:
@@ -36,6 +38,17 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
     return run
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong with the command line as the user's error that it is, in one line."""
+        hint = f"{self.prog} --help lists all flags"
+        words = message.partition("unrecognized arguments: ")[2].split()
+        if unknown := [word.partition("=")[0] for word in words if word.startswith("-")]:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+            message, hint = f"unknown flag {unknown[0]}", f"did you mean {near[0]}?" if near else hint
+        raise ValueError(f"{message}; {hint}")
+
+
 def parser(doc: str, *, usage: str | None = None, add_help: bool = True) -> argparse.ArgumentParser:
     """Return a command line without arguments yet, described by the docstring of its module.
 
@@ -45,7 +58,7 @@ def parser(doc: str, *, usage: str | None = None, add_help: bool = True) -> argp
     """
     program, _, text = doc.partition(": ")
     does, _, notes = text.partition("\n")
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=program, description=does, epilog=notes, usage=usage, add_help=add_help, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Atomic files and fingerprints: a reader sees the old content or the new, never a part of it."""
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import json
@@ -54,6 +55,15 @@ def read_json(path: str | os.PathLike, missing: Any = None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); it was damaged or edited: write it again") from error
+
+
+def misspelt(path: Path) -> str:
+    """Return "; did you mean OTHER?" for a path that does not exist, where a neighbour has a similar name, else ""."""
+    wrong = path
+    while not wrong.parent.exists():
+        wrong = wrong.parent
+    near = difflib.get_close_matches(wrong.name, [each.name for each in wrong.parent.glob("*")], n=1)
+    return f"; did you mean {wrong.parent / near[0] / path.relative_to(wrong)}?" if near else ""
 
 
 def named_run(path: Path) -> tuple[Path, int | None]:

@@ -32,16 +32,23 @@ def evaluate_applications(
     """
     start = time.perf_counter()
     results: dict[str, Any] = {split: {} for split in splits}
-    asked = {
-        (split, application): held_out(application, split, count, seed)
-        for application in applications for split in splits if split != "novel" or application == "qa"
-    }  # fmt: skip
+    asked = exercises(count, seed, splits, applications)
     answers = _answer(model, [example for examples in asked.values() for example in examples])
     texts = (answer.text for answer in answers)
     for (split, application), examples in asked.items():
         results[split][application] = _entry(examples, [next(texts) for _ in examples])
     written = sum(len(answer.tokens) for answer in answers)
     return {**results, "seconds": time.perf_counter() - start, "answer_tokens": written}
+
+
+def exercises(
+    count: int, seed: int, splits: Sequence[Split], applications: Sequence[str]
+) -> dict[tuple[Split, str], list[Example]]:
+    """Return what `evaluate_applications` asks, by (split, application)."""
+    return {
+        (split, application): held_out(application, split, count, seed)
+        for application in applications for split in splits if split != "novel" or application == "qa"
+    }  # fmt: skip
 
 
 def compare(base: Mapping[str, Any] | None, tuned: Mapping[str, Any], split: Split) -> dict[str, dict[str, float]]:

@@ -250,7 +250,8 @@ def load_params(
     with ocp.CheckpointManager(directory, options=options) as manager:
         steps = sorted(manager.all_steps())
         if not steps or (step is not None and step not in steps):
-            raise ValueError(f"{directory} has no checkpoint {'' if step is None else step}; it has steps {steps}")
+            hint = f"it has steps {steps}" if steps else "there is none yet"
+            raise ValueError(f"{directory} has no checkpoint{'' if step is None else f' {step}'}; {hint}")
         step = steps[-1] if step is None else step
         target = abstract_params(model)
         if shardings is None:

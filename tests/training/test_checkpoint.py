@@ -187,5 +187,8 @@ def test_missing_checkpoints_are_said_clearly(tmp_path):
         load_params(tmp_path, MODEL)
     state, _ = make(devices=1)
     save(tmp_path, state, 4)
+    (tmp_path / "new/checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"new/checkpoints has no checkpoint; there is none yet$"):
+        load_params(tmp_path / "new", MODEL)
     with pytest.raises(ValueError, match=r"no checkpoint 7; it has steps \[4\]"):
         load_params(tmp_path, MODEL, step=7)
