@@ -265,7 +265,7 @@ class Run:
                 f"to {rows} or less to train just as long as you asked"
             )
         schedule = self.recipe.optim.schedule
-        if 2 * (rise := warmup_steps(schedule, steps)) > steps > 1:
+        if 2 * (rise := warmup_steps(schedule, steps)) > steps > max(1, self.begin.step):
             yield (
                 f"note: the learning rate rises over {'all ' if rise == steps else f'{rise:g} of the '}{steps} steps "
                 f"(optim.schedule.warmup={schedule.warmup:g}); 0.05, which is a share of them, leaves time for its fall"
