@@ -22,8 +22,8 @@ DOCUMENTS, CONVERSATIONS, VOCAB_SIZE = 30_000, 13_000, 1280
 SMOKE = {"documents": 2_000, "conversations": 800, "steps": "steps=20", "count": 20}
 ANSWERS_SHOWN = 5
 MIXED = (
-    "The two are not of the same texts: validation is on answers alone, training also on the raw text that is mixed in, "
-    "which is harder to predict."
+    "The two are not of the same texts: validation is on answers alone, training also on the raw text that is mixed "
+    "in, which is harder to predict."
 )
 STAGES = {"pretrain": ("Pretraining", ""), "tune": ("Instruction tuning", MIXED)}
 QUESTION = "Translate into Chinese: Tom sees a red ball in the park."
@@ -106,7 +106,7 @@ def _prepare(out: Path, smoke: bool) -> None:
         prepare(PrepareConfig(inputs=(world,), out=str(text), tokenizer=vocabulary, seq_len=128))
     if not chat.exists():
         world, vocabulary = World(count=n_conversations, seed=1), ExistingTokenizer(path=str(text))
-        prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=256))
+        prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=192))
 
 
 def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:

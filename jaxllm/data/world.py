@@ -37,7 +37,7 @@ def documents(count: int, seed: int) -> Iterator[Document]:
 
 def conversations(count: int, seed: int) -> Iterator[Conversation]:
     """Yield `count` instructions with their answers; any run of `len(SCHEDULE)` begins with every application equally
-    often, and one in ten (`JOINED`) goes on to one to three exercises that have nothing to do with what was said before.
+    often, and one in ten (`JOINED`) goes on to one to three exercises of other contents.
     """
     for index in range(count):
         rng = random.Random(f"world conversations {seed} {index}")

@@ -144,9 +144,10 @@ def _values(records: Records, key: str) -> tuple[list[float], list[float]]:
 def _loss_chart(stage: Stage, colour: str) -> Chart:
     steps, loss = _values(stage.metrics, "loss")
     window = 2 * (len(loss) // 80) + 1
-    lines = [Line(steps, loss, colour, "raw"), Line(steps, smooth(loss, window), colour)]
+    mean = smooth(loss, window)  # a single step says little where texts are mixed
+    lines = [Line(steps, loss, colour, "raw"), Line(steps, mean, colour)]
     legend = [(colour, "line", f"training, mean of {window} steps" if window > 1 else "training")]
-    caption = f"{steps[-1]:,} steps. Training loss {loss[-1]:.3f} at the end"
+    caption = f"{steps[-1]:,} steps. Training loss {mean[-1]:.3f} at the end"
     val_steps, val_loss = _values(stage.metrics, "val_loss")
     if val_loss:
         lines.append(Line(val_steps, val_loss, "ink", "points"))

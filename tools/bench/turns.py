@@ -1,6 +1,7 @@
-"""python tools/bench/turns.py MODEL: right answers of a quickstart's model by turn, in conversations of held-out questions.
+"""python tools/bench/turns.py MODEL: right answers by turn, in conversations of held-out questions.
 
-Each turn asks something new, and what the model itself said before stays in the conversation, as in `sample --chat`.
+The model is a quickstart's. Each turn asks something new, and what the model
+itself said before stays in the conversation, as in `sample --chat`.
 """
 
 import argparse
