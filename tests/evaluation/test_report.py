@@ -127,7 +127,7 @@ def test_wrong_answers_are_shown_with_what_was_expected(stage):
         "qa": [{"prompt": "who?", "got": "Tom <i>", "expected": "Anna"}],
     }
     words = " ".join(Page(report.render(Report("t", (stage,), {"tasks": SCORES, "failures": failures}))).words)
-    assert "20 of the 120 exercises of the first table; 2 of them." in words
+    assert "20 of the 120 exercises of the first table; 2 of them are below." in words
     assert all(each in words for each in ("ask 0", "got 0", "right 0", "who?", "Tom <i>", "Anna"))
     assert "ask 1" not in words
 
@@ -140,7 +140,7 @@ def test_wrong_answers_are_shown_with_what_was_expected(stage):
 def test_the_pretrained_model_is_shown_at_what_it_can_do(stage):
     asked = Exchange("qa", "Who?", "before", "after", "after", correct=True)
     page = report.render(Report("t", (stage,), {}, (asked,), ("Anna saw", " a <dog>.")))
-    assert '<span class="prompt">Anna saw</span> a &lt;dog&gt;.' in page and "as the first card shows" in page
+    assert '<span class="prompt">Anna saw</span> a &lt;dog&gt;.' in page and "how well, the first card shows" in page
     alone = report.render(Report("t", (stage,), {}, (replace(asked, before=""),), ("Anna saw", " a dog.")))
     assert "Anna saw" not in alone and "pretrained model" not in alone
 
