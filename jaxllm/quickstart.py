@@ -21,7 +21,11 @@ TASKS, LATE, NOVEL = "new_combinations", "pretrain_only", "novel"
 DOCUMENTS, CONVERSATIONS, VOCAB_SIZE = 30_000, 13_000, 1280
 SMOKE = {"documents": 2_000, "conversations": 800, "steps": "steps=20", "count": 20}
 ANSWERS_SHOWN = 5
-STAGES = {"pretrain": "Pretraining", "tune": "Instruction tuning"}
+MIXED = (
+    "The two are not of the same texts: validation is on answers alone, training also on the raw text that is mixed "
+    "in, which is harder to predict."
+)
+STAGES = {"pretrain": ("Pretraining", ""), "tune": ("Instruction tuning", MIXED)}
 QUESTION = "Translate into Chinese: Tom sees a red ball in the park."
 TABLES = {  # key in results.json: (split, title)
     "tasks": (TASKS, "Instructions it has never seen: exactly right answers"),
@@ -102,7 +106,7 @@ def _prepare(out: Path, smoke: bool) -> None:
         prepare(PrepareConfig(inputs=(world,), out=str(text), tokenizer=vocabulary, seq_len=128))
     if not chat.exists():
         world, vocabulary = World(count=n_conversations, seed=1), ExistingTokenizer(path=str(text))
-        prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=128))
+        prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=192))
 
 
 def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
@@ -182,9 +186,9 @@ def _report(out: Path, results: dict[str, Any], exchanges: tuple) -> None:
     stages = tuple(
         Stage(
             name, *(read(out / stage / f"{kind}.jsonl") for kind in ("metrics", "timing", "samples")),
-            (out / stage / "recipe.yaml").read_text(encoding="utf-8"),
+            (out / stage / "recipe.yaml").read_text(encoding="utf-8"), note,
         )
-        for stage, name in STAGES.items() if (out / stage / "recipe.yaml").exists()
+        for stage, (name, note) in STAGES.items() if (out / stage / "recipe.yaml").exists()
     )  # fmt: skip
     steps = (
         ("Hold a conversation", f"python -m jaxllm.sample {out} --chat"),
@@ -194,7 +198,9 @@ def _report(out: Path, results: dict[str, Any], exchanges: tuple) -> None:
         ("Use your own", "python -m jaxllm.prepare --text 'my/**/*.txt' --out data/mine"),
     )
     title = "From raw text to a model that follows instructions"
-    write_report(out / "report.html", Report(title, stages, results, exchanges, steps))
+    said = stages[0].samples
+    raw = next(((each["prompt"], each["text"]) for each in reversed(said) if each["prompt"] == said[0]["prompt"]), None)
+    write_report(out / "report.html", Report(title, stages, results, exchanges, raw, steps))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SOURCE = "world"
 _ROLES = ("user", "assistant")
 _TASK = {task.name: task for task in TASKS}
 SCHEDULE = tuple(_TASK[name] for name in WORLD["schedule"].split())
+JOINED = 0.1  # of the conversations go on to other exercises: a quarter of all tokens
 
 
 def documents(count: int, seed: int) -> Iterator[Document]:
@@ -35,12 +36,16 @@ def documents(count: int, seed: int) -> Iterator[Document]:
 
 
 def conversations(count: int, seed: int) -> Iterator[Conversation]:
-    """Yield `count` instructions with their answers; any run of `len(SCHEDULE)` has every application equally often."""
+    """Yield `count` instructions with their answers; any run of `len(SCHEDULE)` begins with every application equally
+    often, and one in ten (`JOINED`) goes on to one to three exercises of other contents.
+    """
     for index in range(count):
         rng = random.Random(f"world conversations {seed} {index}")
         task = SCHEDULE[index % len(SCHEDULE)]
         prompt, answer, follow_ups = task.draw(rng, SEEN, False)
-        turns = ((prompt, answer), *follow_ups)
+        turns = [(prompt, answer), *follow_ups]
+        if rng.random() < JOINED:
+            turns += [rng.choice(SCHEDULE).draw(rng, SEEN, False)[:2] for _ in range(rng.randint(1, 3))]
         messages = tuple(Message(role, text) for turn in turns for role, text in zip(_ROLES, turn, strict=True))
         yield Conversation(messages, SOURCE, f"seed {seed}, conversation {index}, {task.name}")
 

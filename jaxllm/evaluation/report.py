@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import cycle
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jaxllm.evaluation.charts import SERIES, Line, line_chart, smooth
 
 Records = Sequence[Mapping[str, Any]]
 MAX_SAMPLES = 7  # moments of training that are shown per prompt
+MAX_WRONG = 2  # answers that are shown
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Stage:
       name: as a reader would call it: "Pretraining".
       metrics, timing, samples: the records of the run directory's files of these names (`training.metrics.read`).
       recipe: text of recipe.yaml.
+      note: what a reader of its losses must know.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stage:
     timing: Records = ()
     samples: Records = ()
     recipe: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Report:
       title: the headline.
       results: as in results.json. "tasks", "pretrain_only", "novel" and "ablation" hold
         {application: {"base", "tuned", "n"}} with fractions of n examples, base or tuned may be absent; "model",
-        "parameters", "tokens", "seconds" and "machine" are optional.
+        "parameters", "tokens", "seconds" and "machine" are optional, and so is "failures", of the "tasks":
+        {application: [{"prompt", "expected", "got"}, ...]}.
+      raw: (a beginning, its continuation by the pretrained model) as running text, beside `conversations`.
       next_steps: (what it does, command).
     """
 
@@ -67,6 +72,7 @@ class Report:
     stages: tuple[Stage, ...]
     results: Mapping[str, Any]
     conversations: tuple[Exchange, ...] = ()
+    raw: tuple[str, str] | None = None
     next_steps: tuple[tuple[str, str], ...] = ()
 
 
@@ -110,7 +116,7 @@ def render(report: Report) -> str:
         report=report, version=jaxllm.__version__, table=scores.table, amount=_amount, duration=_duration,
         charts=charts, summary=scores.summarise(report.results.get("tasks", {})),
         diaries=[(stage.name, list(_diaries(stage.samples))) for stage in stages],
-        language=_language,
+        language=_language, wrong=_wrong(report.results),
     )  # fmt: skip
 
 
@@ -138,9 +144,10 @@ def _values(records: Records, key: str) -> tuple[list[float], list[float]]:
 def _loss_chart(stage: Stage, colour: str) -> Chart:
     steps, loss = _values(stage.metrics, "loss")
     window = 2 * (len(loss) // 80) + 1
-    lines = [Line(steps, loss, colour, "raw"), Line(steps, smooth(loss, window), colour)]
+    mean = smooth(loss, window)  # a single step says little where texts are mixed
+    lines = [Line(steps, loss, colour, "raw"), Line(steps, mean, colour)]
     legend = [(colour, "line", f"training, mean of {window} steps" if window > 1 else "training")]
-    caption = f"{steps[-1]:,} steps. Training loss {loss[-1]:.3f} at the end"
+    caption = f"{steps[-1]:,} steps. Training loss {mean[-1]:.3f} at the end"
     val_steps, val_loss = _values(stage.metrics, "val_loss")
     if val_loss:
         lines.append(Line(val_steps, val_loss, "ink", "points"))
@@ -149,7 +156,8 @@ def _loss_chart(stage: Stage, colour: str) -> Chart:
         if bits := _values(stage.metrics, "val_bits_per_byte")[1]:
             caption += f" ({bits[-1]:.3f} bits per byte)"
     svg = line_chart(lines, "loss, nats per token", log=True)
-    return Chart(f"{stage.name}: loss", "nats per token, log scale", svg, legend, caption + ".")
+    caption = f"{caption}. {stage.note}".rstrip()
+    return Chart(f"{stage.name}: loss", "nats per token, log scale", svg, legend, caption)
 
 
 def _joined(stages: Sequence[Stage], source: str, key: str, title: str) -> Chart:
@@ -174,6 +182,14 @@ def _diaries(samples: Records) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
         count = min(len(records), MAX_SAMPLES)
         chosen = [round(i * (len(records) - 1) / max(count - 1, 1)) for i in range(count)]
         yield prompt, [records[index] for index in chosen]
+
+
+def _wrong(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, str]]] | None:
+    """Return up to two (application, wrong answer), of different applications if there are; None if it is not known."""
+    if "failures" not in results:
+        return None
+    failed = [[(name, failure) for failure in failures] for name, failures in results["failures"].items()]
+    return [each for rank in zip_longest(*failed) for each in rank if each is not None][:MAX_WRONG]
 
 
 def _language(text: str) -> str:

@@ -1,6 +1,7 @@
 """The page is complete, valid, self-contained, and says what the records say."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -82,7 +83,9 @@ def stage(tmp_path_factory):
 def page(tmp_path_factory, stage):
     results = {"tasks": SCORES, "pretrain_only": SCORES, "seconds": 272.4, "tokens": 12_345_678, "parameters": 6.4e6}
     exchange = Exchange("qa", HOSTILE, HOSTILE + "\ud800", HOSTILE, "expected & right", correct=False)
-    everything = Report("A <b>title</b>", (stage, stage), results, (exchange,), (("Talk", "run 'a' > \"b\" && c"),))
+    everything = Report(
+        "A <b>title</b>", (stage, stage), results, (exchange,), next_steps=(("Talk", "run 'a' > \"b\" && c"),)
+    )
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(path, everything)
     return path.read_text(encoding="utf-8")
@@ -116,6 +119,35 @@ def test_numbers(page):
     assert re.search(
         r"40 steps\. Training loss \d\.\d{3} at the end, validation loss \d\.\d{3} \(\d\.\d{3} bits", words
     )
+
+
+def test_wrong_answers_are_shown_with_what_was_expected(stage):
+    failures = {
+        "translation": [{"prompt": f"ask {i}", "got": f"got {i}", "expected": f"right {i}"} for i in range(10)],
+        "qa": [{"prompt": "who?", "got": "Tom <i>", "expected": "Anna"}],
+    }
+    words = " ".join(Page(report.render(Report("t", (stage,), {"tasks": SCORES, "failures": failures}))).words)
+    assert "20 of the 120 exercises of the first table; 2 of them are below." in words
+    assert all(each in words for each in ("ask 0", "got 0", "right 0", "who?", "Tom <i>", "Anna"))
+    assert "ask 1" not in words
+
+    perfect = {"qa": {"tuned": 1.0, "n": 200}}
+    words = report.render(Report("t", (stage,), {"tasks": perfect, "failures": {"qa": []}}))
+    assert "None of the 200 exercises of the first table." in words
+    assert "got wrong" not in report.render(Report("t", (stage,), {"tasks": perfect}))
+
+
+def test_the_pretrained_model_is_shown_at_what_it_can_do(stage):
+    asked = Exchange("qa", "Who?", "before", "after", "after", correct=True)
+    page = report.render(Report("t", (stage,), {}, (asked,), ("Anna saw", " a <dog>.")))
+    assert '<span class="prompt">Anna saw</span> a &lt;dog&gt;.' in page and "how well, the first card shows" in page
+    alone = report.render(Report("t", (stage,), {}, (replace(asked, before=""),), ("Anna saw", " a dog.")))
+    assert "Anna saw" not in alone and "pretrained model" not in alone
+
+
+def test_a_note_stands_below_the_losses(stage):
+    page = report.render(Report("t", (replace(stage, note="Not of the same texts."),), {}))
+    assert re.search(r"bits per byte\)\. Not of the same texts\.</figcaption>", page)
 
 
 def test_colours_follow_the_theme(page):
