@@ -203,7 +203,13 @@ def test_tune_needs_conversations_and_train_says_that_it_has_them(workspace, cap
     assert not (workspace / "runs" / "two").exists()
     talk = PrepareConfig(inputs=(World(count=40),), out="talk", tokenizer=BytesTokenizer(), chat=True, validation=0)
     prepare(talk)
-    flags = ["recipe.yaml", "data.sources.0.path=talk", "data.packing.seq_len=320", "model.max_seq_len=320", "steps=1"]
+    flags = [
+        "recipe.yaml",
+        "data.sources.0.path=talk",
+        "data.packing.seq_len=1024",
+        "model.max_seq_len=1024",
+        "steps=1",
+    ]
     note = "note: of the conversations in talk only the answers are learned, as in tune"
     for steps, notes in ((1, 1), (2, 0)):  # said once, and not again by a resumed run
         assert train_command([*flags, f"steps={steps}", "out=runs/three"]) == 0

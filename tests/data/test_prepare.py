@@ -100,7 +100,7 @@ def test_chat_with_an_existing_tokenizer_to_a_trained_batch(tmp_path):
     )
     assert made.kind == "chat"
     sources = (Source(path=str(tmp_path / "chat"), weight=0.85), Source(path=str(tmp_path / "text"), weight=0.15))
-    loader = Loader(DataConfig(sources=sources, packing=PackingConfig(seq_len=128), batch_size=4, threads=0))
+    loader = Loader(DataConfig(sources=sources, packing=PackingConfig(seq_len=256), batch_size=4, threads=0))
     tokenizer = tokenizers.load(loader.tokenizer_dir)
     row = loader.plans[0].row(0)
     answers = tokenizer.decode(row.targets[row.weights > 0])
