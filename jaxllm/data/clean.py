@@ -6,7 +6,7 @@ A rule is a name and a pure function from text to text, or to None to drop the d
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from jaxllm.data.quality import PRESETS, LineConfig, QualityConfig, keep_lines
 from jaxllm.data.text_rules import convert, narrow, remove_control, remove_tags, repair, strip_line_ends
 
 N_EXAMPLES = 3
+_RUNNING_TEXT = {"lines", "tags"}  # rules that are not for what people say to each other
 
 
 class CleanConfig(Config):
@@ -29,9 +30,9 @@ class CleanConfig(Config):
     preset: Literal["c4", "gopher", "fineweb"] | None = Field(
         None, description="lines and quality as in this corpus, where they are not given"
     )
+    repair: bool = Field(False, description="mend text that was decoded with the wrong encoding")
     nfc: bool = Field(False, description="compose characters (Unicode NFC); changes no meaning, but is not reversible")
     control: bool = Field(True, description="remove control characters; form feed, foreign line ends become newlines")
-    repair: bool = Field(False, description="mend text that was decoded with the wrong encoding")
     tags: bool = Field(False, description="remove what is left of HTML: tags, comments, entities")
     width: bool = Field(False, description="full-width letters and digits become ASCII; Chinese punctuation stays")
     chinese: Literal["keep", "simplified", "traditional"] = Field("keep", description="convert Chinese characters")
@@ -73,9 +74,9 @@ class RuleCount:
 def rules(config: CleanConfig) -> dict[str, Rule]:
     """Return the rules that `config` asks for, in order; copies are dropped by `Cleaner`, which has seen the others."""
     known: dict[str, tuple[bool, Rule]] = {
+        "repair": (config.repair, repair),  # first: the characters that it mends include control characters
         "nfc": (config.nfc, partial(unicodedata.normalize, "NFC")),
         "control": (config.control, remove_control),
-        "repair": (config.repair, repair),
         "tags": (config.tags, remove_tags),
         "width": (config.width, narrow),
         "chinese": (config.chinese != "keep", partial(convert, target=config.chinese)),
@@ -122,14 +123,15 @@ class Cleaner:
     def conversation(self, conversation: Conversation) -> Conversation | None:
         """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it.
 
-        Lines, languages and quality are measures of running text and are not applied.
+        Lines, languages and quality are measures of running text and are not applied; nor are tags removed, which an
+        answer may be about.
         An empty system message says nothing and is left out; many data sets have one in each row.
         """
         messages = []
         for message in conversation.messages:
             if message.role == "system" and not message.content.strip():
                 continue
-            content = self._text(message.content, conversation, but="lines")
+            content = self._text(message.content, conversation, but=_RUNNING_TEXT)
             if content is None:
                 return None
             messages.append(Message(message.role, content))
@@ -138,9 +140,9 @@ class Cleaner:
             return None
         return Conversation(tuple(messages), conversation.source, conversation.location)
 
-    def _text(self, text: str, owner: Document | Conversation, but: str = "") -> str | None:
+    def _text(self, text: str, owner: Document | Conversation, but: Collection[str] = ()) -> str | None:
         for name, rule in self._rules.items():
-            if name == but:
+            if name in but:
                 continue
             result = rule(text)
             if result is None:

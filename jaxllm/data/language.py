@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-MAX_CHARS = 4000  # of a text that are looked at, from the middle: the beginning is often a menu or a heading
+MAX_CHARS = 1000  # of a text that are looked at, from the middle: the beginning is often a menu or a heading
 
 
 @cache

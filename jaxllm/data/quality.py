@@ -6,7 +6,6 @@ Sources: Raffel et al. 2020 (C4, section 2.2); Rae et al. 2021 (Gopher, section 
 (FineWeb, section 3.5).
 """
 
-import re
 from functools import cached_property
 
 from pydantic import Field
@@ -14,11 +13,10 @@ from pydantic import Field
 from jaxllm.core.config import Config
 from jaxllm.data.shape import END, UNIT, Shape, n_words
 
-_PAGE = re.compile(
-    "javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies|all rights reserved|"
-    "隐私政策|使用条款|版权所有|保留所有权利",
-    re.IGNORECASE,
-)
+_PAGE = (
+    "javascript", "terms of use", "privacy policy", "cookie policy", "use cookies", "uses cookies", "use of cookies",
+    "all rights reserved", "隐私政策", "使用条款", "版权所有", "保留所有权利",
+)  # fmt: skip
 _GOPHER = {
     "min_words": 50, "max_words": 100_000, "min_word_length": 3, "max_word_length": 10, "max_symbols": 0.1,
     "max_bullet_lines": 0.9, "max_ellipsis_lines": 0.3, "min_alphabetic": 0.8, "min_stop_words": 2,
@@ -53,15 +51,27 @@ class LineConfig(Config):
 def keep_lines(text: str, config: LineConfig) -> str:
     """Return `text` without the lines that `config` names; what is empty after it is dropped by `min_chars`."""
     seen: set[str] = set()
+    if config.page_parts and not _has_page_part(text):
+        config = config.model_copy(update={"page_parts": False})
     return "\n".join(line for line in text.split("\n") if not line.strip() or _stays(line.strip(), config, seen))
+
+
+def _has_page_part(text: str) -> bool:
+    text = text.lower()
+    return any(part in text for part in _PAGE)
+
+
+def _has_words(line: str, number: int) -> bool:
+    start = line[: 16 * number]  # enough for most lines, and a word that is cut is one all the same
+    return n_words(UNIT.findall(start)) >= number or (start != line and n_words(UNIT.findall(line)) >= number)
 
 
 def _stays(line: str, config: LineConfig, seen: set[str]) -> bool:
     if config.end_mark and not line.endswith(END):
         return False
-    if config.min_words is not None and n_words(UNIT.findall(line)) < config.min_words:
+    if config.min_words is not None and not _has_words(line, config.min_words):
         return False
-    if config.page_parts and _PAGE.search(line):
+    if config.page_parts and _has_page_part(line):
         return False
     if config.repeated and len(line.encode("utf-8", "surrogatepass")) >= 20:
         if line in seen:
@@ -113,11 +123,14 @@ class QualityConfig(Config):
             value = getattr(shape, measure)
             if value is not None and (value < bound if kind == "min" else value > bound):
                 return name, value
-        of_sizes = (2, "top_ngram", self.max_top_ngram), (5, "repeated_ngrams", self.max_repeated_ngrams)
-        for first, measure, bounds in of_sizes:
-            for size, bound in enumerate(bounds, start=first):
-                if (value := getattr(shape, measure)(size)) > bound:
-                    return f"max_{measure}", value
+        for words, bound in enumerate(self.max_top_ngram, start=2):
+            if (value := shape.top_ngram(shape.units_of(words))) > bound:
+                return "max_top_ngram", value
+        for words, bound in enumerate(self.max_repeated_ngrams, start=5):
+            if (value := shape.repeated_ngrams(shape.units_of(words))) > bound:
+                return "max_repeated_ngrams", value
+            if value <= min(self.max_repeated_ngrams):  # longer ones cover less
+                break
         return None
 
     @cached_property

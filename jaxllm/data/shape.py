@@ -34,7 +34,7 @@ class Shape:
     def __init__(self, text: str, language: str | None = None):
         self.text = text
         self._language = language
-        self._found: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @cached_property
     def units(self) -> list[str]:
@@ -42,8 +42,12 @@ class Shape:
         return UNIT.findall(self.text)
 
     @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter(self.units)
+
+    @cached_property
     def _n_cjk(self) -> int:
-        return len(_CJK.findall(self.text))
+        return sum(count for unit, count in self._counts.items() if _CJK.match(unit))
 
     @cached_property
     def lines(self) -> list[str]:
@@ -75,13 +79,14 @@ class Shape:
 
     @property
     def alphabetic(self) -> float:
-        return _share(unit.isalpha() or any(map(str.isalpha, unit)) for unit in self.units)
+        found = sum(count for unit, count in self._counts.items() if unit.isalpha() or any(map(str.isalpha, unit)))
+        return found / max(len(self.units), 1)
 
     @property
     def stop_words(self) -> int | None:
         language = self._language or ("zh" if 2 * self._n_cjk > len(self.units) else "en")
         known = STOP_WORDS.get(language)
-        return None if known is None else len(known.intersection(unit.lower() for unit in self.units))
+        return None if known is None else len(known.intersection(map(str.lower, self._counts)))
 
     @property
     def sentences(self) -> int:
@@ -124,44 +129,61 @@ class Shape:
         return [part.strip() for part in self.text.split("\n\n") if part.strip()]
 
     @cached_property
-    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """(number of each unit among the different ones, its length in characters), int64[n]."""
-        numbers: dict[str, int] = {}
-        ids = [numbers.setdefault(unit, len(numbers)) for unit in self.units]
-        return np.array(ids, np.int64), np.array([*map(len, self.units)], np.int64)
+    def _lengths(self) -> np.ndarray:
+        """Characters of each unit, int64[n]."""
+        return np.array([*map(len, self.units)], np.int64)
 
-    def _ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(first position, number of occurrences) of each different n-gram, and which one stands at each position."""
+    def _ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(positions, in order, of the n-grams that occur twice or more, the number of the n-gram that stands there).
+
+        An n-gram is the same as another if its first and its last `half` units are, and occurs twice only if they do:
+        what is left to compare shrinks fast.
+        """
         if size not in self._found:
-            ids = self._ids[0]
-            # The n-grams one shorter are numbered without gaps: with the next unit that is a number, and none collides.
-            keys = (
-                ids
-                if size == 1
-                else self._ngrams(size - 1)[2][: len(ids) - size + 1] * (len(ids) + 1) + ids[size - 1 :]
-            )
-            _, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-            self._found[size] = first, counts, inverse
+            if size == 1:
+                numbers = {unit: number for number, unit in enumerate(self._counts)}
+                ids = np.array([*map(numbers.__getitem__, self.units)], np.int64)
+                self._found[size] = np.arange(len(ids)), ids
+                return self._found[size]
+            half = (size + 1) // 2
+            at, which = self._ngrams(half)
+            last = np.full(len(self.units) + size, -1, np.int64)
+            last[at] = which
+            last = last[at + size - half]
+            at, keys = at[last >= 0], (which * len(self.units) + last)[last >= 0]
+            _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
+            again = counts[which] > 1
+            self._found[size] = at[again], which[again]
         return self._found[size]
 
     def top_ngram(self, size: int) -> float:
         """Share of the text's characters, spaces apart, that the commonest n-gram takes, if it occurs twice."""
-        first, counts, _ = self._ngrams(size)
-        if not len(first) or counts.max() < 2:
+        at, which = self._ngrams(size)
+        if size == 1 or not len(at):
             return 0.0
-        at = first[counts.argmax()]
-        lengths = self._ids[1]
-        return min(1.0, float(lengths[at : at + size].sum() * counts.max() / lengths.sum()))
+        counts = np.bincount(which)
+        first = at[np.argmax(which == counts.argmax())]
+        return min(1.0, float(self._lengths[first : first + size].sum() * counts.max() / self._lengths.sum()))
 
     def repeated_ngrams(self, size: int) -> float:
-        """Share of the text's characters, spaces apart, in n-grams that it has had before; each counts once."""
-        first, _, which = self._ngrams(size)
-        again = np.flatnonzero(first[which] < np.arange(len(which)))
-        lengths = self._ids[1]
-        covered = np.zeros(len(lengths) + 1, np.int64)
-        np.add.at(covered, again, 1)
-        np.add.at(covered, again + size, -1)
-        return float(lengths[np.cumsum(covered)[:-1] > 0].sum() / max(lengths.sum(), 1))
+        """Share of the text's characters, spaces apart, in n-grams that it has had before; each counts once.
+
+        It falls with `size`.
+        """
+        at, which = self._ngrams(size)
+        if not len(at):
+            return 0.0
+        first = np.empty(which.max() + 1, np.int64)
+        first[which[::-1]] = at[::-1]
+        again = at[at > first[which]]
+        edges = np.bincount(again, minlength=len(self.units) + 1) - np.bincount(
+            again + size, minlength=len(self.units) + 1
+        )
+        return float(self._lengths[np.cumsum(edges)[:-1] > 0].sum() / self._lengths.sum())
+
+    def units_of(self, words: int) -> int:
+        """How many units `words` words are: as many, and in a text that is mostly Chinese, 1 / 0.6 of them."""
+        return round(words / CJK_WORD) if 2 * self._n_cjk > len(self.units) else words
 
 
 def n_words(units: Iterable[str]) -> float:

@@ -28,10 +28,13 @@ def remove_control(text: str) -> str:
 
 
 def repair(text: str) -> str:
-    """Mend text that was decoded with the wrong encoding, if it looks as if it was."""
+    """Mend the lines that were decoded with the wrong encoding, if they look as if they were."""
+    if text.isascii():
+        return text
     with extra("prep"):
         import ftfy
-    return ftfy.fix_encoding(text) if ftfy.is_bad(text) else text
+    fix = lambda line: line if line.isascii() or not ftfy.is_bad(line) else ftfy.fix_encoding(line)
+    return "\n".join(map(fix, text.split("\n")))
 
 
 def remove_tags(text: str) -> str:

@@ -1,5 +1,7 @@
 """Measures of quality against counts by hand, in English and Chinese; presets on good text and on junk."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +55,26 @@ def test_ngrams_are_counted_alike_with_and_without_spaces(text):
     assert shape.repeated_ngrams(3) == pytest.approx(5 / 9)
     assert shape.repeated_ngrams(5) == pytest.approx(5 / 9)  # (a b c a b) at 0 and 3
     assert shape.repeated_ngrams(7) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(units=st.lists(st.sampled_from(["a", "bb", "ccc", "甲"]), max_size=40), size=st.integers(2, 9))
+def test_ngrams_against_counting_them_all(units, size):
+    shape = Shape(" ".join(units))
+    grams = [tuple(units[at : at + size]) for at in range(len(units) - size + 1)]
+    covered = {at + k for at, gram in enumerate(grams) if gram in grams[:at] for k in range(size)}
+    letters = len("".join(units))
+    assert shape.repeated_ngrams(size) == pytest.approx(sum(len(units[at]) for at in covered) / max(letters, 1))
+    assert shape.repeated_ngrams(size + 1) <= shape.repeated_ngrams(size)  # which `failed` relies on
+    counts = Counter(grams)
+    most = max(counts.values(), default=0)
+    possible = {min(1.0, len("".join(gram)) * most / letters) for gram, n in counts.items() if n == most > 1}
+    assert shape.top_ngram(size) == pytest.approx(0.0) if not possible else shape.top_ngram(size) in possible
+
+
+def test_ngrams_of_chinese_are_as_long_as_words():
+    assert [Shape("中文没有空格").units_of(n) for n in (2, 3, 4, 5, 10)] == [3, 5, 7, 8, 17]
+    assert Shape("mostly English words 中文").units_of(5) == 5
 
 
 def test_top_ngram_counts_letters():
@@ -132,9 +154,9 @@ def test_stop_words_are_those_of_the_language():
 
 
 def test_conversations_are_not_measured():
-    cleaner = Cleaner(CleanConfig(preset="fineweb", pii=["email"]))
-    found = cleaner.conversation(Conversation.pair("Hi", "Write to me@example.org", "a", "b"))
-    assert [message.content for message in found.messages] == ["Hi", "Write to [email]"]
+    cleaner = Cleaner(CleanConfig(preset="fineweb", pii=["email"], tags=True, languages=["zh"]))
+    found = cleaner.conversation(Conversation.pair("Hi <b>", "Write to me@example.org", "a", "b"))
+    assert [message.content for message in found.messages] == ["Hi <b>", "Write to [email]"]
 
 
 ALL = CleanConfig(

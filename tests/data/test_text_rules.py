@@ -13,7 +13,10 @@ def test_mojibake_is_repaired_and_good_text_is_left_alone():
     for text in ("schön, naïve – “quoted”", "今天天气很好", "ＡＢＣ１２３，全角！", "plain"):
         assert repair(text) == text
     assert repair("schÃ¶n") == "schön"
-    assert repair("今天天气很好".encode().decode("latin-1")) == "今天天气很好"
+    broken = "今天天气很好，我们去公园".encode().decode("latin-1")
+    assert repair(f"schön\n{broken}\nplain") == "schön\n今天天气很好，我们去公园\nplain"
+    # What it needs are control characters: no other rule may take them away before.
+    assert Cleaner(CleanConfig(repair=True, nfc=True)).document(Document(broken, "a", "b")).text[:4] == "今天天气"
 
 
 def test_tags_and_entities():
