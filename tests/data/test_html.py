@@ -7,7 +7,8 @@ from jaxllm.data.html import extract_text
 pytest.importorskip("resiliparse")
 
 PAGE = """<!doctype html><html><head><meta charset="{charset}"><title>Title</title>
-<style>p {{color: red}}</style></head><body><nav><a href="/">首页</a><a href="/p">产品中心</a></nav><header><ul class="menu"><li>登录</li></ul></header>
+<style>p {{color: red}}</style></head><body><nav><a href="/">首页</a><a href="/p">产品中心</a></nav>
+<header><ul class="menu"><li>登录</li></ul></header>
 <main><article><h1>城北的河</h1><p>这条河发源于城北的山里，从十二世纪起就有人用它的水推磨。大部分磨坊是石头盖的。</p>
 <p>The river &amp; the <b>old</b>&nbsp;mill: 3 &lt; 4, caf&eacute; &#8212; all<br>stand.</p></article></main>
 <script>var x = "<p>hidden</p>";</script><footer>版权所有 <a href="/c">联系我们</a></footer></body></html>"""
