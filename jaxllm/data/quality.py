@@ -116,7 +116,7 @@ class QualityConfig(Config):
         of_sizes = (2, "top_ngram", self.max_top_ngram), (5, "repeated_ngrams", self.max_repeated_ngrams)
         for first, measure, bounds in of_sizes:
             for size, bound in enumerate(bounds, start=first):
-                if (value := getattr(shape, measure)(size)) > bound:
+                if (value := getattr(shape, measure)(shape.ngram(size))) > bound:
                     return f"max_{measure}", value
         return None
 
