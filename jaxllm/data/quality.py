@@ -124,10 +124,10 @@ class QualityConfig(Config):
             if value is not None and (value < bound if kind == "min" else value > bound):
                 return name, value
         for words, bound in enumerate(self.max_top_ngram, start=2):
-            if (value := shape.top_ngram(shape.units_of(words))) > bound:
+            if (value := shape.top_ngram(shape.ngram(words))) > bound:
                 return "max_top_ngram", value
         for words, bound in enumerate(self.max_repeated_ngrams, start=5):
-            if (value := shape.repeated_ngrams(shape.units_of(words))) > bound:
+            if (value := shape.repeated_ngrams(shape.ngram(words))) > bound:
                 return "max_repeated_ngrams", value
             if value <= min(self.max_repeated_ngrams):  # longer ones cover less
                 break

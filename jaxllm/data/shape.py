@@ -181,7 +181,7 @@ class Shape:
         )
         return float(self._lengths[np.cumsum(edges)[:-1] > 0].sum() / self._lengths.sum())
 
-    def units_of(self, words: int) -> int:
+    def ngram(self, words: int) -> int:
         """How many units `words` words are: as many, and in a text that is mostly Chinese, 1 / 0.6 of them."""
         return round(words / CJK_WORD) if 2 * self._n_cjk > len(self.units) else words
 

@@ -73,8 +73,8 @@ def test_ngrams_against_counting_them_all(units, size):
 
 
 def test_ngrams_of_chinese_are_as_long_as_words():
-    assert [Shape("中文没有空格").units_of(n) for n in (2, 3, 4, 5, 10)] == [3, 5, 7, 8, 17]
-    assert Shape("mostly English words 中文").units_of(5) == 5
+    assert [Shape("中文没有空格").ngram(n) for n in (2, 3, 4, 5, 10)] == [3, 5, 7, 8, 17]
+    assert Shape("mostly English words 中文").ngram(5) == 5
 
 
 def test_top_ngram_counts_letters():
