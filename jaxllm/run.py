@@ -4,6 +4,7 @@ Here text (data, tokenizer, samples) and training meet.
 """
 
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.wording import count, short
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
+from jaxllm.data.describe import segments
 from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.evaluation.likelihood import evaluate_loss
@@ -192,6 +194,19 @@ class Run:
             answer = model.respond(prompt, max_new_tokens=monitor.sample_tokens, sampler=Sampler(temperature=0.0))
             self.log.sample(step, prompt, answer.text)
 
+    def documents(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yield what update `step` learned from: of each document in its rows the place and the text in the row."""
+        tokenizer = tokenizers.load(self.loader.tokenizer_dir)
+        for sample in range(self.begin.at(step - 1), min(self.begin.at(step), self.loader.n_samples or sys.maxsize)):
+            source, row = self.loader.locate(sample)
+            plan = self.loader.plans[source]
+            for segment in segments(plan, row, tokenizer):
+                text = "".join(token.text for token in segment.tokens)
+                yield {
+                    "sample": sample, "dataset": str(plan.dataset.directory), "document": segment.document,
+                    **segment.origin, "tokens": segment.n_tokens, "text": text,
+                }  # fmt: skip
+
     def save(self, step: int, state: TrainState) -> None:
         """Start writing a checkpoint."""
         # The last batch of an epoch's worth of data may be filled up with nothing.
@@ -222,17 +237,18 @@ class Run:
         per_token = accounting.flops_per_token(self.recipe.model, self.recipe.data.packing.seq_len)
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
 
-    def memory(self, state: TrainState) -> str:
-        """Estimate a device's share: parameters lie over fsdp x expert x tensor, optimizer state over all devices."""
+    def memory(self, opt_state: Any) -> tuple[str, float]:
+        """Estimate a device's share, in words and in bytes: parameters lie over fsdp x expert x tensor, optimizer state
+        over all devices.
+        """
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
         rows = data.batch_size // self.recipe.step.accumulate // batch_parts(shape)
-        copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / accounting.param_count(model)
+        copies = sum(leaf.size for leaf in jax.tree.leaves(opt_state)) / accounting.param_count(model)
         split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
-        return (
-            f"memory per device, estimated: {accounting.memory_line({k: size / split[k] for k, size in sizes.items()})}"
-        )
+        sizes = {key: size / split[key] for key, size in sizes.items()}
+        return f"memory per device, estimated: {accounting.memory_line(sizes)}", sum(sizes.values())
 
     def describe(self, steps: int) -> str:
         """Say in a line what is about to happen."""

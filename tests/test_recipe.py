@@ -43,7 +43,7 @@ def test_a_path_without_a_recipe_is_said_with_what_was_meant(tmp_path, capsys, m
     assert train([]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: no recipe and no run is given\nusage: python -m jaxllm.train RECIPE.yaml")
-    assert error.endswith("\n--help lists all keys\n") and error.count("\n") == 4
+    assert error.endswith("\n--help lists all keys\n") and error.count("\n") == 5
 
 
 def test_a_new_run_with_the_recipe_of_another_is_said_to_be_new(tmp_path, capsys):

@@ -88,3 +88,7 @@ class MonitorConfig(Config):
     prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
     sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")
     max_skipped: int = Field(5, ge=0, description="steps in a row that the guard may skip before the run stops")
+    loss_spike: float | None = Field(
+        6.0, gt=0, description="write down the documents of a step whose loss is so many standard deviations above the "
+        "moving mean; none = never",
+    )  # fmt: skip

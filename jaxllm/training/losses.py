@@ -42,6 +42,20 @@ def cross_entropy(
     return jax.lax.scan(body, _zeros(), chunks((hidden, targets, weights), chunk))[0]
 
 
+def token_nats(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"], chunk: int,
+    cap: float | None = None,
+) -> Float[Array, "B T"]:  # fmt: skip
+    """Return -ln p of each target by itself, what `cross_entropy` sums; the arguments are its."""
+
+    def body(_: None, inputs: tuple) -> tuple[None, Array]:
+        logits, log_z = _logits(inputs[0], table, cap)
+        return None, log_z - _chosen(logits, inputs[1])
+
+    nats = jnp.swapaxes(jax.lax.scan(body, None, chunks((hidden, targets), chunk))[1], 0, 1)
+    return nats.reshape(nats.shape[0], -1)[:, : targets.shape[1]]
+
+
 def _forward(hidden, table, targets, weights, z, chunk, cap):
     """The sums, with the gradients of `loss` as residuals."""
     full_table = constrain(table, "vocab", None)
@@ -105,6 +119,9 @@ def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"], cap: floa
 
 
 def _add(sums: Sums, logits: Array, log_z: Array, targets: Array, weights: Array, z: float) -> Sums:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nats = jnp.sum(weights * (log_z - chosen))
+    nats = jnp.sum(weights * (log_z - _chosen(logits, targets)))
     return sums[0] + nats + z * jnp.sum(weights * log_z**2), sums[1] + nats
+
+
+def _chosen(logits: Array, targets: Array) -> Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

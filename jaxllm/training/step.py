@@ -15,7 +15,7 @@ from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.rules import constrain
 from jaxllm.training.config import AdamW, Muon, StepConfig
-from jaxllm.training.losses import cross_entropy
+from jaxllm.training.losses import cross_entropy, token_nats
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
 from jaxllm.training.vae_losses import Texts, draw, elbo_sums, vae_metrics
@@ -123,6 +123,13 @@ def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: Comp
     """Return the summed nats and weights of `batch`: add over batches, then divide."""
     _, (nats, _) = loss_sums(params, batch, model, compute)
     return {"nats": nats, "tokens": jnp.sum(batch.weights)}
+
+
+def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig) -> Float[Array, "B T"]:
+    """Return the nats of each target of `batch`: times the weights, what `eval_step` sums."""
+    module = bind(graph(model, compute)[0], params)
+    hidden = module.routed_states(batch.tokens, batch.segments, batch.positions)[0]
+    return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)
 
 
 def compile_step(

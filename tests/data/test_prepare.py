@@ -302,8 +302,8 @@ def test_split_by_share_and_by_number():
 def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     made = plan(Dataset.open(chat_dataset([(3, 4), (2, 3)])), PackingConfig(seq_len=12))
     first, second = describe.segments(made, 0, byte)
-    assert (first.document, first.source, first.location, first.n_tokens) == (0, "chat", "train 0", 6)
-    assert second.spans == (("<bos>\x05", False), ("\x0f\x0f<eos>", True))
+    assert (first.document, first.place, first.n_tokens) == (0, "document 0, chat, train 0", 6)
+    assert second.spans == [("<bos>\x05", False), ("\x0f\x0f<eos>", True)]
     out = io.StringIO()
     describe.show(made, 0, byte, "sample 0", Console(file=out, width=100, force_terminal=True, color_system="standard"))
     assert "\x1b[32m" in out.getvalue()  # green
