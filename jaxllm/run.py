@@ -274,6 +274,10 @@ class Run:
                 f"note: training and validation loss are of different mixtures: of all {len(sources)} sources by their "
                 f"weights, and of the held-out documents of {' and '.join(self._held_out)}"
             )
+        if len(sources) > 1:
+            passes = self.loader.passes(samples := min(self.begin.at(steps), self.loader.n_samples or sys.maxsize))
+            each = ", ".join(f"{source.path} {number:.2g}" for source, number in zip(sources, passes, strict=True))
+            yield f"note: passes over the sources in {samples:,} samples: {each}"
         if rows < batch:
             yield (
                 f"note: an epoch has {count(rows, 'sample')}, fewer than data.batch_size={batch}: one step takes more "

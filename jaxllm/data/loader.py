@@ -5,11 +5,12 @@ another batch size or another number of processes sees the same samples in the s
 it decides nothing.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxllm.core import files
 from jaxllm.core.batch import Batch
@@ -28,15 +29,26 @@ class Source(Config):
 
     path: str = Field(description="dataset directory, written by prepare")
     weight: float = Field(1.0, gt=0, description="share of the samples (rows), relative to the other sources")
+    epochs: int | None = Field(None, ge=1, description="most passes over this source: the data ends before one more")
     validate_on: bool = Field(True, description="count its validation split in the validation loss")
+
+
+class Stage(Config):
+    """A part of a curriculum, with its own mixture."""
+
+    tokens: float | None = Field(None, gt=0, description="length, positions (2e9); the last stage has none, and stays")
+    weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        min_length=1, description="share of each source meanwhile, in the order of data.sources, instead of its weight"
+    )
 
 
 class DataConfig(Config):
     """What to train on and in which order."""
 
     sources: tuple[Source, ...] = Field(
-        min_length=1, description="datasets; one pass over the first is an epoch, the others repeat"
+        min_length=1, description="datasets; one pass over the first (of the last stage) is an epoch, the others repeat"
     )
+    stages: tuple[Stage, ...] = Field((), description="a curriculum: mixtures that follow one another; none = one")
     packing: PackingConfig = Field(PackingConfig(), description="how documents become rows")
     batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
     seed: int = Field(0, ge=0, description="decides the order of the samples, and nothing else")
@@ -46,6 +58,19 @@ class DataConfig(Config):
     verify: bool = Field(True, description="compare checksums of all shards at the start (about 1 s per GB)")
     threads: int = Field(2, ge=0, description="threads that read ahead; 0: read when asked")
     prefetch: int = Field(4, ge=1, description="batches to read ahead")
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        *first, last = (stage.tokens for stage in self.stages) if self.stages else (None,)
+        if None in first or last is not None:
+            raise ValueError("data.stages: each but the last needs tokens, its length, and the last has none")
+        for number, stage in enumerate(self.stages):
+            if len(stage.weights) != len(self.sources) or not any(stage.weights):
+                raise ValueError(
+                    f"data.stages.{number}.weights={list(stage.weights)} must have one weight for each of the "
+                    f"{len(self.sources)} sources, not all of them 0"
+                )
+        return self
 
     @classmethod
     def of(cls, dataset: str, seq_len: int, batch_size: int) -> "DataConfig":
@@ -104,8 +129,9 @@ class Loader(Iterator[Batch]):
                 f"split {split!r} of {paths} has no rows; prepare with a larger --validation share or more data"
             )
         if split == "train":
-            weights = [source.weight for source in self.sources]
-            self._order = Mixture.shuffled(sizes, weights, config.seed, config.epochs)
+            epochs = [source.epochs for source in self.sources]
+            epochs[0] = min((limit for limit in (epochs[0], config.epochs) if limit), default=None)
+            self._order = Mixture.shuffled(sizes, self._stages(), config.seed, epochs)
         else:
             self._order = Mixture.in_sequence(sizes)
         self.n_samples, self.samples_per_epoch = self._order.n_samples, self._order.samples_per_epoch
@@ -120,14 +146,29 @@ class Loader(Iterator[Batch]):
             if self.split == "validation":
                 raise StopIteration
             raise DataExhausted(
-                f"all {total} samples of {self.config.epochs} epochs ({self.samples_per_epoch} samples each) are used; "
-                "set data.epochs higher, or leave it empty to repeat the data for ever"
+                f"all {total} samples that data.epochs={self.config.epochs} and the epochs of the sources allow are "
+                f"used ({self.samples_per_epoch} are an epoch); set them higher, or leave them empty to repeat for ever"
             )
         if self._batches is None:
             self._batches = self._read_from(self._sample)
         batch = next(self._batches)
         self._sample += self.config.batch_size if total is None else min(self.config.batch_size, total - self._sample)
         return batch
+
+    def _stages(self) -> list[tuple[int, Sequence[float]]]:
+        """(first sample, weights) of each stage; a stage begins with a whole row."""
+        stages, position = self.config.stages, 0.0
+        if not stages:
+            return [(0, [source.weight for source in self.sources])]
+        result = []
+        for stage in stages:
+            result.append((ceil(position / self.config.packing.seq_len), stage.weights))
+            position += stage.tokens or 0
+        return result
+
+    def passes(self, samples: int) -> list[float]:
+        """Return how often each source is passed over in the first `samples` samples of training."""
+        return [used / len(each) for used, each in zip(self._order.used(samples), self.plans, strict=True)]
 
     def get_state(self) -> dict[str, int]:
         """Position: the number of global samples delivered."""
@@ -147,6 +188,7 @@ class Loader(Iterator[Batch]):
     def fingerprint(self) -> str:
         """Identity of the sample order: data, tokenizer, packing, mixture, seed; not batch size or processes."""
         contents = [(each.fingerprint, source.weight) for each, source in zip(self.datasets, self.sources, strict=True)]
+        contents += [stage.model_dump_json() for stage in self.config.stages]
         return files.fingerprint(
             repr(contents), self.config.packing.model_dump_json(), self.split, str(self.config.seed)
         )
