@@ -5,30 +5,57 @@ A rule is a name and a pure function from text to text, or to None to drop the d
 
 import hashlib
 import json
-import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from jaxllm.core.config import Config
+from jaxllm.core.config import Config, merge
 from jaxllm.data.documents import Conversation, Document, Message
+from jaxllm.data.language import identify
+from jaxllm.data.pii import Kind, mask
+from jaxllm.data.quality import PRESETS, LineConfig, QualityConfig, keep_lines
+from jaxllm.data.text_rules import convert, narrow, remove_control, remove_tags, repair, strip_line_ends
 
 N_EXAMPLES = 3
-_NEWLINES = re.compile("\r\n?|[\x0b\x0c\x85]")
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 
 class CleanConfig(Config):
     """Which rules run, in this order."""
 
+    preset: Literal["c4", "gopher", "fineweb"] | None = Field(
+        None, description="lines and quality as in this corpus, where they are not given"
+    )
     nfc: bool = Field(False, description="compose characters (Unicode NFC); changes no meaning, but is not reversible")
     control: bool = Field(True, description="remove control characters; form feed, foreign line ends become newlines")
+    repair: bool = Field(False, description="mend text that was decoded with the wrong encoding")
+    tags: bool = Field(False, description="remove what is left of HTML: tags, comments, entities")
+    width: bool = Field(False, description="full-width letters and digits become ASCII; Chinese punctuation stays")
+    chinese: Literal["keep", "simplified", "traditional"] = Field("keep", description="convert Chinese characters")
+    lines: LineConfig = Field(LineConfig(), description="lines to cut out of documents")
     trailing_space: bool = Field(True, description="remove spaces at line ends and blank lines around a text")
     min_chars: int = Field(1, ge=1, description="drop texts shorter than this (characters)")
+    pii: tuple[Kind, ...] = Field((), description="personal data to mask: email, phone, ip (public), key, id (China)")
+    languages: tuple[str, ...] = Field(
+        (), description="keep documents in these languages only: en, zh, ...; any = all, but know which"
+    )
+    language_score: float = Field(0.65, ge=0, le=1, description="least probability of the language (FineWeb: 0.65)")
+    quality: QualityConfig = Field(QualityConfig(), description="bounds of what a document must measure")
     deduplicate: bool = Field(True, description="drop exact copies of an earlier document or conversation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        given = {
+            key: value.model_dump(exclude_unset=True) if isinstance(value, Config) else value
+            for key, value in values.items()
+        }
+        return merge(PRESETS[values["preset"]], given)
 
 
 Rule = Callable[[str], str | None]  # returns the text, changed or not, or None to drop the document
@@ -48,20 +75,16 @@ def rules(config: CleanConfig) -> dict[str, Rule]:
     known: dict[str, tuple[bool, Rule]] = {
         "nfc": (config.nfc, partial(unicodedata.normalize, "NFC")),
         "control": (config.control, remove_control),
+        "repair": (config.repair, repair),
+        "tags": (config.tags, remove_tags),
+        "width": (config.width, narrow),
+        "chinese": (config.chinese != "keep", partial(convert, target=config.chinese)),
+        "lines": (config.lines.any, partial(keep_lines, config=config.lines)),
         "trailing_space": (config.trailing_space, strip_line_ends),
         "min_chars": (True, lambda text: text if len(text.strip()) >= config.min_chars else None),
+        "pii": (bool(config.pii), mask(config.pii)),
     }
     return {name: rule for name, (wanted, rule) in known.items() if wanted}
-
-
-def remove_control(text: str) -> str:
-    """Turn CR, CRLF, VT, FF and NEL into newlines and remove other control characters; tabs and U+2028 stay."""
-    return _CONTROL.sub("", _NEWLINES.sub("\n", text))
-
-
-def strip_line_ends(text: str) -> str:
-    """Remove spaces and tabs before newlines, and newlines around the text."""
-    return "\n".join(line.rstrip(" \t") for line in text.split("\n")).strip("\n")
 
 
 class Cleaner:
@@ -72,29 +95,41 @@ class Cleaner:
     """
 
     def __init__(self, config: CleanConfig):
-        self._rules = rules(config)
+        self._config, self._rules = config, rules(config)
         self._seen: set[bytes] | None = set() if config.deduplicate else None
-        self.counts = {name: RuleCount() for name in self._rules}
-        if config.deduplicate:
-            self.counts["duplicate"] = RuleCount()
+        names = [*self._rules, *["language"] * bool(config.languages), *config.quality.names]
+        self.counts = {name: RuleCount() for name in [*names, *["duplicate"] * config.deduplicate]}
 
     def document(self, document: Document) -> Document | None:
         """Return the cleaned document, or None if a rule dropped it."""
         text = self._text(document.text, document)
-        if text is None or self._is_copy(text, repr(text[:60]), document):
+        if text is None:
             return None
-        return Document(text, document.source, document.location)
+        shown, config = repr(text[:60]), self._config
+        if config.languages:
+            language, score = identify(text)
+            known = language in config.languages and score >= config.language_score
+            if not known and "any" not in config.languages:
+                self._drop("language", f"{language or 'none'} {score:.2f}: {shown}", document)
+                return None
+            document = replace(document, language=language)
+        if failed := config.quality.failed(text, document.language):
+            name, value = failed
+            self._drop(name, f"{value:.3g}: {shown}", document)
+            return None
+        return None if self._is_copy(text, shown, document) else replace(document, text=text)
 
     def conversation(self, conversation: Conversation) -> Conversation | None:
         """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it.
 
+        Lines, languages and quality are measures of running text and are not applied.
         An empty system message says nothing and is left out; many data sets have one in each row.
         """
         messages = []
         for message in conversation.messages:
             if message.role == "system" and not message.content.strip():
                 continue
-            content = self._text(message.content, conversation)
+            content = self._text(message.content, conversation, but="lines")
             if content is None:
                 return None
             messages.append(Message(message.role, content))
@@ -103,8 +138,10 @@ class Cleaner:
             return None
         return Conversation(tuple(messages), conversation.source, conversation.location)
 
-    def _text(self, text: str, owner: Document | Conversation) -> str | None:
+    def _text(self, text: str, owner: Document | Conversation, but: str = "") -> str | None:
         for name, rule in self._rules.items():
+            if name == but:
+                continue
             result = rule(text)
             if result is None:
                 self._drop(name, repr(text[:60]), owner)

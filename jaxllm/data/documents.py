@@ -13,11 +13,13 @@ class Document:
       text: any Unicode text.
       source: where the collection comes from: a path, "pydocs", "world".
       location: which part of the source, for a person to find it again: "line 12", "textwrap.dedent".
+      language: ISO 639 code, once it was looked for (`clean.languages`); "" if there is none.
     """
 
     text: str
     source: str
     location: str
+    language: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""Rules that change a text, and the masking of personal data."""
+
+import pytest
+
+from jaxllm.data.clean import CleanConfig, Cleaner
+from jaxllm.data.documents import Document
+from jaxllm.data.pii import mask
+from jaxllm.data.text_rules import convert, narrow, remove_tags, repair
+
+
+def test_mojibake_is_repaired_and_good_text_is_left_alone():
+    pytest.importorskip("ftfy")
+    for text in ("schön, naïve – “quoted”", "今天天气很好", "ＡＢＣ１２３，全角！", "plain"):
+        assert repair(text) == text
+    assert repair("schÃ¶n") == "schön"
+    assert repair("今天天气很好".encode().decode("latin-1")) == "今天天气很好"
+
+
+def test_tags_and_entities():
+    page = '<p class="a">One &amp; two<br/>three</p><!-- no --><script>var x = "<p>";</script><STYLE>p {}</STYLE>四'
+    assert remove_tags(page) == "One & twothree四"
+    kept = "#include <stdio.h> if a < b and c > d: vector<int> <name>"
+    assert remove_tags(kept) == kept
+
+
+def test_width_narrows_letters_and_digits_only():
+    assert narrow("ＡＢｃ０９，。！？（）：　") == "ABc09，。！？（）：　"
+
+
+def test_chinese_characters_stay_unless_asked():
+    pytest.importorskip("opencc")
+    assert Cleaner(CleanConfig()).document(Document("漢字汉字", "a", "b")).text == "漢字汉字"
+    assert convert("漢字 abc", "simplified") == "汉字 abc"
+    assert Cleaner(CleanConfig(chinese="traditional")).document(Document("汉字", "a", "b")).text == "漢字"
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "kept"),
+    [
+        ("email", ["a.b+c@mail.example.org", "王@没有 x@y.cn"], ["@name", "a@b", "x@@y.z"]),
+        ("phone", ["+1 (415) 555-0132", "415-555-0132", "(415) 555-0132", "+86 138 1234 5678", "13812345678",
+                   "138-1234-5678", "010-62345678"],
+         ["3.14159265358", "2024-01-02", "12:30:45", "1234567890123", "3.13812345678", "ISBN 978-3-16-148410-0"]),
+        ("ip", ["8.8.8.8", "2001:4860:4860::8888"], ["192.168.0.1", "v1.2.3.4", "1.2.3", "999.1.1.1", "12:30", "::1"]),
+        ("key", ["sk-abcdefghijklmnopqrstuvwx", "sk-proj-abcdefghijklmnopqrstuvwx", "AKIAABCDEFGHIJKLMNOP",
+                 "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----"],
+         ["sk-learn", "AKIA", "task-abc"]),
+        ("id", ["11010519491231002X"], ["110105194912310021", "123456789012345678"]),
+    ],
+)  # fmt: skip
+def test_personal_data(kind, found, kept):
+    masked = mask([kind])
+    for text in found:
+        assert f"[{kind}]" in masked(f"so: {text}, then")
+    for text in kept:
+        assert masked(f"so: {text}, then") == f"so: {text}, then"
+    everything = mask(["email", "phone", "ip", "key", "id"])
+    assert everything(f"电话{found[0]}。") == f"电话[{kind}]。"
+
+
+def test_masking_is_counted_and_off_by_default():
+    document = Document("mail me@example.org", "a", "b")
+    assert Cleaner(CleanConfig()).document(document).text == document.text
+    cleaner = Cleaner(CleanConfig(pii=["email"]))
+    assert cleaner.document(document).text == "mail [email]"
+    assert cleaner.counts["pii"].changed == 1
