@@ -9,6 +9,7 @@ of decoding: joining them gives the text back exactly, so streaming and whole de
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space inside pieces
 CHUNK_CHARS = 65_536  # SentencePiece needs about 90 bytes of memory per character of one call
@@ -81,15 +82,12 @@ class SentencePieces:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.escape_mark:
             return self._encode_all(list(texts))
+        ids = self._encode_all([text if _is_plain(text) else "" for text in texts])
         mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")]
-        cut = [[_chunks(stretch) for stretch in text.split(SPACE_MARK)] for text in texts]
-        encoded = iter(self._encode_all([chunk for text in cut for stretch in text for chunk in stretch]))
-        ids: list[list[int]] = [[] for _ in texts]
-        for found, text in zip(ids, cut, strict=True):
-            for number, stretch in enumerate(text):
+        for found, text in zip(ids, texts, strict=True):
+            for number, stretch in enumerate([] if _is_plain(text) else text.split(SPACE_MARK)):
                 found += mark if number else []
-                for _ in stretch:
-                    found += next(encoded)
+                found += chain.from_iterable(self._encode_all(_chunks(stretch)))
         return ids
 
     def _encode_all(self, parts: list[str]) -> list[list[int]]:
@@ -119,6 +117,10 @@ class SentencePieces:
         for byte, token in self._byte_ids.items():
             table[token] = bytes([byte])
         return table
+
+
+def _is_plain(text: str) -> bool:
+    return len(text) <= CHUNK_CHARS and SPACE_MARK not in text
 
 
 def _chunks(text: str) -> list[str]:
