@@ -82,12 +82,16 @@ class SentencePieces:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.escape_mark:
             return self._encode_all(list(texts))
-        ids = self._encode_all([text if _is_plain(text) else "" for text in texts])
-        mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")]
-        for found, text in zip(ids, texts, strict=True):
-            for number, stretch in enumerate([] if _is_plain(text) else text.split(SPACE_MARK)):
-                found += mark if number else []
-                found += chain.from_iterable(self._encode_all(_chunks(stretch)))
+        odd = [i for i, text in enumerate(texts) if len(text) > CHUNK_CHARS or SPACE_MARK in text]
+        plain = list(texts)
+        for i in odd:
+            plain[i] = ""
+        ids = self._encode_all(plain)
+        mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")] if odd else []
+        for i in odd:
+            for number, stretch in enumerate(texts[i].split(SPACE_MARK)):
+                ids[i] += mark if number else []
+                ids[i] += chain.from_iterable(self._encode_all(_chunks(stretch)))
         return ids
 
     def _encode_all(self, parts: list[str]) -> list[list[int]]:
@@ -117,10 +121,6 @@ class SentencePieces:
         for byte, token in self._byte_ids.items():
             table[token] = bytes([byte])
         return table
-
-
-def _is_plain(text: str) -> bool:
-    return len(text) <= CHUNK_CHARS and SPACE_MARK not in text
 
 
 def _chunks(text: str) -> list[str]:
