@@ -4,8 +4,9 @@ Pure functions on texts and arrays, so that a pool of processes and Apache Beam 
 in the order of the corpus stays. Near duplicates of documents 0 .. n - 1, in three steps:
 
 1. `signatures` of each batch of texts, anywhere; 4 bytes per permutation and document (512 with the defaults).
-2. Per band, documents with the same `band_keys` are a group, and `group_pairs` compares those in it. On Beam this is a
-   GroupByKey on (band, key); `near_duplicates` does it for all bands with one sort each (24 bytes per document).
+2. Per band, documents with the same `band_keys` are a group, and `group_pairs` compares those in it; m documents that
+   all differ cost m^2 / 2 comparisons. On Beam this is a GroupByKey on (band, key), best first of the indices alone,
+   since most groups are of one document. `near_duplicates` does it with a sort for each band.
 3. `components` of all pairs (16 bytes each): duplicates of duplicates belong together.
 
 Sets: the n-grams of `ngrams`, words or Chinese characters. Two documents whose sets have the Jaccard similarity
@@ -27,7 +28,7 @@ from pydantic import Field
 from jaxllm.core.config import Config
 from jaxllm.data.ngrams import constants, mix, units, windows
 
-PAIRS_AT_ONCE = 1 << 14  # whose signatures are compared: 16 MiB
+ROWS_AT_ONCE = 1 << 14  # signatures worked on at once: 8 MiB
 BAND_RECALL = 0.95  # of the pairs exactly at the threshold that share a band; more rows would find fewer
 _SEPARATOR = {"line": re.compile("(\n+)"), "blank_line": re.compile("(\n[ \t\u3000]*\n\\s*)")}
 
@@ -134,10 +135,12 @@ def band_keys(rows: np.ndarray, config: DedupConfig) -> np.ndarray:
 
 
 def _band_key(rows: np.ndarray, band: int, config: DedupConfig) -> np.ndarray:
-    _, size = bands(config.threshold, config.permutations)
-    factors = constants(size)
-    values = rows[:, band * size : (band + 1) * size].astype(np.uint64)
-    return mix((mix(values + factors) * factors).sum(axis=1, dtype=np.uint64))
+    size = bands(config.threshold, config.permutations).rows
+    factors, keys = constants(size), np.empty(len(rows), np.uint64)
+    for at in range(0, len(rows), ROWS_AT_ONCE):
+        values = rows[at : at + ROWS_AT_ONCE, band * size : (band + 1) * size].astype(np.uint64)
+        keys[at : at + ROWS_AT_ONCE] = mix((mix(values + factors) * factors).sum(axis=1, dtype=np.uint64))
+    return keys
 
 
 def group_pairs(indices: np.ndarray, rows: np.ndarray, config: DedupConfig) -> np.ndarray:
@@ -155,17 +158,17 @@ def group_pairs(indices: np.ndarray, rows: np.ndarray, config: DedupConfig) -> n
 def near_duplicates(rows: np.ndarray, config: DedupConfig) -> np.ndarray:
     """Return for each signature, uint32[n, P], the index of the first of its cluster, int64[n]; itself for the first.
 
-    `rows` may be a memory map.
+    `rows` may be a memory map. Needs about 80 bytes per document beside it.
     """
-    found = []
+    root = np.arange(len(rows))
     for band in range(bands(config.threshold, config.permutations).count):
         keys = _band_key(rows, band, config)
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
         shared = np.append(same, False) | np.append(False, same)[: len(order)]
         groups = np.append(0, np.cumsum(~same))[: len(order)]
-        found.append(_pairs(order[shared], groups[shared], rows, config))
-    return components(np.concatenate(found), len(rows))
+        root = join(root, _pairs(order[shared], groups[shared], rows, config))
+    return root
 
 
 def _pairs(indices: np.ndarray, groups: np.ndarray, rows: np.ndarray, config: DedupConfig) -> np.ndarray:
@@ -182,7 +185,7 @@ def _pairs(indices: np.ndarray, groups: np.ndarray, rows: np.ndarray, config: De
 
 def similarity(rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Return the estimated Jaccard similarity of pairs int64[k, 2], float64[k]: the share of equal values."""
-    pieces = [pairs[at : at + PAIRS_AT_ONCE] for at in range(0, len(pairs), PAIRS_AT_ONCE)]
+    pieces = [pairs[at : at + ROWS_AT_ONCE] for at in range(0, len(pairs), ROWS_AT_ONCE)]
     return np.concatenate([[], *((rows[each[:, 0]] == rows[each[:, 1]]).mean(axis=1) for each in pieces)])
 
 
@@ -192,7 +195,12 @@ def components(pairs: np.ndarray, count: int) -> np.ndarray:
     Args:
       pairs: int64[k, 2] of nodes, in any order.
     """
-    root = np.arange(count)
+    return join(np.arange(count), pairs)
+
+
+def join(root: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the `components` in which `pairs` are joined too."""
+    root = root.copy()
     while len(pairs):
         ends = np.sort(root[pairs], axis=1)
         pairs = pairs[ends[:, 0] != ends[:, 1]]
