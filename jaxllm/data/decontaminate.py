@@ -37,12 +37,12 @@ class Hit(NamedTuple):
     Attributes:
       index: of the text.
       sources: the evaluation sources that it met.
-      cut: the text without the lines that the overlaps touch; "" if nothing is left.
+      left: "" if the document is dropped, else the text without the lines that the overlaps touch.
     """
 
     index: int
     sources: tuple[str, ...]
-    cut: str
+    left: str
 
 
 class Evaluation:
@@ -57,7 +57,7 @@ class Evaluation:
     """
 
     def __init__(self, texts: Iterable[tuple[str, str]], config: DecontaminateConfig):
-        pairs = list(texts)
+        self.config, pairs = config, list(texts)
         self._sources = list(dict.fromkeys(source for source, _ in pairs))
         of_text = np.array([self._sources.index(source) for source, _ in pairs], np.int32)
         collected: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -85,8 +85,11 @@ class Evaluation:
                 for owner, begin, end, source in _overlaps(found, size, table):
                     spans.setdefault(owner, []).append((begin, end))
                     met.setdefault(owner, set()).add(source)
-        named = {index: tuple(self._sources[source] for source in sorted(met[index])) for index in sorted(spans)}
-        return [Hit(index, sources, _cut(texts[index], spans[index])) for index, sources in named.items()]
+        cut = self.config.action == "cut"
+        return [
+            Hit(index, tuple(self._sources[source] for source in sorted(met[index])), _cut(texts[index], at) * cut)
+            for index, at in sorted(spans.items())
+        ]
 
 
 def _table(keys: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from jaxllm.data.decontaminate import DecontaminateConfig, Evaluation, Hit
 
 EN = "Janet sells sixteen eggs a day at the farmers market and bakes muffins for all her friends"
 ZH = "小明有十六个鸡蛋，每天早上吃三个，剩下的都拿到市场上去卖。"
-CONFIG = DecontaminateConfig()
+CONFIG = DecontaminateConfig(action="cut")
 
 
 def evaluation(config=CONFIG):
@@ -43,9 +43,9 @@ def test_short_texts_are_looked_for_as_a_whole_down_to_a_length():
 def test_an_overlap_across_lines_takes_all_of_them():
     words = EN.split()
     text = "first\n" + "\n".join([" ".join(words[:5]), " ".join(words[5:9]), " ".join(words[9:])]) + "\nlast\n"
-    assert evaluation().hits([text])[0].cut == "first\nlast"
+    assert evaluation().hits([text])[0].left == "first\nlast"
     head = " ".join(words[:13])
-    assert evaluation().hits([f"a\n{head}\nb c d e f g h\n"])[0].cut == "a\nb c d e f g h"
+    assert evaluation().hits([f"a\n{head}\nb c d e f g h\n"])[0].left == "a\nb c d e f g h"
 
 
 def test_overlaps_deep_in_a_long_text_and_after_pickling():
@@ -55,6 +55,10 @@ def test_overlaps_deep_in_a_long_text_and_after_pickling():
     hits = found.hits(["x", text[:at] + EN + "\n" + text[at:]])
     assert hits == [Hit(1, ("gsm8k",), text)]
     assert found.hits([text]) == []
+
+
+def test_drop_leaves_nothing():
+    assert evaluation(DecontaminateConfig()).hits(["a", f"b\n{EN}\nc"]) == [Hit(1, ("gsm8k",), "")]
 
 
 def test_no_evaluation_text_meets_nothing():
