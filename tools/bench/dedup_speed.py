@@ -5,7 +5,8 @@
 Real English and Chinese texts, every other one with a copy in which some words or characters were replaced, left out or
 put in, so that similarities from 0.4 to 1 occur. The truth is the exact Jaccard similarity of all pairs of sets of
 5-grams, made by other code than the library's (a regular expression and Python sets). datasketch has the same bands,
-rows and permutations, xxhash as its hash function, and compares signatures as we do. One thread each.
+rows and permutations, xxhash as its hash function, and compares signatures as we do. One thread each. Then questions of
+evaluation sets are put into documents, and looked for.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from machine import busy_s, compare, describe, foreign_share, report, warn
 from scipy.sparse import csr_matrix
 
 from jaxllm.data import dedup
+from jaxllm.data.decontaminate import DecontaminateConfig, Evaluation
 from jaxllm.data.dedup import DedupConfig
 
 CONFIG = DedupConfig(near=True)
@@ -50,6 +52,9 @@ def main() -> int:
         texts = with_copies(read(Path(arguments.data)), glue=" " if name == "English" else "")
         result[name] = {"quality": quality(texts), "speed": speed(texts, arguments.pairs)}
         show(name, result[name])
+    result["decontamination"] = decontamination(Path(arguments.data))
+    sys.stdout.write("\ndecontamination: ")
+    sys.stdout.write(", ".join(f"{key} {value:.4g}" for key, value in result["decontamination"].items()) + "\n")
     warn([share for name in ("English", "Chinese") for share in result[name]["speed"]["foreign"]], "PASSIVE")
     report(result, arguments.out)
     return 0
@@ -209,6 +214,39 @@ def speed(texts: list[str], pairs: int) -> dict:
                 foreign.append(foreign_share(busy, time.process_time() - cpu, wall[name][-1]))
     ratios = {name: compare(seconds, wall["ours"]) for name, seconds in wall.items() if name != "ours"}
     return {"wall_s": wall, "ratio": ratios, "foreign": foreign}
+
+
+def decontamination(data: Path) -> dict:
+    """Put questions of evaluation sets, in capitals or without punctuation, into documents, and find them again."""
+    rng = random.Random(0)
+    asked = [("gsm8k", row["question"]) for row in jsonl(data / "instruct/gsm8k_train_2500.jsonl")]
+    contexts: set[str] = set()
+    for name in ("xquad_en_32", "xquad_zh_32", "cmrc2018_trial"):
+        pages = json.loads((data / f"qa/{name}.json").read_text())["data"]
+        asked += [(name, q["question"]) for page in pages for part in page["paragraphs"] for q in part["qas"]]
+        contexts.update(squad(data / f"qa/{name}.json"))
+    clean = [text for text in (*english(data), *chinese(data)) if text.strip()]
+    texts, put = list(clean), {}
+    plain = str.maketrans(dict.fromkeys(",.?!，。？！", " "))
+    for index in rng.sample(range(len(texts)), 1000):
+        put[index] = rng.choice(asked)
+        question = put[index][1]
+        disguised = rng.choice((question, question.upper(), question.translate(plain)))
+        texts[index] += f"{rng.choice((' ', chr(10)))}{disguised}{rng.choice((' ', chr(10)))}{clean[-index][:50]}"
+    evaluation = Evaluation(asked, DecontaminateConfig())
+    start = time.perf_counter()
+    hits = evaluation.hits(texts)
+    seconds = time.perf_counter() - start
+    wanted = {index for index, (_, question) in put.items() if len(UNIT.findall(question)) >= 8}
+    others = [hit.index for hit in hits if hit.index not in put]
+    return {
+        "questions put in that are looked for": len(wanted),
+        "found": len(wanted & {hit.index for hit in hits}),
+        "under their source": sum(hit.index in wanted and put[hit.index][0] in hit.sources for hit in hits),
+        "other documents reported": len(others),
+        "of them paragraphs that a question is about": sum(clean[index] in contexts for index in others),
+        "megabytes per second": sum(len(text.encode()) for text in texts) / 1e6 / seconds,
+    }
 
 
 def show(name: str, result: dict) -> None:
