@@ -46,7 +46,7 @@ class Hit(NamedTuple):
 
 
 class Evaluation:
-    """The n-grams of evaluation texts, 12 bytes each and 4 MiB; can be pickled, so that workers share it.
+    """The n-grams of evaluation texts, 12 bytes each, and 4 MiB for each length; can be pickled for workers.
 
     Args:
       texts: (source, text); where two sources have the same n-gram, the first one is named.
