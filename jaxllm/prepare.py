@@ -4,6 +4,7 @@ examples:
   python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --vocab-size 16000 --out data/books
   python -m jaxllm.prepare --jsonl news.jsonl:body --jsonl forum.jsonl:post --tokenizer data/books --out data/web
   python -m jaxllm.prepare --chat --jsonl alpaca.jsonl --jsonl math.jsonl:question,answer --tokenizer data/books --out d
+  python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --compare bpe:8000,bpe:16000,unigram:8000,bytes
   python -m jaxllm.prepare RECIPE.yaml clean.min_chars=200 seed=1
 """
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.core import config as configs
     from jaxllm.core import schema
     from jaxllm.data import prepare, report
+    from jaxllm.data.pieces_training import TokenizerConfig
 
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.help:
@@ -34,6 +36,12 @@ def main(argv: list[str] | None = None) -> int | None:
     from rich.console import Console
 
     console = Console()
+    if arguments.compare:
+        from jaxllm.data import compare
+
+        specs, size = arguments.compare.split(","), TokenizerConfig().sample_bytes
+        compare.show(compare.compare(specs, compare.read(config), size), console)
+        return None
     report.show(prepare.prepare(config, console), console)
     return None
 
@@ -54,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = "bpe or unigram (train one), bytes, or the path of a tokenizer, dataset, run or .model file"
     add("--tokenizer", metavar="T", help=tokenizer)
     add("--vocab-size", dest="tokenizer.vocab_size", metavar="N", type=int, help="ids of a trained tokenizer")
+    compared = "make no dataset, but a table of these: bpe:8000,unigram:8000,bytes,PATH (trained on nine tenths)"
+    add("--compare", metavar="T,T", help=compared)
     add("--out", metavar="DIR", help="dataset directory to make")
     held_out = "documents to hold out: a share if below 1, else a number (default: 0.01)"
     add("--validation", metavar="X", type=float, help=held_out)
@@ -101,8 +111,9 @@ def _inputs(arguments: argparse.Namespace) -> list[str]:
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
     """All other flags, in the notation of overrides."""
-    own = ("help", "text", "split", "jsonl", "pydocs", "world", "tokenizer")
+    own = ("help", "compare", "text", "split", "jsonl", "pydocs", "world", "tokenizer")
     settings = {key: value for key, value in vars(arguments).items() if key not in own}
+    settings["out"] = arguments.out or ("nowhere" if arguments.compare else None)  # a comparison writes nothing
     match arguments.tokenizer:
         case "bpe" | "unigram" as algorithm:
             settings |= {"tokenizer.kind": "train", "tokenizer.algorithm": algorithm}
