@@ -24,7 +24,8 @@ from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.layout import choose_layout
 from jaxllm.inference.sampling import Sampler
-from jaxllm.inference.text import TextStream
+from jaxllm.inference.search import Search
+from jaxllm.inference.text import TextStream, cut, finisher
 from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.accounting import param_count
 from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
@@ -111,27 +112,27 @@ class LanguageModel:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008
-        num_samples: int = 1, stop: Sequence[str] = (),
+        num_samples: int = 1, stop: Sequence[str] = (), num_beams: int = 1, length_penalty: float = 1.0,
     ) -> list[Generation]:  # fmt: skip
         """Continue or answer each prompt `num_samples` times; the answers of a prompt stand together, in its place.
 
         Args:
           prompts: a string is continued; a list of messages is answered in the chat template.
           stop: an answer ends before the first of these strings.
+          num_beams, length_penalty: > 1 searches for the likeliest answers (`Search`), with a sampler of temperature 0.
         Raises:
-          ValueError: an empty or too long prompt, num_samples < 1, an empty stop string.
+          ValueError: an empty or too long prompt, num_samples < 1 or more than a search finds, an empty stop string, a
+            search with a sampler that draws.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1")
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
         limits = self._limits(max_new_tokens, stop)
-        self.decoder.check([Request(row) for row in rows], limits)  # names prompts by the caller's own numbers
-        requests = [Request(row, sample) for row in rows for sample in range(num_samples)]
-        completions = self.decoder.generate(requests, sampler, limits)
+        search = Search(num_beams=num_beams, length_penalty=length_penalty)
+        found = self.decoder.answer([Request(row) for row in rows], num_samples, sampler, limits, search)
         return [
-            self._generation(completion, stop)._replace(prompt=i // num_samples, sample=i % num_samples)
-            for i, completion in enumerate(completions)
+            generation(completion, TextStream(self.tokenizer.stream(), stop))._replace(prompt=prompt, sample=sample)
+            for prompt, completions in enumerate(found)
+            for sample, completion in enumerate(completions)
         ]
 
     def chat(
@@ -205,25 +206,15 @@ class LanguageModel:
         return f"LanguageModel({size:,} parameters in {dtype}, {'chat' if self.is_chat else 'no chat'})"
 
     def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
-        if isinstance(stop, str) or "" in stop:
-            raise ValueError(f"stop={stop!r} must be a list of strings that are not empty")
+        return Limits(max_new_tokens, self.stop_ids, finisher(self.tokenizer.decode, stop))
 
-        def finished(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens)
-            return any(string in text for string in stop)
 
-        return Limits(max_new_tokens, self.stop_ids, finished if stop else None)
-
-    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
-        """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""
-        text = TextStream(self.tokenizer.stream(), stop)
-        pieces: list[str] = []
-        for count, token in enumerate(completion.tokens, 1):
-            pieces.append(text.push(token))
-            if text.stopped:
-                kept = "".join(pieces)
-                return Generation(kept, completion.tokens[:count], completion.logprobs[:count], "stop")
-        return Generation("".join(pieces) + text.flush(), *completion)
+def generation(completion: Completion, text: TextStream) -> Generation:
+    """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""
+    found, count = cut(completion.tokens, text)
+    if count is None:
+        return Generation(found, *completion)
+    return Generation(found, completion.tokens[:count], completion.logprobs[:count], "stop")
 
 
 def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[str, Any]) -> None:

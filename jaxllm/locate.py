@@ -10,7 +10,7 @@ from jaxllm.core.gguf_file import is_gguf
 
 if TYPE_CHECKING:
     from jaxllm.huggingface import Described
-    from jaxllm.models.config import ModelConfig
+    from jaxllm.models.build import AnyConfig
 
 
 def locate(model: str | Path) -> tuple[Path, int | None]:
@@ -41,9 +41,11 @@ def is_huggingface(model: str | Path) -> bool:
     return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
 
 
-def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
+def look(model: str | Path, *, encoders: bool = False) -> "tuple[AnyConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
+    Args:
+      encoders: whether a model that has an encoder will do.
     Raises:
       ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly
         or that writes no text.
@@ -51,7 +53,7 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
     if is_huggingface(model):
         from jaxllm.huggingface import describe
 
-        found = describe(model)
+        found = describe(model, encoders=encoders)
         return found.config, found
     from jaxllm.recipe import load_recipe
 
