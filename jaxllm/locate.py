@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from jaxllm.core import files
 from jaxllm.core.gguf_file import is_gguf
+from jaxllm.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from jaxllm.huggingface import Described
-    from jaxllm.models.config import ModelConfig
+    from jaxllm.models.build import AnyConfig
 
 
 def locate(model: str | Path) -> tuple[Path, int | None]:
@@ -41,21 +42,25 @@ def is_huggingface(model: str | Path) -> bool:
     return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
 
 
-def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
+def look(model: str | Path, *, encoders: bool = False) -> "tuple[AnyConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
+    Args:
+      encoders: whether a model that has an encoder will do; else it must be one that continues text.
     Raises:
-      ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly
-        or that writes no text.
+      ValueError: MODEL is nothing that `locate` knows, or has an encoder and must not, or is a Hugging Face model that
+        cannot be computed exactly.
     """
     if is_huggingface(model):
         from jaxllm.huggingface import describe
 
-        found = describe(model)
+        found = describe(model, encoders=encoders)
         return found.config, found
     from jaxllm.recipe import load_recipe
 
     config = load_recipe(locate(model)[0]).model
-    if config.latent is not None:
+    if encoders or (isinstance(config, ModelConfig) and config.latent is None):
+        return config, model
+    if isinstance(config, ModelConfig):
         raise ValueError(f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate")
-    return config, model
+    raise ValueError(f"{model} has an encoder; jaxllm.load reads it, but here a model must continue text")
