@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int | None:
     describe.show_legend(console)
     for sample in samples:
         source, row = loader.locate(sample)
-        describe.show(loader.plans[source], row, tok, f"sample {sample}", console)
+        describe.show(loader.plans[source], row, tok, f"sample {sample}", console, loader.row(sample))
     return None
 
 

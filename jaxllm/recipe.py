@@ -209,7 +209,7 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
         (n_processes > 1 and devices % sizes["tensor"],
          (f"mesh.tensor={recipe.mesh.tensor} spans processes of {devices} devices each, and the rows of a batch cannot "
          "be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher")),
-        (monitor.prompts and monitor.sample_tokens >= model.max_seq_len,
+        (monitor.prompts and monitor.sample_tokens >= model.max_seq_len and not isinstance(model, EncoderConfig),
          f"monitor.sample_tokens={monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"),
     ]  # fmt: skip
     if found := [text for wrong, text in problems if wrong]:

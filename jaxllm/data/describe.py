@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxllm.core.wording import count
+from jaxllm.data.loader import AnyBatch
 from jaxllm.data.packing import Plan
+from jaxllm.data.pairs import LabelPlan, PairPlan
 from jaxllm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,13 +33,22 @@ class Segment(NamedTuple):
     spans: tuple[tuple[str, bool], ...]
 
 
-def segments(plan: Plan, index: int, tokenizer: Tokenizer) -> Iterator[Segment]:
-    """Yield the segments of row `index`: of each its first input, then the targets with their weights."""
-    batch = plan.row(index)
+def segments(plan: Plan, index: int, tokenizer: Tokenizer, row: AnyBatch | None = None) -> Iterator[Segment]:
+    """Yield the segments of row `index`: of each what is only read first, then the targets with their weights.
+
+    Args:
+      row: the row as the loader gives it, with hidden tokens; None: as the plan does.
+    """
+    row = plan.row(index) if row is None else row
     for number, document in enumerate(plan.documents(index).tolist(), start=1):
-        [where] = np.nonzero(batch.segments == number)
-        ids = [int(batch.tokens[where[0]]), *batch.targets[where].tolist()]
-        trained = [False, *(batch.weights[where] > 0).tolist()]
+        [where] = np.nonzero(row.segments == number)
+        if isinstance(plan, PairPlan | LabelPlan):
+            source, target = plan.sides.of(document)
+            ids, trained = [*source.tolist(), *target.tolist()], [False] * len(source) + [True] * len(target)
+        else:
+            first = row.tokens[where[: plan.shift]].tolist()  # hidden tokens are targets where they stand
+            ids = [*first, *row.targets[where].tolist()]
+            trained = [*[False] * len(first), *(row.weights[where] > 0).tolist()]
         yield Segment(
             document, **plan.dataset.origin(document), n_tokens=len(where), spans=tuple(_spans(ids, trained, tokenizer))
         )
@@ -51,7 +62,9 @@ def _spans(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> Iterato
         yield "".join(parts) + stream.flush(), learn
 
 
-def show(plan: Plan, index: int, tokenizer: Tokenizer, title: str, console: "Console") -> None:
+def show(
+    plan: Plan, index: int, tokenizer: Tokenizer, title: str, console: "Console", row: AnyBatch | None = None
+) -> None:
     """Print a row: learned tokens green (in brackets without colour), context dim, the provenance before each segment.
 
     The text's own line ends are the only ones (`soft_wrap`): a terminal may wrap, a file shows what is trained on.
@@ -62,7 +75,7 @@ def show(plan: Plan, index: int, tokenizer: Tokenizer, title: str, console: "Con
     before, after = ("", "") if _has_colors(console) else BRACKETS
     console.rule(f"[bold]{escape(title)}: {escape(str(plan.dataset.directory))}, row {index}", align="left")
     padding = plan.seq_len
-    for number, segment in enumerate(segments(plan, index, tokenizer), start=1):
+    for number, segment in enumerate(segments(plan, index, tokenizer, row), start=1):
         padding -= segment.n_tokens
         place = f"document {segment.document}, {segment.source}, {segment.location}"
         origin = f"-- segment {number}, {count(segment.n_tokens, 'token')}: {place}"

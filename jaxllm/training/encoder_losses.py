@@ -18,8 +18,8 @@ from jaxllm.training.losses import Sums, cross_entropy
 
 
 def masked_lm_sums(
-    params: Params, batch: Batch, config: EncoderConfig, compute: ComputeConfig, z: float = 0.0,
-    smoothing: float = 0.0, types: Int[Array, "B T"] | None = None,
+    params: Params, batch: Batch, config: EncoderConfig, compute: ComputeConfig,
+    types: Int[Array, "B T"] | None = None, *, z: float = 0.0, smoothing: float = 0.0,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats) summed over the weighted tokens of `batch`.
 
@@ -40,8 +40,8 @@ def masked_lm_sums(
 
 
 def class_sums(
-    params: Params, batch: LabelledTexts, config: EncoderConfig, compute: ComputeConfig, smoothing: float = 0.0,
-    types: Int[Array, "B T"] | None = None,
+    params: Params, batch: LabelledTexts, config: EncoderConfig, compute: ComputeConfig,
+    types: Int[Array, "B T"] | None = None, *, smoothing: float = 0.0,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats) of the right labels, summed over the weighted texts of `batch`.
 

@@ -37,9 +37,9 @@ def loss_sums(
     """
     match model, batch:
         case EncoderConfig(), LabelledTexts():
-            loss, nats = class_sums(params, batch, model, compute, smoothing)
+            loss, nats = class_sums(params, batch, model, compute, smoothing=smoothing)
         case EncoderConfig(), _:
-            loss, nats = masked_lm_sums(params, batch, model, compute, z, smoothing)
+            loss, nats = masked_lm_sums(params, batch, model, compute, z=z, smoothing=smoothing)
         case Seq2SeqConfig(), _:
             loss, nats = target_sums(params, batch, model, compute, z, smoothing)
         case _:
