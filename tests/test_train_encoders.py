@@ -242,18 +242,14 @@ def test_inspect_shows_what_is_learned(name, masked_run, capsys):
     learned = re.findall(f"{BRACKETS[0]}(.*?){BRACKETS[1]}", shown.partition("\n")[2])
     row = loader.row(0)
     if name == "labels":
-        assert learned == [row_label := load_recipe(run).model.head.labels[row.labels]]
-        assert [label for text, label in LABELLED.items() if f"{text}<eos>" in shown] == [row_label]
+        label = load_recipe(run).model.head.labels[row.labels]
+        assert learned == [f"{label}<eos>"]
+        assert [each for text, each in LABELLED.items() if f"\n{text}<eos>" in shown] == [label]
     elif name == "pairs":
-        assert all(WORDS[word] in shown for word in WORDS if f"{word}<eos>" in shown)
-        assert [each.removesuffix("<eos>") for each in learned] == [
-            WORDS[word] for word in re.findall(r"(?m)^(\w+)<eos>", shown)
-        ]
+        assert learned == [f"{WORDS[word]}<eos>" for word in re.findall(r"(?m)^(\w+)<eos>", shown)] != []
     else:
-        assert sum(len(each) for each in learned) == row.weights.sum()
-        assert "the " in re.sub(
-            "[\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}]", "", shown
-        )
+        assert sum(map(len, learned)) == row.weights.sum() > 0
+        assert any(f"<bos>{text}<eos>" in re.sub("|".join(BRACKETS), "", shown) for text in TEXTS)  # as it was
 
 
 def test_what_does_not_go_together_is_refused(masked_run):
