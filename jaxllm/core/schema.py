@@ -32,7 +32,9 @@ def sections(above: Section) -> Iterator[Section]:
         full_name = f"{above.name}.{name}".lstrip(".") + (".0" if get_origin(field.annotation) is tuple else "")
         for model in sorted(found, key=lambda model: not isinstance(default, model)):
             given = default if isinstance(default, model) else None
-            yield from sections(Section(full_name, model, field.description or "", given, kinds))
+            summary = (model.__doc__ or "").split("\n\n")[0] if kinds or len(found) > 1 else ""
+            text = " ".join(f"{field.description or ''}; {summary}".strip("; ").split())
+            yield from sections(Section(full_name, model, text, given, kinds))
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:
@@ -56,8 +58,15 @@ def keys(schema: type[BaseModel]) -> dict[str, list[str]]:
 def describe(schema: type[BaseModel]) -> str:
     """Return a text that lists every key with its meaning, type and default: a box per section and kind of section."""
     boxes: dict[tuple[str, type], str] = {}  # two optimizers have the same schedules: shown once, under the first
+    first: dict[type, str] = {}
+    repeated: list[str] = []  # sections like earlier ones elsewhere: one line each, and nothing of what is below them
     for section in sections(Section("", schema)):
-        if (section.name, section.model) not in boxes:
+        known = first.setdefault(section.model, section.name)
+        if known != section.name:
+            if not section.name.startswith(tuple(f"{name}." for name in repeated)):
+                repeated.append(section.name)
+                boxes[section.name, section.model] = f"{section.name}: {section.text}; its keys are those of {known}\n"
+        elif (section.name, section.model) not in boxes:
             boxes[section.name, section.model] = _box(section)
     return "".join(boxes.values())
 
@@ -77,9 +86,7 @@ def _box(section: Section) -> str:
         elif not models(field.annotation):
             fields[name] = (field.annotation, Field(default, description=field.description))
     if section.name:
-        summary = (section.model.__doc__ or "").split("\n\n")[0] if section.kinds else ""
-        text = " ".join(f"{section.text}; {summary}".strip("; ").split())
-        fields = {section.name: (create_model("Section", **fields), Field(description=text))}
+        fields = {section.name: (create_model("Section", **fields), Field(description=section.text))}
     out = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)  # tyro draws what this can show
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         config = (tyro.conf.FlagConversionOff,)

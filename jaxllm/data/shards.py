@@ -126,12 +126,16 @@ class Dataset:
     def trained(self, document: int) -> Bool[np.ndarray, "T"]:
         """For chat, which of those tokens belong to an answer; for text, all but the first token of the document."""
         if self.kind == "chat":
-            return self._read(self._trained, int(self.starts[document]), int(self.starts[document + 1]))
+            return self.marks(int(self.starts[document]), int(self.starts[document + 1]))
         return np.arange(self.lengths[document]) > 0
 
     def stream(self, start: int, stop: int) -> Int[np.ndarray, "T"]:
         """Tokens [start, stop) of all documents in a row, across shards; a view where one shard holds them."""
         return self._read(self._tokens, start, stop)
+
+    def marks(self, start: int, stop: int) -> Bool[np.ndarray, "T"]:
+        """Which of the tokens of `stream`, of conversations, belong to an answer."""
+        return self._read(self._trained, start, stop)
 
     def origin(self, document: int) -> dict[str, str]:
         """{"source", "location"} of one document."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxllm.core import rng
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.decoder import Transformer
 from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import EncoderConfig
@@ -25,8 +25,7 @@ _CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2Seq
 
 
 def _class(config: AnyConfig) -> type[AnyModel]:
-    is_vae = isinstance(config, ModelConfig) and config.latent is not None
-    return TransformerVae if is_vae else _CLASSES[type(config)]
+    return TransformerVae if is_vae(config) else _CLASSES[type(config)]
 
 
 def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:

@@ -177,6 +177,11 @@ class ModelConfig(Config):
         return self.mla.value_dim if self.mla else self.head_width
 
 
+def is_vae(config: Config) -> bool:
+    """Whether the configuration of a model is that of a variational autoencoder."""
+    return isinstance(config, ModelConfig) and config.latent is not None
+
+
 class ComputeConfig(Config):
     """How the same model is computed: precision and memory, nothing that changes what it is."""
 
