@@ -14,12 +14,13 @@ from jaxllm.core.files import misspelt, read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.shards import read_manifest
+from jaxllm.layers.config import Experts
 from jaxllm.locate import look
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
-from jaxllm.training.config import AdamW, CheckpointConfig, MonitorConfig, OptimConfig, StepConfig
+from jaxllm.training.config import AdamW, CheckpointConfig, Elbo, MonitorConfig, OptimConfig, StepConfig
 
 FILE_NAME = "recipe.yaml"
 
@@ -121,7 +122,8 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     Args:
       vocab_size: ids of the datasets' tokenizer.
     """
-    model, data, monitor = recipe.model, recipe.data, recipe.monitor
+    model, data, monitor, elbo = recipe.model, recipe.data, recipe.monitor, recipe.step.elbo
+    experts = model.ffn if isinstance(model.ffn, Experts) else None
     rows, rest = divmod(data.batch_size, recipe.step.accumulate)
     sizes = axis_sizes(recipe.mesh, n_devices)
     parts, devices = batch_parts(sizes), n_devices // n_processes
@@ -137,6 +139,16 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
          "the first or raise the second")),
         (model.latent is not None and not data.packing.whole,
          "model.latent learns whole texts; set data.packing.whole=true"),
+        (model.latent is None and elbo != Elbo(),
+         "step.elbo is for a VAE, and model.latent is not set; leave one out or set the other"),
+        (elbo.period and elbo.period < elbo.warmup,
+         (f"step.elbo.period={elbo.period} ends before step.elbo.warmup={elbo.warmup}, so that the KL term never has "
+          "its whole weight; lower the second")),
+        (experts and experts.top_k == 1 and experts.renormalise,
+         ("model.ffn.top_k=1 with renormalise makes every weight 1, so that the loss teaches the router nothing; set "
+          "model.ffn.renormalise=false")),
+        (not (experts and experts.biased) and recipe.step.router_bias_step != StepConfig().router_bias_step,
+         "step.router_bias_step is for model.ffn.biased, which is not set; leave one out or set the other"),
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
          (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "

@@ -72,14 +72,15 @@ class Run:
         tokenizer, longest = tokenizers.load(self.loader.tokenizer_dir), self.recipe.model.max_seq_len
         for number, prompt in enumerate(self.recipe.monitor.prompts):
             asked = [{"role": "user", "content": prompt}]
-            if self.is_chat:
+            vae = self.recipe.model.latent is not None
+            if self.is_chat and not vae:
                 length = len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
             else:
-                length = 1 + len(tokenizer.encode(prompt))  # after bos
-            if length >= longest:
+                length = (1 if vae else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
+            if not 0 < length < longest:
                 raise ValueError(
-                    f"monitor.prompts.{number} has {length} tokens, and model.max_seq_len={longest} must leave room for"
-                    f" an answer; shorten it: {prompt[:60]!r}"
+                    f"monitor.prompts.{number} has {length} tokens; with room for an answer, model.max_seq_len="
+                    f"{longest} takes 1 to {longest - 1}: {prompt[:60]!r}"
                 )
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
@@ -182,12 +183,12 @@ class Run:
         parts = self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer")
         monitor = self.recipe.monitor
         if self.recipe.model.latent is not None:
-            vae = VAE(*parts)
+            vae = VAE(*parts, compute=self.recipe.compute)
             texts = vae.decode(vae.encode(monitor.prompts).mean, max_new_tokens=monitor.sample_tokens)
             for prompt, text in zip(monitor.prompts, texts, strict=True):
                 self.log.sample(step, prompt, text)
             return
-        model = LanguageModel(*parts, chat=self.is_chat)
+        model = LanguageModel(*parts, chat=self.is_chat, compute=self.recipe.compute)
         for prompt in monitor.prompts:
             answer = model.respond(prompt, max_new_tokens=monitor.sample_tokens, sampler=Sampler(temperature=0.0))
             self.log.sample(step, prompt, answer.text)

@@ -13,7 +13,7 @@ from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Tensors, Writer
 from jaxllm.hf.rows import sizes_of
 from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
-from jaxllm.models.build import AnyConfig, Params, abstract_params
+from jaxllm.models.build import EXACT, AnyConfig, Params, abstract_params
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> None:
@@ -53,7 +53,8 @@ def read_params(
 
     Args:
       shardings: tree of the parameters; None: one device.
-      dtype: of the parameters; None: as stored.
+      dtype: of the parameters; None: as stored. Those of `EXACT` are never narrowed: two experts that score alike would
+        change places.
     """
     match(checkpoint, rows, config)
     by_name, sizes = {row.ours: row for row in rows}, sizes_of(config)
@@ -63,7 +64,8 @@ def read_params(
         row, sharding = by_name[name], places.get(name)
         tensors = names(row, sizes)
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
-        wanted = dtype or checkpoint.stored[tensors[0]].dtype
+        kept = checkpoint.stored[tensors[0]].dtype
+        wanted = jnp.promote_types(dtype or kept, kept) if name.endswith(EXACT) else dtype or kept
         if not stacked(row):
             return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
         indices = np.ndindex(leaf.shape[: stacked(row)])
