@@ -41,9 +41,11 @@ def is_huggingface(model: str | Path) -> bool:
     return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
 
 
-def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
+def look(model: str | Path, *, vaes: bool = False) -> "tuple[ModelConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
+    Args:
+      vaes: whether a VAE will do.
     Raises:
       ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly
         or that writes no text.
@@ -56,6 +58,9 @@ def look(model: str | Path) -> "tuple[ModelConfig, str | Path | Described]":
     from jaxllm.recipe import load_recipe
 
     config = load_recipe(locate(model)[0]).model
-    if config.latent is not None:
-        raise ValueError(f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate")
+    if config.latent is not None and not vaes:
+        raise ValueError(
+            f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate, or evaluate "
+            "it with --tasks perplexity"
+        )
     return config, model

@@ -12,6 +12,7 @@ import jaxllm
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.shards import Dataset
 from jaxllm.data.sources import JsonLines
+from jaxllm.evaluate import main as evaluate
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.locate import look
@@ -126,6 +127,22 @@ def test_the_ends_of_a_line_are_the_reconstructions(vae, run):
     assert (line[0], line[-1]) == (one, other)
     with pytest.raises(ValueError, match="steps=1 must be"):
         vae.interpolate(one, other, 1)
+
+
+def test_evaluate_measures_the_bound_of_the_run_with_its_parts_and_nothing_else(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    for data in ([], ["--data", "data", "--seq-len", "24"]):
+        flags = ["--tasks", "perplexity", "--batch-size", "8", *data]
+        assert evaluate(["run", *flags, "--out", "found.json"]) is None
+        found = json.loads((run.parent / "found.json").read_text())["perplexity"]
+        last = [line for line in read(run / "metrics.jsonl") if "val_loss" in line][-1]
+        assert found["nats_per_token"] == pytest.approx(last["val_loss"], rel=1e-4)
+        assert {key: found[key] for key in ("kl", "reconstruction", "accuracy", "active_units")} == pytest.approx(
+            {key: last[f"val_{key}"] for key in ("kl", "reconstruction", "accuracy", "active_units")}, rel=1e-4
+        )
+    assert "nats of latent per text" in capsys.readouterr().out
+    assert evaluate(["run"]) == 2
+    assert "is a VAE and continues no text" in capsys.readouterr().err
 
 
 def test_what_is_no_vae_and_what_a_vae_is_not_are_refused(vae, run, monkeypatch):
