@@ -14,6 +14,7 @@ from jaxllm.core.files import misspelt, read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.shards import read_manifest
+from jaxllm.layers.config import Experts
 from jaxllm.locate import look
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
@@ -21,7 +22,7 @@ from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
-from jaxllm.training.config import AdamW, CheckpointConfig, MonitorConfig, OptimConfig, StepConfig
+from jaxllm.training.config import AdamW, CheckpointConfig, Elbo, MonitorConfig, OptimConfig, StepConfig
 
 FILE_NAME = "recipe.yaml"
 
@@ -182,7 +183,8 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     Args:
       vocab_size: ids of the datasets' tokenizer.
     """
-    model, data, monitor = recipe.model, recipe.data, recipe.monitor
+    model, data, monitor, elbo = recipe.model, recipe.data, recipe.monitor, recipe.step.elbo
+    experts = ffn if isinstance(ffn := getattr(model, "ffn", None), Experts) else None
     rows, rest = divmod(data.batch_size, recipe.step.accumulate)
     sizes = axis_sizes(recipe.mesh, n_devices)
     parts, devices = batch_parts(sizes), n_devices // n_processes
@@ -202,6 +204,16 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
         (is_vae(model) and recipe.step.label_smoothing > 0,
          "step.label_smoothing: the loss of a VAE is a bound, which has no room for it; set it to 0"),
         *_objective_problems(recipe),
+        (not is_vae(model) and elbo != Elbo(),
+         "step.elbo is for a VAE, and model.latent is not set; leave one out or set the other"),
+        (elbo.period and elbo.period < elbo.warmup,
+         (f"step.elbo.period={elbo.period} ends before step.elbo.warmup={elbo.warmup}, so that the KL term never has "
+          "its whole weight; lower the second")),
+        (experts and experts.top_k == 1 and experts.renormalise,
+         ("model.ffn.top_k=1 with renormalise makes every weight 1, so that the loss teaches the router nothing; set "
+          "model.ffn.renormalise=false")),
+        (not (experts and experts.biased) and recipe.step.router_bias_step != StepConfig().router_bias_step,
+         "step.router_bias_step is for model.ffn.biased, which is not set; leave one out or set the other"),
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
          (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "

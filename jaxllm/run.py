@@ -86,14 +86,15 @@ class Run:
             return
         for number, prompt in enumerate(self.recipe.monitor.prompts):
             asked = [{"role": "user", "content": prompt}]
-            if self.is_chat:
+            vae = is_vae(model)
+            if self.is_chat and not vae:
                 length = len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
             else:
-                length = 1 + len(tokenizer.encode(prompt))  # after bos
-            if length >= longest:
+                length = (1 if vae else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
+            if not 0 < length < longest:
                 raise ValueError(
-                    f"monitor.prompts.{number} has {length} tokens, and model.max_seq_len={longest} must leave room for"
-                    f" an answer; shorten it: {prompt[:60]!r}"
+                    f"monitor.prompts.{number} has {length} tokens; with room for an answer, model.max_seq_len="
+                    f"{longest} takes 1 to {longest - 1}: {prompt[:60]!r}"
                 )
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
@@ -197,7 +198,7 @@ class Run:
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
         parts = self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer")
-        model = of_run(*parts, chat=self.is_chat)
+        model = of_run(*parts, chat=self.is_chat, compute=self.recipe.compute)
         for prompt in self.recipe.monitor.prompts:
             self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))
 

@@ -21,6 +21,7 @@ AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
 AnyModel = Transformer | TransformerEncoder | Seq2Seq | TransformerVae
 Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
 STACKS = ("dense_blocks", "blocks")  # names in it, by `ModelConfig.stacks`
+EXACT = ("router", "choice_bias", "relative/table")  # parameters that are read in float32, whatever a model computes in
 _CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2SeqConfig: Seq2Seq}
 
 

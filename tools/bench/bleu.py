@@ -1,6 +1,7 @@
 """python tools/bench/bleu.py MODEL PAIRS.jsonl SOURCE TARGET: BLEU of an encoder-decoder's greedy translations.
 
-Corpus BLEU with one reference. Words are runs of letters and digits, each other character is one of its own; case counts.
+Corpus BLEU with one reference. Words are runs of letters and digits, each other character is one of its own; case
+counts.
 """
 
 import argparse
