@@ -8,7 +8,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from pydantic import Field
@@ -83,7 +83,7 @@ class Cleaner:
         text = self._text(document.text, document)
         if text is None or self._is_copy(text, repr(text[:60]), document):
             return None
-        return Document(text, document.source, document.location)
+        return replace(document, text=text)
 
     def conversation(self, conversation: Conversation) -> Conversation | None:
         """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it.
@@ -101,7 +101,7 @@ class Cleaner:
         text = json.dumps([{message.role: message.content} for message in messages], ensure_ascii=False)
         if self._is_copy(text, text[:60], conversation):
             return None
-        return Conversation(tuple(messages), conversation.source, conversation.location)
+        return replace(conversation, messages=tuple(messages))
 
     def _text(self, text: str, owner: Document | Conversation) -> str | None:
         for name, rule in self._rules.items():
