@@ -12,7 +12,8 @@ import stat
 import tarfile
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from jaxllm.core.extras import extra
@@ -81,36 +82,57 @@ def length(path: str) -> int | None:
 
 
 def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield (member, unpacked content) for a file or the members of an archive named as
+    """Yield (member, content) for a file or the members of an archive named as
     `kind` demands; a plain file has member "".
 
     Args:
       size: how much of the file is read, in bytes, so that what a writer appends meanwhile is not seen.
     """
     with open_file(path) as file:
-        if path.lower().endswith(".zip"):
-            yield from _zipped(file, _NAMES[kind])
-            return
         begin = Beginning(file, size)
-        yield from _tarred(_unpacked(begin), _NAMES[kind]) if _TAR.search(path) else [("", _unpacked(begin))]
+        if path.lower().endswith(".zip"):
+            yield from _wanted(_zipped(file), kind)
+        elif _TAR.search(path):
+            yield from _wanted(_tarred(unpacked(begin)), kind)
+        else:
+            yield "", begin
         if begin.grew:
             problems.notes[f"{path} grew while it was read: only its first {size:,} bytes are used"] += 1
 
 
-def _zipped(file: BinaryIO, wanted: re.Pattern) -> Iterator[tuple[str, BinaryIO]]:
+def _wanted(members: Iterable[tuple[str, Callable[[], BinaryIO]]], kind: str) -> Iterator[tuple[str, BinaryIO]]:
+    found = False
+    for name, open_member in members:
+        if _NAMES[kind].search(name):
+            found = True
+            yield name, open_member()
+    if not found:
+        raise OSError(f"no member of the archive is named as --{kind} demands")
+
+
+def _zipped(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            if wanted.search(info.filename):
-                with archive.open(info) as content:
-                    yield info.filename, _unpacked(content)
+            yield info.filename, partial(archive.open, info)
 
 
-def _tarred(file: BinaryIO, wanted: re.Pattern) -> Iterator[tuple[str, BinaryIO]]:
-    with tarfile.open(fileobj=file, mode="r|") as archive:
+def _tarred(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive:
         while (info := archive.next()) is not None:
             archive.members = []  # else memory grows with their number
-            if info.isfile() and wanted.search(info.name):
-                yield info.name, _unpacked(archive.extractfile(info))
+            if info.isfile():
+                yield info.name, partial(archive.extractfile, info)
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar archive, which ends with blocks of zeros; tarfile takes any end for one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
+            raise OSError("the archive is cut short") from error
 
 
 def open_file(path: str) -> BinaryIO:
@@ -118,9 +140,9 @@ def open_file(path: str) -> BinaryIO:
     return _path(path).open("rb")
 
 
-def lines(stream: BinaryIO, limit: int) -> Iterator[Line]:
+def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
     """Yield the lines, which end at newlines only; of each at most `limit` + 1 bytes, newline included."""
-    offset = number = 0
+    stream, offset, number = unpacked(content), 0, 0
     while data := stream.readline(limit + 1):
         size, end = len(data), data
         while not end.endswith(b"\n") and (end := stream.readline(BUFFER)):
@@ -151,7 +173,7 @@ class Beginning(io.RawIOBase):
         return count
 
 
-def _unpacked(content: BinaryIO) -> BinaryIO:
+def unpacked(content: BinaryIO) -> BinaryIO:
     """Decompress what looks compressed, whatever it is called."""
     stream = io.BufferedReader(content, BUFFER)
     head = stream.peek(16)

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from jaxllm.core.extras import extra
 from jaxllm.data.documents import Document
 from jaxllm.data.html import extract_text
-from jaxllm.data.input_files import Beginning, Line, lines, streams
+from jaxllm.data.input_files import Beginning, Line, lines, streams, unpacked
 from jaxllm.data.problems import Problems
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _without_front_matter(found: Iterator[Line]) -> Iterator[Line]:
 
 
 def _page(stream: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
-    data = stream.read(source.max_bytes + 1)
+    data = unpacked(stream).read(source.max_bytes + 1)
     text = problems.attempt(file, extract_text, data) if len(data) <= source.max_bytes else ""
     if text is not None:
         yield _Text("whole file", None, len(data), text)
@@ -121,7 +122,7 @@ def _archive(stream: BinaryIO, source, problems: Problems, file: str) -> Iterato
         from fastwarc.warc import ArchiveIterator, WarcRecordType
         from resiliparse.parse.encoding import bytes_to_str
     types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    ended, at = _Ended(stream), 0
+    ended, at = _Ended(unpacked(stream)), 0
     held: _Text | None = None  # until the next record shows that this one is whole
     try:
         for record in ArchiveIterator(ended, record_types=types, parse_http=True, auto_decode="all"):
@@ -132,13 +133,15 @@ def _archive(stream: BinaryIO, source, problems: Problems, file: str) -> Iterato
                 return
             kind = record.http_content_type or record.headers.get("Content-Type", "no type").partition(";")[0]
             status = record.http_headers.status_code if record.http_headers else 200
-            if status // 100 != 2 or kind not in _PAGES:
-                problems.notes[f"WARC records left out: {kind if status // 100 == 2 else f'status {status}'}"] += 1
+            good = status and status // 100 == 2
+            if not good or kind not in _PAGES:
+                problems.notes[f"WARC records left out: {kind if good else f'status {status}'}"] += 1
                 continue
             location, size = f"record {record.headers.get('WARC-Target-URI')}", record.content_length
             data = record.reader.read(source.max_bytes + 1) if size <= source.max_bytes else b""
             if data and record.http_charset:
-                data = bytes_to_str(data, record.http_charset)
+                with suppress(LookupError):  # no such encoding
+                    data = bytes_to_str(data, record.http_charset)
             text = problems.attempt(f"{file}, {location}", extract_text, data) if kind in _HTML else data
             if text is not None:
                 held = _Text(location, at, max(size, len(data)), text, record.record_id)

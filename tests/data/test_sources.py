@@ -66,7 +66,7 @@ def test_globs_are_sorted_and_deep(tmp_path):
     assert [document.text for document in read(TextFiles(path=f"{tmp_path}/odd[1].txt"))] == ["literal"]
     assert [document.text for document in read(TextFiles(path=f"{tmp_path}/sub"))] == ["sub/a.txt"]
     with pytest.raises(
-        FileNotFoundError, match=r"named as --jsonl demands; its 5 files end in \.md, \.txt; .*/\*\*/\*'"
+        FileNotFoundError, match=r"named as --jsonl demands; its 6 files end in \.md, \.txt; .*/\*\*/\*'"
     ):
         read(RowFiles(path=str(tmp_path)))
 
