@@ -4,6 +4,7 @@ examples:
   python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --vocab-size 16000 --out data/books
   python -m jaxllm.prepare --jsonl news.jsonl:body --jsonl forum.jsonl:post --tokenizer data/books --out data/web
   python -m jaxllm.prepare --chat --jsonl alpaca.jsonl --jsonl math.jsonl:question,answer --tokenizer data/books --out d
+  python -m jaxllm.prepare --warc 'crawl/*.warc.gz' --parquet wiki:text --tfds lm1b:1.1.0:text --out data/mix
   python -m jaxllm.prepare RECIPE.yaml clean.min_chars=200 seed=1
 """
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-h", "--help", **switch, help="show this text")
     for kind, (metavar, text) in SOURCES.items():
         add(f"--{kind}", metavar=metavar, action="append", default=[], help=text)
-    add("--split", choices=("file", "paragraph", "line"), help="what a document of --text or --markdown is")
+    add("--split", choices=("file", "paragraph", "line"), help="what one document of --text, --markdown is")
     add("--pydocs", **switch, help="documentation of the Python standard library")
     add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")
     add("--chat", **switch, help="conversations: learn the assistant's answers only")

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 from jaxllm.core.extras import extra
 from jaxllm.data.problems import Problems
 
-BUFFER = 1 << 20
+BUFFER = 1 << 18
 _ENDINGS = {
     "text": "txt|text", "markdown": "md|markdown", "html": "html?|xhtml", "warc": "warc|wet", "jsonl": "jsonl|ndjson",
     "parquet": "parquet", "arrayrecord": "array_?record",
@@ -49,8 +49,13 @@ def find(pattern: str, kind: str) -> list[str]:
         files are left alone, and each directory is visited once, whatever links lead to it.
     Raises:
       FileNotFoundError: there is none.
+      ValueError: the package for a remote store is not installed.
     """
-    if _is_directory(pattern):
+    try:
+        is_directory = _is_directory(pattern)
+    except ImportError as error:  # the package for this kind of store is missing, and the message says which
+        raise ValueError(f"{pattern}: {error}") from error
+    if is_directory:
         below = [path for place in _directories(pattern) for path in _children(place) if not _is_directory(path)]
         if not (paths := sorted(path for path in below if _NAMES[kind].search(path))):
             others = sorted({os.path.splitext(path)[1] or "no suffix" for path in below})[:8]

@@ -150,10 +150,10 @@ def tfds_data(source: "Tfds") -> Sequence[dict]:
         import tensorflow_datasets as tfds
     try:
         return tfds.data_source(source.name, split=source.split, data_dir=source.data_dir, download=False)
-    except (ValueError, AssertionError, NotImplementedError, OSError) as error:
+    except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
         raise ValueError(
             f"--tfds {source.name}, split {source.split!r}, in {source.data_dir or 'the default data_dir'}: "
-            f"{str(error).splitlines()[0]}; prepare it with download_and_prepare and file_format='array_record'"
+            f"{str(error).splitlines()[0].rstrip('.')}; prepare it with file_format='array_record'"
         ) from error
 
 
