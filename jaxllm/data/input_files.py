@@ -14,12 +14,13 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from jaxllm.core.extras import extra
 from jaxllm.data.problems import Problems
 
 BUFFER = 1 << 18
+Line = tuple[int, int, int, bytes]
 _ENDINGS = {
     "text": "txt|text", "markdown": "md|markdown", "html": "html?|xhtml", "warc": "warc|wet", "jsonl": "jsonl|ndjson",
     "parquet": "parquet", "arrayrecord": "array_?record",
@@ -29,15 +30,6 @@ _NAMES = {  # of files of each kind, also numbered as in -00000-of-00008, also c
     for kind, endings in _ENDINGS.items()
 }
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
-
-
-class Line(NamedTuple):
-    """A line of a file: its number from 1, where it starts, how long it is, and as much of it as was asked for."""
-
-    number: int
-    offset: int
-    size_bytes: int
-    data: bytes
 
 
 def find(pattern: str, kind: str) -> list[str]:
@@ -146,16 +138,18 @@ def open_file(path: str) -> BinaryIO:
 
 
 def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
-    """Yield the lines, which end at newlines only; of each at most `limit` + 1 bytes, newline included."""
+    """Yield the lines, which end at newlines only: (number from 1, offset, size, at most `limit` + 1 of its bytes)."""
     stream, offset, number = unpacked(content), 0, 0
     while data := stream.readline(limit + 1):
         size, end = len(data), data
-        while not end.endswith(b"\n") and (end := stream.readline(BUFFER)):
+        while not end.endswith(b"\n"):
+            if not (end := stream.readline(BUFFER)):
+                if isinstance(content, Beginning) and content.grew:
+                    return  # half a line: the writer was not done
+                break
             size += len(end)
-        if not (end or data).endswith(b"\n") and isinstance(stream.raw, Beginning) and stream.raw.grew:
-            return  # half a line: the writer was not done
         number += 1
-        yield Line(number, offset, size, data)
+        yield number, offset, size, data
         offset += size
 
 

@@ -50,17 +50,17 @@ def read(part: "Part", problems: Problems, fields: list[str] | None) -> Iterator
             yield from problems.guard(part.path, _tfds(part))
 
 
-def _json_lines(stream: BinaryIO, limit: int, problems: Problems, file: str, prefix: str) -> Iterator[Row]:
-    for line in lines(stream, limit):
-        place = f"{file}:{line.number}"
-        if line.size_bytes > limit:
-            problems.report(f"{place}: a line of {line.size_bytes:,} bytes, and max_bytes of this input is {limit:,}")
+def _json_lines(content: BinaryIO, limit: int, problems: Problems, file: str, prefix: str) -> Iterator[Row]:
+    for number, offset, size, data in lines(content, limit):
+        place = f"{file}:{number}"
+        if size > limit:
+            problems.report(f"{place}: a line of {size:,} bytes, and max_bytes of this input is {limit:,}")
             continue
-        text = problems.decode(line.data, place, line.offset)
+        text = problems.decode(data, place, offset)
         if text is not None and text.strip():
             row = problems.attempt(place, _object, text.removeprefix("\ufeff"))
             if row is not None:
-                yield Row(place, f"{prefix}line {line.number}", line.offset, row)
+                yield Row(place, f"{prefix}line {number}", offset, row)
 
 
 def _object(text: str) -> dict:

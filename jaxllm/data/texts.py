@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from jaxllm.core.extras import extra
 from jaxllm.data.documents import Document
 from jaxllm.data.html import extract_text
-from jaxllm.data.input_files import Beginning, Line, lines, streams, unpacked
+from jaxllm.data.input_files import Line, lines, streams, unpacked
 from jaxllm.data.problems import Problems
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
     """Yield the documents of one input file; those longer than the source's `max_bytes` are problems."""
     source = part.source
     readers = {"text": _plain, "markdown": _plain, "html": _page, "warc": _archive}
-    for member, stream in problems.guard(part.path, streams(part.path, part.size, part.source.kind, problems)):
-        file = f"{part.path}/{member}" if member else part.path
-        for found in problems.guard(file, readers[source.kind](stream, source, problems, file)):
-            location = member if found.offset is None and member else ", ".join(filter(None, (member, found.location)))
+    for member, content in problems.guard(part.path, streams(part.path, part.size, source.kind, problems)):
+        file, prefix = (f"{part.path}/{member}", f"{member}, ") if member else (part.path, "")
+        for found in problems.guard(file, readers[source.kind](content, source, problems, file)):
             if found.size_bytes > source.max_bytes:
                 finer = "cut finer (--split paragraph), or " if source.kind in ("text", "markdown") else ""
                 problems.report(
@@ -50,28 +49,27 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
             if isinstance(text, bytes):
                 text = problems.decode(text, file, found.offset or 0)
             if text is not None:
+                location = member if member and found.offset is None else prefix + found.location
                 yield Document(text.removeprefix("\ufeff"), part.path, location, found.offset, found.id)
 
 
-def _plain(stream: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
-    found = lines(stream, source.max_bytes)
+def _plain(content: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
+    found = lines(content, source.max_bytes)
     if source.kind == "markdown":
         found = _without_front_matter(found)
-    held: list[bytes] = []
-    number = offset = size = 0
-    for line in chain(found, [None]):
-        blank = line is None or not line.data.strip()
-        if line is not None and (source.split == "file" or not blank):
-            if not size:
-                number, offset = line.number, line.offset
-            size += line.size_bytes
-            if size <= source.max_bytes or not held:  # of what is too long, only the beginning is kept
-                held.append(line.data)
-        if source.split == "file":
-            if line is None:
-                yield _Text("whole file", None, size, b"".join(held))
-        elif size and (source.split == "line" or blank):
-            yield _Text(f"line {number}", offset, size, b"".join(held).rstrip(b"\r\n"))
+    whole, held, first, size = source.split == "file", [], (1, 0), 0
+    for number, offset, size_bytes, data in chain(found, [(0, 0, 0, b"")]):
+        blank = not data.strip()
+        if whole or not blank:
+            first = first if size else (number, offset)
+            size += size_bytes
+            held.append(data)
+            if size > source.max_bytes:
+                held.clear()
+        if whole and not number:
+            yield _Text("whole file", None, size, b"".join(held))
+        elif size and not whole and (blank or source.split == "line"):
+            yield _Text(f"line {first[0]}", first[1], size, b"".join(held).rstrip(b"\r\n"))
             held, size = [], 0
 
 
@@ -80,30 +78,29 @@ def _without_front_matter(found: Iterator[Line]) -> Iterator[Line]:
     held: list[Line] = []
     for line in found:
         held.append(line)
-        text = line.data.strip()
+        text = line[-1].strip()
         if len(held) > 1 and text in (b"---", b"..."):
             return found
-        if text != b"---" and (len(held) == 1 or not _YAML_LINE.match(line.data)):
+        if text != b"---" and (len(held) == 1 or not _YAML_LINE.match(line[-1])):
             break
     return chain(held, found)
 
 
-def _page(stream: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
-    data = unpacked(stream).read(source.max_bytes + 1)
+def _page(content: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
+    data = unpacked(content).read(source.max_bytes + 1)
     text = problems.attempt(file, extract_text, data) if len(data) <= source.max_bytes else ""
     if text is not None:
         yield _Text("whole file", None, len(data), text)
 
 
-class _Ended(Beginning):
+class _Ended:
     """A stream with one record more, so that an archive that is cut short can be told from one that ends there."""
 
     def __init__(self, stream: BinaryIO):
-        super().__init__(stream, None)
-        self.end, self.at = _LAST_RECORD, 0
+        self.stream, self.end, self.at = stream, _LAST_RECORD, 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size)
+        data = self.stream.read(size)
         if not data:
             data, self.end = self.end, b""
         self.at += len(data)
@@ -116,13 +113,13 @@ class _Ended(Beginning):
         return not self.end and place == self.at - len(_LAST_RECORD)
 
 
-def _archive(stream: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
+def _archive(content: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
     """Pages and converted texts; other records have no text, and are counted in the notes."""
     with extra("prep"):
         from fastwarc.warc import ArchiveIterator, WarcRecordType
         from resiliparse.parse.encoding import bytes_to_str
     types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    ended, at = _Ended(unpacked(stream)), 0
+    ended, at = _Ended(unpacked(content)), 0
     held: _Text | None = None  # until the next record shows that this one is whole
     try:
         for record in ArchiveIterator(ended, record_types=types, parse_http=True, auto_decode="all"):
