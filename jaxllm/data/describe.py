@@ -29,6 +29,8 @@ class Segment(NamedTuple):
     location: str
     n_tokens: int
     spans: tuple[tuple[str, bool], ...]
+    offset: int | None = None
+    id: str | None = None
 
 
 def segments(plan: Plan, index: int, tokenizer: Tokenizer) -> Iterator[Segment]:
@@ -65,6 +67,7 @@ def show(plan: Plan, index: int, tokenizer: Tokenizer, title: str, console: "Con
     for number, segment in enumerate(segments(plan, index, tokenizer), start=1):
         padding -= segment.n_tokens
         place = f"document {segment.document}, {segment.source}, {segment.location}"
+        place += f", id {segment.id}" if segment.id else ""
         origin = f"-- segment {number}, {count(segment.n_tokens, 'token')}: {place}"
         console.print(Text(origin, style="cyan"), soft_wrap=True)
         text = Text()

@@ -20,7 +20,7 @@ from jaxllm.core.extras import extra
 from jaxllm.data.problems import Problems
 
 BUFFER = 1 << 18
-Line = tuple[int, int, int, bytes]
+Line = tuple[int, int, int, bytes]  # number, offset, size, content
 _ENDINGS = {
     "text": "txt|text", "markdown": "md|markdown", "html": "html?|xhtml", "warc": "warc|wet", "jsonl": "jsonl|ndjson",
     "parquet": "parquet", "arrayrecord": "array_?record",
@@ -78,13 +78,19 @@ def length(path: str) -> int | None:
     return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
-def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield (member, content) for a file or the members of an archive named as
-    `kind` demands; a plain file has member "".
+def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, str, BinaryIO]]:
+    """Yield a file, or those members of an archive that are named as `kind` demands.
 
     Args:
       size: how much of the file is read, in bytes, so that what a writer appends meanwhile is not seen.
+    Returns:
+      (what it is called in messages, what its locations begin with, content).
     """
+    for member, content in problems.guard(path, _members(path, size, kind, problems)):
+        yield (f"{path}/{member}", f"{member}, ", content) if member else (path, "", content)
+
+
+def _members(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, BinaryIO]]:
     with open_file(path) as file:
         begin = Beginning(file, size)
         if path.lower().endswith(".zip"):
@@ -122,14 +128,16 @@ def _tarred(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of a tar archive, which ends with blocks of zeros; tarfile takes any end for one."""
+    """A member of a tar archive, which ends with blocks of zeros; tarfile takes anything for one."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(archive)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:
-            raise OSError("the archive is cut short") from error
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise OSError(f"the archive is damaged or cut short ({error})") from error
 
 
 def open_file(path: str) -> BinaryIO:

@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy, Problems
 from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
-from jaxllm.data.shard_writer import DatasetWriter, check_out
+from jaxllm.data.shard_writer import NOTHING, DatasetWriter, check_out
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     trained: list[bool]
     size_bytes: int
-    more: dict[str, str | int]  # as `documents.provenance`
+    more: Mapping[str, str | int] = NOTHING  # as `documents.provenance`
 
 
 class Reader:

@@ -35,10 +35,8 @@ def read(part: "Part", problems: Problems, fields: list[str] | None) -> Iterator
     """
     match part.source.kind:
         case "jsonl":
-            for member, stream in problems.guard(part.path, streams(part.path, part.size, part.source.kind, problems)):
-                file = f"{part.path}/{member}" if member else part.path
-                prefix = f"{member}, " if member else ""
-                yield from problems.guard(file, _json_lines(stream, part.source.max_bytes, problems, file, prefix))
+            for file, prefix, content in streams(part.path, part.size, "jsonl", problems):
+                yield from problems.guard(file, _json_lines(content, part.source.max_bytes, problems, file, prefix))
         case "parquet":
             yield from problems.guard(part.path, _parquet(part.path, fields, problems))
         case "arrayrecord":
@@ -105,6 +103,12 @@ def _parquet(path: str, fields: list[str] | None, problems: Problems) -> Iterato
 
 
 def _rows(batch) -> list[dict]:
+    """The rows of an Arrow batch; texts as bytes, so that one which is not UTF-8 is a problem of its row alone."""
+    for number, field in enumerate(batch.schema):
+        if str(field.type) in ("string", "large_string"):
+            kind = str(field.type).replace("string", "binary")
+            batch = batch.set_column(number, field.name, batch.column(number).cast(kind))
+    batch.validate(full=True)  # else a damaged file could end the process
     return batch.to_pylist()
 
 

@@ -138,8 +138,13 @@ def documents(source: Input | Part, problems: Problems) -> Iterator[Document]:
             case TextFiles() | WebPages():
                 yield from texts.read(part, problems)
             case RowFiles(fields=name) | Tfds(fields=name):
-                for row in rows.read(part, problems, [name or "text", *IDS]):
-                    text = problems.attempt(row.place, _field, row.values, name or "text", part.source.max_bytes)
+                name = name or "text"
+                for row in rows.read(part, problems, [name, *IDS]):
+                    if isinstance(value := row.values.get(name), bytes):
+                        if (value := problems.decode(value, row.place, 0)) is None:
+                            continue
+                        row.values[name] = value
+                    text = problems.attempt(row.place, _field, row.values, name, part.source.max_bytes)
                     if text is not None:
                         yield Document(text, part.path, row.location, row.offset, _id(row.values))
             case PyDocs():

@@ -35,8 +35,7 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
     """Yield the documents of one input file; those longer than the source's `max_bytes` are problems."""
     source = part.source
     readers = {"text": _plain, "markdown": _plain, "html": _page, "warc": _archive}
-    for member, content in problems.guard(part.path, streams(part.path, part.size, source.kind, problems)):
-        file, prefix = (f"{part.path}/{member}", f"{member}, ") if member else (part.path, "")
+    for file, prefix, content in streams(part.path, part.size, source.kind, problems):
         for found in problems.guard(file, readers[source.kind](content, source, problems, file)):
             if found.size_bytes > source.max_bytes:
                 finer = "cut finer (--split paragraph), or " if source.kind in ("text", "markdown") else ""
@@ -49,7 +48,7 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
             if isinstance(text, bytes):
                 text = problems.decode(text, file, found.offset or 0)
             if text is not None:
-                location = member if member and found.offset is None else prefix + found.location
+                location = prefix[:-2] if found.offset is None and prefix else prefix + found.location
                 yield Document(text.removeprefix("\ufeff"), part.path, location, found.offset, found.id)
 
 
