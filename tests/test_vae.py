@@ -11,7 +11,7 @@ import pytest
 import jaxllm
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.shards import Dataset
-from jaxllm.data.sources import JsonLines
+from jaxllm.data.sources import RowFiles
 from jaxllm.evaluate import main as evaluate
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
         patch.chdir(path)
         lines = [*SENTENCES, "two men play"]
         (path / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-        source = JsonLines(path="texts.jsonl", fields="text")
+        source = RowFiles(path="texts.jsonl", fields="text")
         prepare(PrepareConfig(inputs=(source,), out="data", tokenizer=BytesTokenizer(), validation=1, seq_len=24))
         (path / "recipe.yaml").write_text(RECIPE)
         train(load_recipe("recipe.yaml"))

@@ -28,7 +28,7 @@ def sections(above: Section) -> Iterator[Section]:
     for name, field in above.model.model_fields.items():
         default = _default(above, name)
         found = models(field.annotation)
-        kinds = tuple(model.model_fields[KIND].default for model in found if KIND in model.model_fields)
+        kinds = tuple(kind for model in found for kind in own_kinds(model))
         full_name = f"{above.name}.{name}".lstrip(".") + (".0" if get_origin(field.annotation) is tuple else "")
         for model in sorted(found, key=lambda model: not isinstance(default, model)):
             given = default if isinstance(default, model) else None
@@ -50,9 +50,13 @@ def keys(schema: type[BaseModel]) -> dict[str, list[str]]:
     for section in sections(Section("", schema)):
         for name in section.model.model_fields:
             owners = found.setdefault(f"{section.name}.{name}".lstrip("."), [])
-            if KIND in section.model.model_fields:
-                owners.append(section.model.model_fields[KIND].default)
+            owners.extend(own_kinds(section.model))
     return found
+
+
+def own_kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the kinds that a config class stands for, if it is one of a choice."""
+    return get_args(model.model_fields[KIND].annotation) if KIND in model.model_fields else ()
 
 
 def describe(schema: type[BaseModel]) -> str:
@@ -79,7 +83,7 @@ def _box(section: Section) -> str:
     for name, field in section.model.model_fields.items():
         default = _default(section, name)
         if name == KIND:
-            kinds = section.kinds if section.default else (default,)
+            kinds = section.kinds if section.default else own_kinds(section.model)
             fields[name] = (Literal[kinds], Field(default if section.default else ..., description="which kind it is"))
         elif isinstance(default, RootModel):
             fields[name] = (str, Field(str(default.root), description=field.description))

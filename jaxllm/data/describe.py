@@ -39,14 +39,15 @@ class Segment(NamedTuple):
     """One document, or the part of it that lies in a row: `n_tokens` positions, `tokens` one more."""
 
     document: int
-    origin: dict[str, str]
+    origin: dict[str, str | int]
     n_tokens: int
     tokens: tuple[Token, ...]
 
     @property
     def place(self) -> str:
         """Which document, for a person to find it again."""
-        return f"document {self.document}, {', '.join(map(str, self.origin.values()))}"
+        name = f", id {self.origin['id']}" if "id" in self.origin else ""
+        return f"document {self.document}, {self.origin['source']}, {self.origin['location']}{name}"
 
     @property
     def spans(self) -> list[tuple[str, bool]]:
