@@ -15,7 +15,7 @@ from jaxllm.data.describe import BRACKETS
 from jaxllm.data.loader import Loader
 from jaxllm.data.objectives import HiddenTokens
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
-from jaxllm.data.sources import JsonLines
+from jaxllm.data.sources import RowFiles
 from jaxllm.inspect import main as inspect
 from jaxllm.locate import look
 from jaxllm.recipe import check, load_recipe
@@ -85,7 +85,7 @@ def place(tmp_path_factory):
         lines("texts.jsonl", [{"text": text} for text in TEXTS])
         lines("labels.jsonl", [{"text": text, "label": label} for text, label in LABELLED.items()])
         for name, fields, chat in (("pairs", "en,fr", True), ("texts", "text", False), ("labels", "text,label", True)):
-            source = JsonLines(path=f"{name}.jsonl", fields=fields)
+            source = RowFiles(path=f"{name}.jsonl", fields=fields)
             made = {"out": name, "tokenizer": BytesTokenizer(), "validation": 1, "seq_len": 32, "chat": chat}
             prepare(PrepareConfig(inputs=(source,), **made))
         for name, recipe in (("pairs", PAIRS), ("masked", MASKED), ("labels", LABELS)):

@@ -140,10 +140,11 @@ def documents(source: Input | Part, problems: Problems) -> Iterator[Document]:
             case RowFiles(fields=name) | Tfds(fields=name):
                 name = name or "text"
                 for row in rows.read(part, problems, [name, *IDS]):
-                    if isinstance(value := row.values.get(name), bytes):
-                        if (value := problems.decode(value, row.place, 0)) is None:
+                    value = row.values.get(name)
+                    if isinstance(value, bytes):
+                        row.values[name] = value = problems.decode(value, row.place, 0)
+                        if value is None:  # which is counted
                             continue
-                        row.values[name] = value
                     text = problems.attempt(row.place, _field, row.values, name, part.source.max_bytes)
                     if text is not None:
                         yield Document(text, part.path, row.location, row.offset, _id(row.values))
