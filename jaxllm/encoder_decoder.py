@@ -1,11 +1,13 @@
 """An encoder-decoder as one object: a text in, its translation or summary out.
 
 model = jaxllm.load("t5-small")
-model.generate(["translate English to German: That is good."])[0].text
+model.generate(["translate English to German: That is good."], num_beams=4)[0].text
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import PairTokenizer
 from jaxllm.data.text_pieces import TextPieces
-from jaxllm.inference.decode import Decoder, Limits, Request
+from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
-from jaxllm.language_model import Generation
+from jaxllm.inference.search import Search
+from jaxllm.inference.text import TextStream, finisher
+from jaxllm.language_model import Generation, generation
 from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
-GREEDY = Sampler(temperature=0.0)
+MAX_NEW_TOKENS = 256  # where a checkpoint does not say
 
 
 class EncoderDecoder:
@@ -31,18 +35,25 @@ class EncoderDecoder:
       params: blocks stacked on L, as `models.build.init_params` makes them.
       stop_ids: tokens that end a target.
       forced: tokens that every target begins with, behind the start token (BART: <s>).
+      asked: what generation is asked for, in the words of generation_config.json; read when it is needed.
       compute: precision; default: what suits this machine.
+
+    Attributes:
+      search, sampler: what `asked` says; others may be set.
+      is_chat: False; a text is read as it is.
     """
+
+    is_chat = False
 
     def __init__(
         self, config: Seq2SeqConfig, params: Params, tokenizer: PairTokenizer | TextPieces, *, stop_ids: Sequence[int],
-        forced: Sequence[int] = (), compute: ComputeConfig | None = None,
+        forced: Sequence[int] = (), asked: Mapping[str, Any] | None = None, compute: ComputeConfig | None = None,
     ):  # fmt: skip
         check_vocabulary(tokenizer.size, config.vocab_size)
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
-        self.stop_ids, self.forced = tuple(stop_ids), tuple(forced)
+        self.stop_ids, self.forced, self.asked = tuple(stop_ids), tuple(forced), dict(asked or {})
         n_layers = max(config.encoder.n_layers, config.decoder.n_layers)
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), n_layers)
 
@@ -72,26 +83,118 @@ class EncoderDecoder:
         graphdef, _ = graph(self.config, self.compute)
         return on_mesh_of(self.params, jax.jit(lambda params, *rows: bind(graphdef, params)(*rows)))
 
+    @cached_property
+    def search(self) -> Search:
+        """How wide a target is searched, and what it may not say.
+
+        Raises:
+          ValueError: the checkpoint asks for something that is not computed here.
+        """
+        return Search.read(self.asked)[0]
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """How tokens are chosen, or, of beams, which repetition is disfavoured; errors as of `search`."""
+        return Search.read(self.asked)[1]
+
     def generate(
-        self, texts: str | Sequence[str], *, max_new_tokens: int = 256, sampler: Sampler = GREEDY,
-        num_samples: int = 1, truncate: bool = False,
+        self, texts: str | Sequence[str], *, max_new_tokens: int | None = None, sampler: Sampler | None = None,
+        num_samples: int = 1, num_beams: int | None = None, length_penalty: float | None = None,
+        stop: Sequence[str] = (), truncate: bool = False,
     ) -> list[Generation]:  # fmt: skip
-        """Return `num_samples` targets of each text; those of a text stand together, in its place.
+        """Return `num_samples` targets of each text, of a search the best; those of a text stand together.
 
         Args:
-          sampler: default: always the likeliest token.
+          max_new_tokens: without the tokens that are forced; default: the checkpoint's, else 256.
+          sampler: default: the checkpoint's, which mostly is the likeliest token.
+          num_beams: search for the likeliest target among so many; default: the checkpoint's, 1 if `sampler` draws.
+          length_penalty: of the search; default: the checkpoint's. What else it does, `search` says.
+          stop: a target ends before the first of these strings.
           truncate: read the beginning of a text that is too long, instead of an error.
         Raises:
-          ValueError: no texts, a text that is too long, num_samples < 1.
+          ValueError: no texts, a text that is too long, num_samples < 1 or more than a search finds, a search with a
+            sampler that draws, or the checkpoint asks for what is not computed here.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or num_samples < 1:
-            raise ValueError(f"{len(texts)} texts, num_samples={num_samples}; give at least one of each")
+        if not texts:
+            raise ValueError("no texts; give at least one")
+        search, sampler = self._how(sampler, num_beams, length_penalty)
+        limits, begin = self._limits(search, max_new_tokens, stop), [self.config.start_token, *self.forced]
         encoded = self.tokenizer.encode(texts, self.config.encoder.max_seq_len, truncate=truncate)
-        begin = [self.config.start_token, *self.forced]
-        requests = [Request(begin, sample, each.ids) for each in encoded for sample in range(num_samples)]
-        completions = self.decoder.generate(requests, sampler, Limits(max_new_tokens, self.stop_ids))
+        requests = [Request(begin, source=each.ids) for each in encoded]
+        found = self.decoder.answer(requests, num_samples, sampler, limits, search, len(self.forced))
         return [
-            Generation(self.tokenizer.decode(found.tokens), *found, i // num_samples, i % num_samples)
-            for i, found in enumerate(completions)
+            self._generation(completion, stop)._replace(prompt=prompt, sample=sample)
+            for prompt, completions in enumerate(found)
+            for sample, completion in enumerate(completions)
         ]
+
+    def stream(
+        self, text: str, *, max_new_tokens: int | None = None, sampler: Sampler | None = None,
+        num_beams: int | None = None, stop: Sequence[str] = (),
+    ) -> Iterator[str]:  # fmt: skip
+        """Yield a target piece by piece; joined they are the text of `generate`. A search has all of it at its end."""
+        search, sampler = self._how(sampler, num_beams, None)
+        if search.num_beams > 1:
+            same = {"max_new_tokens": max_new_tokens, "sampler": sampler, "num_beams": num_beams, "stop": stop}
+            yield self.generate(text, **same)[0].text
+            return
+        limits = self._limits(search, max_new_tokens, stop)._replace(finished=None)
+        request = Request([self.config.start_token, *self.forced], source=self.encode(text))
+        written = TextStream(_Characters(self.tokenizer), stop)
+        for completion in self.decoder.stream(request, sampler, limits):
+            if piece := written.push(completion.tokens[0]):
+                yield piece
+            if written.stopped:
+                return
+        if piece := written.flush():
+            yield piece
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a source, with its special tokens, of any length."""
+        return self.tokenizer.encode([text], sys.maxsize)[0].ids
+
+    def _how(
+        self, sampler: Sampler | None, num_beams: int | None, length_penalty: float | None
+    ) -> tuple[Search, Sampler]:
+        """Return what a call does: what it says, and for the rest what the checkpoint says."""
+        sampler = self.sampler if sampler is None else sampler
+        if num_beams is None and sampler.temperature > 0:
+            num_beams = 1
+        said = {"num_beams": num_beams, "length_penalty": length_penalty}
+        said = {name: value for name, value in said.items() if value is not None}
+        return Search.model_validate(self.search.model_dump() | said), sampler
+
+    def _limits(self, search: Search, max_new_tokens: int | None, stop: Sequence[str]) -> Limits:
+        begun = len(self.forced)
+        if max_new_tokens is None:
+            max_new_tokens = MAX_NEW_TOKENS if search.max_new_tokens is None else search.max_new_tokens - begun
+        finished = finisher(self.tokenizer.decode, stop)
+        return Limits(max_new_tokens, self.stop_ids, finished, search.rules(self.stop_ids, begun))
+
+    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
+        if stop:
+            return generation(completion, TextStream(_Characters(self.tokenizer), stop))
+        return Generation(self.tokenizer.decode(completion.tokens), *completion)
+
+
+class _Characters:
+    """Whole characters of arriving ids, as `Tokenizer.stream` gives them, of a tokenizer that only decodes rows."""
+
+    def __init__(self, tokenizer: PairTokenizer | TextPieces):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._said = ""
+
+    def push(self, token: int) -> str:
+        """Return the characters that are final now; the bytes of the last one may not all be there."""
+        self._ids.append(token)
+        return self._release(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+
+    def flush(self) -> str:
+        return self._release(self._tokenizer.decode(self._ids))
+
+    def _release(self, text: str) -> str:
+        new = text[len(self._said) :]
+        self._said += new
+        return new

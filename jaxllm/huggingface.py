@@ -25,8 +25,9 @@ from jaxllm.hf.families import FAMILIES, Family
 from jaxllm.hf.gguf_weights import open_tensors
 from jaxllm.hf.seq2seq import SEQ2SEQ, Seq2SeqFamily
 from jaxllm.hf.weights import read_params, write_params
+from jaxllm.inference.search import WORDS
 from jaxllm.language_model import LanguageModel
-from jaxllm.layers.config import Experts, RMSNorm
+from jaxllm.layers.config import RMSNorm
 from jaxllm.models.build import AnyConfig, Params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import EncoderConfig
@@ -103,8 +104,10 @@ def load(
     asked = _generation(path, raw)
     ends = gguf_tokens.stop_ids(file.metadata) if file else _several(asked.get("eos_token_id"))
     if isinstance(family, Seq2SeqFamily):
-        forced = _several(asked.get("forced_bos_token_id"))
-        return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, compute=compute)
+        said = _asked(path, raw)
+        config = config.model_copy(update={"start_token": said.get("decoder_start_token_id", config.start_token)})
+        forced = _several(said.get("forced_bos_token_id"))
+        return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, asked=said, compute=compute)
     return LanguageModel(config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=ends)
 
 
@@ -112,6 +115,16 @@ def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """Return what generation is asked for by generation_config.json, or by config.json."""
     found = files.read_json(directory / "generation_config.json", {})
     return raw | {key: value for key, value in found.items() if value is not None}
+
+
+def _asked(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json; where there is none, and only there, its words that config.json has."""
+    if (path := directory / "generation_config.json").is_file():
+        found = files.read_json(path)
+    else:
+        begin = {"forced_bos_token_id": raw.get("bos_token_id")} if raw.get("force_bos_token_to_be_generated") else {}
+        found = begin | {word: raw[word] for word in WORDS if word in raw}
+    return {word: value for word, value in found.items() if value is not None}
 
 
 def _several(ids: int | list[int] | None) -> list[int]:
@@ -141,7 +154,7 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
                 ids["eos_token_id"] = lm.stop_ids[0] if len(lm.stop_ids) == 1 else list(lm.stop_ids)
                 ids |= {"forced_bos_token_id": lm.forced[0]} if lm.forced else {}
                 start = {"decoder_start_token_id": config.start_token}
-                files.write_json(temporary / "generation_config.json", ids | start)
+                files.write_json(temporary / "generation_config.json", lm.asked | ids | start)
             raw = ids | raw  # RoBERTa's own word on padding counts
             tokenizer.save(temporary)
         else:
@@ -179,20 +192,13 @@ def words_for(config: AnyConfig) -> tuple[AnyFamily, dict[str, Any]]:
             again = family.parse(written, family.model_type, *tensors)
         except (ValueError, AttributeError, KeyError, TypeError):
             continue  # this family has no words for something in it
-        if _meaning(again) == _meaning(config):
+        if again.explicit() == config.explicit():
             return family, written
     what = "architecture" if decoder else "encoder" if isinstance(config, EncoderConfig) else "encoder-decoder"
     raise ValueError(
         f"no family of transformers computes this {what}; known are {', '.join(families)}"
         + (f". What differs from Llama: {_differences(config)}" if decoder else f": {config}")
     )
-
-
-def _meaning(config: AnyConfig) -> dict[str, Any]:
-    """Return a configuration with its defaults, without a loss of training that config.json has no word for."""
-    if isinstance(config, ModelConfig) and isinstance(config.ffn, Experts):
-        config = config.model_copy(update={"ffn": config.ffn.model_copy(update={"router_z": 0.0})})
-    return config.explicit().model_dump()
 
 
 def _differences(config: ModelConfig) -> str:

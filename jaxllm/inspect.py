@@ -1,6 +1,7 @@
 """python -m jaxllm.inspect: what exactly is trained on: learned tokens marked, context dim, provenance per segment."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from jaxllm.core.command import command, parser
 from jaxllm.core.wording import count
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jaxllm.data.loader import DataConfig, Loader
 
 
@@ -25,12 +28,19 @@ def main(argv: list[str] | None = None) -> int | None:
 
     loader = Loader(_data_config(arguments), arguments.split)
     samples = _samples(arguments, loader)
-    tok = tokenizer.load(loader.tokenizer_dir)
-    console = Console(highlight=False)
-    describe.show_legend(console)
-    for sample in samples:
+    tok, console = tokenizer.load(loader.tokenizer_dir), Console(highlight=False)
+    losses = _losses(arguments.path, loader, samples) if arguments.losses else dict.fromkeys(samples)
+    if not arguments.json:
+        describe.show_legend(console, arguments.losses)
+    for sample, nats in losses.items():
         source, row = loader.locate(sample)
-        describe.show(loader.plans[source], row, tok, f"sample {sample}", console)
+        plan, batch = loader.plans[source], loader.row(sample)
+        if not arguments.json:
+            describe.show(plan, row, tok, f"sample {sample}", console, batch, nats)
+            continue
+        for segment in describe.segments(plan, row, tok, batch, nats):
+            record = {"sample": sample, "dataset": str(plan.dataset.directory), **segment.as_json()}
+            print(json.dumps(record, ensure_ascii=False))
     return None
 
 
@@ -42,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--step", metavar="N", type=int, help="the batch of update N of a run, from 1")
     add("--rows", metavar="K", type=int, help="show at most K rows (default: 4, or the whole batch with --step)")
     add("--split", choices=("train", "validation"), default="train")
+    add("--losses", action="store_true", help="nats of each token by the run's newest checkpoint, or RUN/checkpoints/K")
+    add("--json", action="store_true", help="one object a line for each document: tokens as [text, learned, nats]")
     add("--seq-len", metavar="T", type=int, help="row length for a dataset (default: 256)")
     return result
 
@@ -66,6 +78,34 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
     if arguments.step is not None:
         raise ValueError(f"--step needs a run directory, and {path} has no recipe.yaml; use --rows for a dataset")
     return DataConfig.of(str(path), arguments.seq_len or 256, batch_size=1)
+
+
+def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarray]":
+    """Return the nats [T] of each sample by the parameters of a checkpoint."""
+    import functools
+
+    import jax
+    import numpy as np
+
+    from jaxllm.core.batch import Batch
+    from jaxllm.locate import locate
+    from jaxllm.models.config import ModelConfig, is_vae
+    from jaxllm.recipe import load_recipe
+    from jaxllm.training.checkpoint import load_params
+    from jaxllm.training.step import token_losses
+
+    if _run_dir(Path(path)) is None:
+        raise ValueError(f"--losses needs the model of a run, and {path} is a dataset; give RUN or RUN/checkpoints/K")
+    run_dir, step = locate(path)
+    recipe = load_recipe(run_dir)
+    if not isinstance(recipe.model, ModelConfig) or is_vae(recipe.model):
+        raise ValueError(f"{run_dir} does not predict the next token from those before alone; leave --losses out")
+    compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
+    params, meta = load_params(run_dir, recipe.model, step=step)
+    sys.stderr.write(f"losses by the checkpoint of step {meta['step']}\n")
+    nats = jax.jit(functools.partial(token_losses, model=recipe.model, compute=compute))
+    one = lambda sample: Batch(*(array[None] for array in loader.row(sample)))
+    return {sample: np.asarray(nats(params, one(sample)))[0] for sample in samples}
 
 
 def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:

@@ -18,17 +18,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import golden
 from jaxllm.core import files
+from jaxllm.data import text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.layout import choose_layout
 from jaxllm.inference.sampling import Sampler
-from jaxllm.inference.text import TextStream
+from jaxllm.inference.search import Search
+from jaxllm.inference.text import TextStream, cut, finisher
 from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.accounting import param_count
-from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
+from jaxllm.models.build import AnyConfig, Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
 if TYPE_CHECKING:
@@ -111,27 +115,27 @@ class LanguageModel:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008
-        num_samples: int = 1, stop: Sequence[str] = (),
+        num_samples: int = 1, stop: Sequence[str] = (), num_beams: int = 1, length_penalty: float = 1.0,
     ) -> list[Generation]:  # fmt: skip
         """Continue or answer each prompt `num_samples` times; the answers of a prompt stand together, in its place.
 
         Args:
           prompts: a string is continued; a list of messages is answered in the chat template.
           stop: an answer ends before the first of these strings.
+          num_beams, length_penalty: > 1 searches for the likeliest answers (`Search`), with a sampler of temperature 0.
         Raises:
-          ValueError: an empty or too long prompt, num_samples < 1, an empty stop string.
+          ValueError: an empty or too long prompt, num_samples < 1 or more than a search finds, an empty stop string, a
+            search with a sampler that draws.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1")
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
         limits = self._limits(max_new_tokens, stop)
-        self.decoder.check([Request(row) for row in rows], limits)  # names prompts by the caller's own numbers
-        requests = [Request(row, sample) for row in rows for sample in range(num_samples)]
-        completions = self.decoder.generate(requests, sampler, limits)
+        search = Search(num_beams=num_beams, length_penalty=length_penalty)
+        found = self.decoder.answer([Request(row) for row in rows], num_samples, sampler, limits, search)
         return [
-            self._generation(completion, stop)._replace(prompt=i // num_samples, sample=i % num_samples)
-            for i, completion in enumerate(completions)
+            generation(completion, TextStream(self.tokenizer.stream(), stop))._replace(prompt=prompt, sample=sample)
+            for prompt, completions in enumerate(found)
+            for sample, completion in enumerate(completions)
         ]
 
     def chat(
@@ -205,25 +209,15 @@ class LanguageModel:
         return f"LanguageModel({size:,} parameters in {dtype}, {'chat' if self.is_chat else 'no chat'})"
 
     def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
-        if isinstance(stop, str) or "" in stop:
-            raise ValueError(f"stop={stop!r} must be a list of strings that are not empty")
+        return Limits(max_new_tokens, self.stop_ids, finisher(self.tokenizer.decode, stop))
 
-        def finished(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens)
-            return any(string in text for string in stop)
 
-        return Limits(max_new_tokens, self.stop_ids, finished if stop else None)
-
-    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
-        """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""
-        text = TextStream(self.tokenizer.stream(), stop)
-        pieces: list[str] = []
-        for count, token in enumerate(completion.tokens, 1):
-            pieces.append(text.push(token))
-            if text.stopped:
-                kept = "".join(pieces)
-                return Generation(kept, completion.tokens[:count], completion.logprobs[:count], "stop")
-        return Generation("".join(pieces) + text.flush(), *completion)
+def generation(completion: Completion, text: TextStream) -> Generation:
+    """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""
+    found, count = cut(completion.tokens, text)
+    if count is None:
+        return Generation(found, *completion)
+    return Generation(found, completion.tokens[:count], completion.logprobs[:count], "stop")
 
 
 def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[str, Any]) -> None:
@@ -272,11 +266,30 @@ def load(
     shardings = None if mesh is None else param_shardings(recipe.model, mesh)
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
     tokenizer = tokenizers.load(run_dir / "tokenizer")
-    if recipe.model.latent is not None:
-        from jaxllm.vae import VAE
-
-        return VAE(recipe.model, params, tokenizer, compute=compute or recipe.compute)
     chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
-    lm = LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
-    golden.check(lm, run_dir)
+    lm = of_run(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
+    if isinstance(lm, LanguageModel):
+        golden.check(lm, run_dir)
     return lm
+
+
+def of_run(
+    config: AnyConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
+    compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (),
+) -> "AnyLanguageModel | VAE":  # fmt: skip
+    """Return what a run has trained as the object that texts are asked of; arguments as of `LanguageModel`."""
+    from jaxllm.encoder import Encoder
+    from jaxllm.encoder_decoder import EncoderDecoder
+    from jaxllm.vae import VAE
+
+    match config:
+        case EncoderConfig():
+            reader = text_pairs.surrounding(tokenizer, bos=True, mask=isinstance(config.head, MaskedLM))
+            return Encoder(config, params, reader, compute=compute)
+        case Seq2SeqConfig():
+            reader = text_pairs.surrounding(tokenizer, bos=False, mask=False)
+            ends = dict.fromkeys((tokenizer.eos_id, *stop_ids))
+            return EncoderDecoder(config, params, reader, stop_ids=tuple(ends), compute=compute)
+        case ModelConfig(latent=None):
+            return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=stop_ids)
+    return VAE(config, params, tokenizer, compute=compute)

@@ -4,6 +4,8 @@ examples:
   python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --vocab-size 16000 --out data/books
   python -m jaxllm.prepare --jsonl news.jsonl:body --jsonl forum.jsonl:post --tokenizer data/books --out data/web
   python -m jaxllm.prepare --chat --jsonl alpaca.jsonl --jsonl math.jsonl:question,answer --tokenizer data/books --out d
+  python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --compare bpe:8000,bpe:16000,unigram:8000,bytes
+  python -m jaxllm.prepare --warc 'crawl/*.warc.gz' --parquet wiki:text --tfds lm1b:1.1.0:text --out data/mix
   python -m jaxllm.prepare RECIPE.yaml clean.min_chars=200 seed=1
 """
 
@@ -13,6 +15,21 @@ import sys
 
 from jaxllm.core.command import command, parser
 
+FIELDS = "FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER"
+SOURCES = {  # flag: what it takes, and what it is; each may be given again
+    "text": ("PATH", "text files: a file, 'glob/**', directory, .zip or .tar, also .gz, .zst, gs://...; repeatable"),
+    "markdown": ("PATH", "Markdown files, without the YAML at their beginning"),
+    "html": ("PATH", "web pages; their main content"),
+    "warc": ("PATH", "web archives, WARC or WET"),
+    "jsonl": ("PATH[:FIELDS]", f"JSON lines; {FIELDS}"),
+    "parquet": ("PATH[:FIELDS]", "Parquet files"),
+    "arrayrecord": ("PATH[:FIELDS]", "ArrayRecord files; records are text, or with FIELDS, JSON"),
+    "hf": ("DIR[:FIELDS]", "a directory of save_to_disk of Hugging Face datasets"),
+    "tfds": ("NAME[:VERSION][:FIELDS]", "a prepared TFDS data set; inputs.0.data_dir=DIR, inputs.0.split=SPLIT"),
+}
+CUT = ("text", "markdown")
+NAME_AND_FIELDS = r"((?:\w+://|[A-Za-z]:\\)?[^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?"  # also gs://..., name:1.0.0
+
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
@@ -20,6 +37,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.core import config as configs
     from jaxllm.core import schema
     from jaxllm.data import prepare, report
+    from jaxllm.data.pieces_training import TokenizerConfig
 
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.help:
@@ -34,6 +52,12 @@ def main(argv: list[str] | None = None) -> int | None:
     from rich.console import Console
 
     console = Console()
+    if arguments.compare:
+        from jaxllm.data import compare
+
+        specs, size = arguments.compare.split(","), TokenizerConfig().sample_bytes
+        compare.show(compare.compare(specs, compare.read(config), size), console)
+        return None
     report.show(prepare.prepare(config, console), console)
     return None
 
@@ -44,16 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     add = result.add_argument
     switch = {"action": "store_const", "const": True}
     add("-h", "--help", **switch, help="show this text")
-    add("--text", metavar="GLOB", action="append", default=[], help="text files; may be given again")
-    add("--split", choices=("file", "paragraph", "line"), help="what one document of --text is (default: file)")
-    jsonl = "JSON lines; FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER"
-    add("--jsonl", metavar="FILE[:FIELDS]", action="append", default=[], help=jsonl)
+    for kind, (metavar, text) in SOURCES.items():
+        add(f"--{kind}", metavar=metavar, action="append", default=[], help=text)
+    add("--split", choices=("file", "paragraph", "line"), help="what one document of --text, --markdown is")
     add("--pydocs", **switch, help="documentation of the Python standard library")
     add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")
     add("--chat", **switch, help="conversations: learn the assistant's answers only")
     tokenizer = "bpe or unigram (train one), bytes, or the path of a tokenizer, dataset, run or .model file"
     add("--tokenizer", metavar="T", help=tokenizer)
     add("--vocab-size", dest="tokenizer.vocab_size", metavar="N", type=int, help="ids of a trained tokenizer")
+    compared = "make no dataset, but a table of these: bpe:8000,unigram:8000,bytes,PATH (trained on nine tenths)"
+    add("--compare", metavar="T,T", help=compared)
     add("--out", metavar="DIR", help="dataset directory to make")
     held_out = "documents to hold out: a share if below 1, else a number (default: 0.01)"
     add("--validation", metavar="X", type=float, help=held_out)
@@ -84,16 +109,20 @@ def _positional(rest: list[str], has_inputs: bool) -> tuple[str | None, list[str
 
 def _inputs(arguments: argparse.Namespace) -> list[str]:
     """The sources given as flags, in the notation of overrides."""
-    inputs = [{"kind": "text", "path": path, "split": arguments.split} for path in arguments.text]
-    for jsonl in arguments.jsonl:
-        path, _, fields = jsonl.partition(":") if jsonl[1:3] != ":\\" else (jsonl, "", "")
-        inputs.append({"kind": "jsonl", "path": path, "fields": fields or None})
+    inputs = []
+    for kind, (form, _) in SOURCES.items():
+        for given in getattr(arguments, kind):
+            parts = re.fullmatch(NAME_AND_FIELDS, given) if "FIELDS" in form else None
+            name, fields = parts.groups() if parts else (given, None)
+            split = arguments.split if kind in CUT else None
+            key = "name" if kind == "tfds" else "path"
+            inputs.append({"kind": kind, key: name, "fields": fields or None, "split": split})
+    if arguments.split and not any(each["kind"] in CUT for each in inputs):
+        raise ValueError("--split says how --text is cut, and there is no --text")
     if arguments.pydocs:
         inputs.append({"kind": "pydocs"})
     if arguments.world is not None:
         inputs.append({"kind": "world", "count": arguments.world, "seed": arguments.seed})
-    if arguments.split and not arguments.text:
-        raise ValueError("--split says how --text is cut, and there is no --text")
     return [
         f"inputs.{i}.{key}={value}" for i, each in enumerate(inputs) for key, value in each.items() if value is not None
     ]
@@ -101,8 +130,9 @@ def _inputs(arguments: argparse.Namespace) -> list[str]:
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
     """All other flags, in the notation of overrides."""
-    own = ("help", "text", "split", "jsonl", "pydocs", "world", "tokenizer")
+    own = ("help", "compare", *SOURCES, "split", "pydocs", "world", "tokenizer")
     settings = {key: value for key, value in vars(arguments).items() if key not in own}
+    settings["out"] = arguments.out or ("nowhere" if arguments.compare else None)  # a comparison writes nothing
     match arguments.tokenizer:
         case "bpe" | "unigram" as algorithm:
             settings |= {"tokenizer.kind": "train", "tokenizer.algorithm": algorithm}

@@ -3,13 +3,15 @@
 Without --prompt, --prompts or --chat, the prompts are read from standard input, one per line.
 
 A model that was tuned on conversations gets each prompt as a user's message in its chat template; --raw continues the
-prompt as plain text instead. A model that was only pretrained always continues.
+prompt as plain text instead. A model that was only pretrained always continues. For an encoder-decoder (T5, BART,
+Marian) a prompt is a text to translate or to sum up, in the way that the checkpoint's generation_config.json asks for.
 
 examples:
   python -m jaxllm.sample runs/quickstart --prompt 'Where is the ball?' --temperature 0
   python -m jaxllm.sample runs/quickstart --chat
   python -m jaxllm.sample runs/quickstart --prompts questions.txt --num-samples 4 --json > answers.jsonl
   echo 'Once upon a time' | python -m jaxllm.sample runs/pretrain --stream
+  python -m jaxllm.sample opus-mt-en-de --prompts english.txt --num-beams 4
 """
 
 import argparse
@@ -27,8 +29,11 @@ from jaxllm.core.command import command, parser
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from jaxllm.encoder_decoder import EncoderDecoder
     from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import LanguageModel
+
+    Model = LanguageModel | EncoderDecoder
 
 CHAT_HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer or drops a line"
 COMPILES = "/jax/compilation_cache/compile_requests_use_cache"  # what JAX announces before it compiles
@@ -50,6 +55,8 @@ def main(argv: list[str] | None = None) -> int | None:
     prompts = [] if arguments.chat else read_prompts(arguments)
     if arguments.stream and (len(prompts) > 1 or arguments.num_samples > 1 or arguments.json):
         raise ValueError("--stream shows one answer as text; leave out --json and --num-samples, and give one prompt")
+    if arguments.stream and _searches(arguments):
+        raise ValueError("--stream shows tokens as they come, and --num-beams has an answer at its end; leave out one")
     with _status(f"loading {arguments.model} ..."):
         lm, sampler = _load(arguments)
     if arguments.chat:
@@ -66,19 +73,39 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def _load(arguments: argparse.Namespace) -> "tuple[LanguageModel, Sampler]":
+def _load(arguments: argparse.Namespace) -> "tuple[Model, Sampler]":
     from jaxllm.locate import look
 
-    config, model = look(arguments.model)  # a wrong path is an error now, not after JAX has started
+    config, model = look(arguments.model, encoders=True)  # a wrong path is an error now, not after JAX has started
     from jaxllm.inference.decode import tensor_mesh
     from jaxllm.inference.sampling import Sampler
+    from jaxllm.inference.search import Search
     from jaxllm.language_model import load
+    from jaxllm.models.encoder_config import EncoderConfig
+    from jaxllm.models.seq2seq_config import Seq2SeqConfig
     from jaxllm.sharding import distributed
 
-    fields = {name: value for name, value in vars(arguments).items() if name in Sampler.model_fields}
-    sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in fields.items() if value is not None])
+    if isinstance(config, EncoderConfig):
+        raise ValueError(f"{arguments.model} is an encoder and writes no text; jaxllm.load it in Python")
+    if arguments.chat and isinstance(config, Seq2SeqConfig):
+        raise ValueError(f"{arguments.model} turns one text into another and holds no conversation; leave out --chat")
+    given = {name: vars(arguments)[name] for name in Sampler.model_fields if vars(arguments)[name] is not None}
+    if not given.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+        given |= {"temperature": 0} if _searches(arguments) else {}
+    else:
+        given.setdefault("temperature", Sampler().temperature)
+    sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in given.items()])
+    configs.load(Search, None, [f"{name}={value}" for name, value in _search(arguments).items()])  # refuses, if at all
     distributed.start(distributed.PlatformConfig())
-    return load(model, mesh=tensor_mesh(config)), sampler
+    lm = load(model, mesh=tensor_mesh(config))
+    searches = _searches(arguments)
+    if isinstance(config, Seq2SeqConfig):
+        sampler = lm.sampler.model_copy(update={name: vars(sampler)[name] for name in given})
+        lm.search = lm.search.model_copy(update=_search(arguments))
+        searches = lm.search.num_beams > 1 and sampler.temperature == 0
+    if arguments.length_penalty is not None and not searches:
+        raise ValueError("--length-penalty counts in a search alone; add --num-beams, or leave it out")
+    return lm, sampler
 
 
 def _status(text: str) -> "Status":
@@ -123,14 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="system message before every conversation")
     add("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
     add = result.add_argument_group("choice of tokens").add_argument
-    add("--temperature", type=float, default=0.8, help="0 = greedy (default %(default)s)")
+    add("--temperature", type=float, help="0 = greedy (default 0.8, for encoder-decoders the checkpoint's)")
     add("--top-k", type=int, metavar="K", help="keep the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="keep the most likely tokens that sum to probability P")
     add("--min-p", type=float, metavar="P", help="drop tokens below P times the best probability")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="> 1 disfavours what was said already")
-    add("--seed", type=int, default=0, help="same seed, same answer (default %(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="answers per prompt")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
+    add("--repetition-penalty", type=float, metavar="X", help="> 1 disfavours what was said already")
+    add("--num-beams", type=int, metavar="N", help="search the likeliest of N (default: the checkpoint's, or 1)")
+    add("--length-penalty", type=float, metavar="X", help="of the search: > 0 favours long answers, < 0 short ones")
+    add("--seed", type=int, help="same seed, same answer (default 0)")
+    add("--num-samples", type=int, default=1, metavar="N", help="answers per prompt; of a search the N best")
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's, or 256)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated")
     add = result.add_argument_group("output").add_argument
     add("--stream", action="store_true", help="write the text as it is made")
@@ -140,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_chat(arguments: argparse.Namespace) -> None:
     """Refuse flags that a conversation would ignore."""
-    defaults = {"prompt": None, "prompts": None, "raw": False, "num_samples": 1, "stream": False, "json": False}
+    defaults = {"prompt": None, "prompts": None, "raw": False, "num_samples": 1, "stream": False, "json": False,
+                "num_beams": None, "length_penalty": None}  # fmt: skip
     given = [name for name, default in defaults.items() if vars(arguments)[name] != default]
     if ignored := [f"--{name.replace('_', '-')}" for name in given]:
         raise ValueError(f"--chat is a conversation and would ignore {', '.join(ignored)}; leave out one or the other")
@@ -196,11 +226,12 @@ def _json_prompt(line: Prompt) -> str:
     raise ValueError(f'{line.place}: expected {{"prompt": "..."}}, found {line.text[:60]!r}')
 
 
-def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Namespace, sampler: "Sampler") -> None:
+def answer(lm: "Model", prompts: list[Prompt], arguments: argparse.Namespace, sampler: "Sampler") -> None:
     """Answer all prompts in batches and write them out in order."""
     requests = _requests(lm, prompts, arguments)
     with _answering():
-        answers = lm.generate(requests, num_samples=arguments.num_samples, **_options(arguments, sampler))
+        options = _options(arguments, sampler) | _search(arguments)
+        answers = lm.generate(requests, num_samples=arguments.num_samples, **options)
     for found in answers:
         prompt = prompts[found.prompt].text
         if not arguments.json:
@@ -217,7 +248,7 @@ def answer(lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Names
             _say(found.text + "\n")
 
 
-def converse(lm: "LanguageModel", arguments: argparse.Namespace, sampler: "Sampler") -> None:
+def converse(lm: "Model", arguments: argparse.Namespace, sampler: "Sampler") -> None:
     """Hold a conversation with whoever types into standard input."""
     if lm.tokenizer.chat is None:
         raise ValueError(f"{arguments.model} has no chat template; continue texts with --prompt instead")
@@ -272,20 +303,20 @@ def _lines() -> Iterator[str]:
         yield line.strip()
 
 
-def _requests(
-    lm: "LanguageModel", prompts: list[Prompt], arguments: argparse.Namespace
-) -> "list[str | list[dict[str, str]]]":
+def _requests(lm: "Model", prompts: list[Prompt], arguments: argparse.Namespace) -> "list[str | list[dict[str, str]]]":
     """Return prompts as messages if the model was taught to answer, else as they are; name one that does not fit."""
+    from jaxllm.models.seq2seq_config import Seq2SeqConfig
+
     plain = arguments.raw or not lm.is_chat
     if plain and arguments.system:
         why = "--raw takes no" if arguments.raw else f"{arguments.model} was never tuned on conversations and knows no"
         raise ValueError(f"{why} system message; leave out --system{' or --raw' * (arguments.raw and lm.is_chat)}")
+    both = isinstance(lm.config, Seq2SeqConfig)
+    longest = lm.config.encoder.max_seq_len if both else lm.config.max_seq_len - 1
     requests = [text if plain else [*_start(arguments), {"role": "user", "content": text}] for text, _ in prompts]
     for request, (_, place) in zip(requests, prompts, strict=True):
-        if (length := len(lm.encode(request))) >= lm.config.max_seq_len:
-            raise ValueError(
-                f"the prompt of {place} has {length} tokens; the model takes at most {lm.config.max_seq_len - 1}"
-            )
+        if (length := len(lm.encode(request))) > longest:
+            raise ValueError(f"the prompt of {place} has {length} tokens; the model takes at most {longest}")
     return requests
 
 
@@ -301,7 +332,18 @@ def _start(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _options(arguments: argparse.Namespace, sampler: "Sampler") -> dict:
-    return {"max_new_tokens": arguments.max_new_tokens, "sampler": sampler, "stop": arguments.stop}
+    length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    return {"sampler": sampler, "stop": arguments.stop} | length
+
+
+def _search(arguments: argparse.Namespace) -> dict:
+    """Return what is said of the search."""
+    said = {"num_beams": arguments.num_beams, "length_penalty": arguments.length_penalty}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _searches(arguments: argparse.Namespace) -> bool:
+    return (arguments.num_beams or 1) > 1
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 usage: python -m jaxllm.tune RECIPE.yaml [key=value ...]
        python -m jaxllm.tune RUN_DIR [key=value ...]       resume a run
+       python -m jaxllm.tune RECIPE.yaml --check           look for mistakes, train nothing
 
 Trains the model `start_from` on conversations (a dataset prepared with --chat): the loss is on the assistant's words
 and on the token that ends them. The same recipe keys and the same loop as `train`.
@@ -21,7 +22,8 @@ def main(argv: list[str] | None = None) -> int | None:
     """Tune as a recipe says."""
     from jaxllm.recipe import of_command_line
 
-    recipe = of_command_line(argv, __doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe = of_command_line([each for each in argv if each != "--check"], __doc__)
     if recipe is None:
         return 0
     from jaxllm.data.shards import read_manifest
@@ -37,6 +39,10 @@ def main(argv: list[str] | None = None) -> int | None:
             f"no conversations in {' and '.join(paths)}: prepared as text; prepare conversations (--chat) for "
             "data.sources, or learn from text with python -m jaxllm.train"
         )
+    if "--check" in argv:
+        from jaxllm.preflight import report
+
+        return report(recipe)
     return train(recipe, name="tune").status
 
 

@@ -90,18 +90,19 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
         with RunLog(
             run_dir, name, recipe.monitor, steps,
             begin=run.begin, tokens_per_step=run.tokens_per_step, flops=run.flops_per_step(),
+            documents=run.documents,
         ) as log:  # fmt: skip
             log.say(run.describe(steps))
             for note in run.notes(steps):
                 log.say(note)
             chats = [str(each.directory) for each in loader.datasets if each.kind == "chat"]
-            if name == "train" and chats and not done:
+            if name == "train" and chats and not done and recipe.data.objective.kind == "next_token":
                 log.say(f"note: of the conversations in {' and '.join(chats)} only the answers are learned, as in tune")
             if steps == done:
                 more = f"; to go on: python -m jaxllm.train {run_dir} steps=N" * goes_on
                 log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained{more}")
             else:
-                log.say(run.memory(state))
+                log.say(run.memory(state.opt_state)[0])
             state = _train(run, state, steps, log, stop)
             step = int(state.step)
             if step < steps:
@@ -166,7 +167,7 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
     """Hold `run_dir` as the home of this run, with a recipe and a tokenizer in it."""
     first = jax.process_index() == 0
     if first:
-        _check_home(run_dir, recipe)
+        check_home(run_dir, recipe)
         run_dir.mkdir(parents=True, exist_ok=True)
     with lock.run_lock(run_dir) if first else nullcontext():
         if not (run_dir / FILE_NAME).exists():
@@ -178,7 +179,7 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
         yield
 
 
-def _check_home(run_dir: Path, recipe: Recipe) -> None:
+def check_home(run_dir: Path, recipe: Recipe) -> None:
     """Raise ValueError unless `run_dir` is free or holds this run."""
     if (run_dir / FILE_NAME).exists():
         before = load_recipe(run_dir)

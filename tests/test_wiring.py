@@ -21,7 +21,7 @@ from jaxllm.train import main as train_command
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
 from jaxllm.tune import main as tune_command
-from jaxllm.wiring import RunResult, _check_home, _kept, total_steps, train
+from jaxllm.wiring import RunResult, _kept, check_home, total_steps, train
 
 RECIPE = """
 out: runs/one
@@ -164,7 +164,7 @@ def test_a_disk_that_fills_up_costs_only_the_steps_since_the_last_checkpoint(wor
 def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path, found, free):
     (tmp_path / found).touch()
     with nullcontext() if free else pytest.raises(ValueError, match="holds no run"):
-        _check_home(tmp_path, None)
+        check_home(tmp_path, None)
 
 
 def test_rows_are_at_least_one(workspace, capsys):

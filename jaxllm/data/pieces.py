@@ -9,6 +9,7 @@ of decoding: joining them gives the text back exactly, so streaming and whole de
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space inside pieces
 CHUNK_CHARS = 65_536  # SentencePiece needs about 90 bytes of memory per character of one call
@@ -81,15 +82,16 @@ class SentencePieces:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.escape_mark:
             return self._encode_all(list(texts))
-        mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")]
-        cut = [[_chunks(stretch) for stretch in text.split(SPACE_MARK)] for text in texts]
-        encoded = iter(self._encode_all([chunk for text in cut for stretch in text for chunk in stretch]))
-        ids: list[list[int]] = [[] for _ in texts]
-        for found, text in zip(ids, cut, strict=True):
-            for number, stretch in enumerate(text):
-                found += mark if number else []
-                for _ in stretch:
-                    found += next(encoded)
+        odd = [i for i, text in enumerate(texts) if len(text) > CHUNK_CHARS or SPACE_MARK in text]
+        plain = list(texts)
+        for i in odd:
+            plain[i] = ""
+        ids = self._encode_all(plain)
+        mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")] if odd else []
+        for i in odd:
+            for number, stretch in enumerate(texts[i].split(SPACE_MARK)):
+                ids[i] += mark if number else []
+                ids[i] += chain.from_iterable(self._encode_all(_chunks(stretch)))
         return ids
 
     def _encode_all(self, parts: list[str]) -> list[list[int]]:

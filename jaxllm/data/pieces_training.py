@@ -49,7 +49,7 @@ def train_pieces(texts: Iterable[str], config: TokenizerConfig) -> bytes:
 
     whole = (line for text in texts for line in _BREAK.split(text))
     parts = (line[at : at + MAX_LINE_CHARS] for line in whole for at in range(0, len(line), MAX_LINE_CHARS))
-    lines = _sample(parts, config.sample_bytes)
+    lines = sample(parts, config.sample_bytes)
     if not lines:
         raise ValueError("no text to train a tokenizer on: every document is empty; check the sources")
     model = io.BytesIO()
@@ -81,8 +81,8 @@ def train_pieces(texts: Iterable[str], config: TokenizerConfig) -> bytes:
     return model.getvalue()
 
 
-def _sample(lines: Iterable[str], limit_bytes: int) -> list[str]:
-    """Keep the lines with the smallest random keys, at most `limit_bytes` together, in their order.
+def sample(lines: Iterable[str], limit_bytes: int) -> list[str]:
+    """Keep the lines, or other texts, with the smallest random keys, at most `limit_bytes` together, in their order.
 
     A bottom-k sample: uniform over a stream of unknown length, memory bounded by the limit, the same for the same
     stream.

@@ -5,16 +5,13 @@
 The page is data for the eye: nothing is computed here that `results.json` and the run directories do not hold.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jaxllm
-from jaxllm.core import files
+from jaxllm.core import files, page
 from jaxllm.evaluation import scores
 from jaxllm.evaluation.charts import SERIES, Line, line_chart, smooth
 
@@ -102,37 +99,15 @@ def write_report(path: str | Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """Return the page as text."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
-    )
-    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
     stages = report.stages
     charts = [*map(_loss_chart, stages, cycle(SERIES)), _joined(stages, "metrics", "lr", "Learning rate")]
     if any(stage.timing for stage in stages):
         charts.append(_joined(stages, "timing", "tokens_per_s", "Tokens per second"))
-    return template.render(
-        report=report, version=jaxllm.__version__, table=scores.table, amount=_amount, duration=_duration,
-        charts=charts, summary=scores.summarise(report.results.get("tasks", {})),
+    return page.render(
+        __package__, "report.html.j2", report=report, table=scores.table, charts=charts,
+        summary=scores.summarise(report.results.get("tasks", {})), wrong=_wrong(report.results),
         diaries=[(stage.name, list(_diaries(stage.samples))) for stage in stages],
-        language=_language, wrong=_wrong(report.results),
     )  # fmt: skip
-
-
-def _amount(number: float) -> str:
-    """Write a number to three digits: 6_391_808 -> "6.39 million"."""
-    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
-        if number >= size:
-            return f"{number / size:.3g}{word}"
-    return f"{number:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """Write seconds as the two largest units: 272 -> "4 min 32 s"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours} h {m} min" if hours else f"{m} min {s} s" if m else f"{s} s"
 
 
 def _values(records: Records, key: str) -> tuple[list[float], list[float]]:
@@ -190,15 +165,3 @@ def _wrong(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, str]]] | 
         return None
     failed = [[(name, failure) for failure in failures] for name, failures in results["failures"].items()]
     return [each for rank in zip_longest(*failed) for each in rank if each is not None][:MAX_WRONG]
-
-
-def _language(text: str) -> str:
-    """Return the value of an HTML lang attribute: fonts and screen readers need to know Chinese."""
-    return "zh-Hans" if re.search("[\u4e00-\u9fff]", text) else "en"
-
-
-def _printable(value: object) -> object:
-    """Show control characters, which HTML forbids, as their pictures: a model may write any byte."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda found: chr(0x2400 + min(ord(found[0]), 0x21)), value)

@@ -7,15 +7,18 @@ per row. The jitted loop and the Python stream run the same step over the same `
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jaxllm.inference.beam import Ranking, beam_search
 from jaxllm.inference.layout import Layout, choose_layout, prepare
+from jaxllm.inference.rules import Rules
 from jaxllm.inference.sampling import Sampler, row_key, settings
+from jaxllm.inference.search import Search
 from jaxllm.inference.steps import Rows, State, decode_step, prefill
 from jaxllm.models.accounting import param_count
 from jaxllm.models.build import Params, bind, graph
@@ -26,6 +29,7 @@ from jaxllm.sharding.mesh import make_mesh, on_mesh_of
 
 MIN_LENGTH = 32  # tokens; smaller buckets save nothing
 MIN_SPLIT_PARAMS = 8_000_000  # a smaller model is read faster than its parts are joined
+Found = TypeVar("Found")
 CHECK_EVERY = 16  # tokens between two calls of `Limits.finished`, which runs on the host
 
 
@@ -51,14 +55,18 @@ class Limits(NamedTuple):
         factors of LongRoPE, the end of the first set.
       stop_ids: a row ends with the first of these tokens.
       finished: called with a row's new tokens now and then; True ends the row (stop strings).
+      rules: what no row may say.
     """
 
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()
     finished: Callable[[list[int]], bool] | None = None
+    rules: Rules = Rules()
 
     def reason(self, tokens: list[int]) -> str:
         """Return "stop" for an answer that ended by itself, "length" for one that was cut."""
+        if self.rules.ends is not None and len(tokens) >= self.max_new_tokens:
+            return "length"
         ended = tokens[-1] in self.stop_ids or (self.finished is not None and self.finished(tokens))
         return "stop" if ended else "length"
 
@@ -91,19 +99,55 @@ class Decoder:
         self._latent = config.latent.size if isinstance(config, ModelConfig) and config.latent else 0
         layout = choose_layout(params, compute)
         programs = (on_mesh_of(params, program) for program in _programs(config, compute, layout))
-        self._prefill, self._step, self._advance = programs
+        self._prefill, self._step, self._advance, self._search = programs
         self.params = on_mesh_of(params, prepare)(params, layout, compute.dtype)
 
     def generate(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> list[Completion]:
         """Answer every request, in order; impossible ones are refused as by `check`."""
+        run = lambda batch: self._generate_batch(batch, sampler, limits)
+        return self._in_turns(requests, limits, run, self.max_rows)
+
+    def answer(
+        self, requests: Sequence[Request], count: int, sampler: Sampler, limits: Limits, search: Search, begun: int = 0
+    ) -> list[list[Completion]]:
+        """Return `count` answers of each request: drawn, or of a search the best, the best first (`beam_search`).
+
+        Args:
+          sampler: of a search only its repetition penalty counts. limits: a search does not call `finished`.
+          begun: tokens of each prompt that a search counts among the answer's.
+        Raises:
+          ValueError: as of `check`; count < 1 or more than a search finds; a search with a sampler that draws.
+        """
+        wide = search.num_beams > 1
+        if count < 1 or (wide and count > search.num_beams):
+            most = f" and at most num_beams={search.num_beams}" if wide else ""
+            raise ValueError(f"num_samples={count} must be at least 1{most}")
+        if wide and sampler.temperature > 0:
+            raise ValueError(
+                f"num_beams={search.num_beams} looks for the likeliest answer, and temperature={sampler.temperature} "
+                "draws one; choose temperature 0, or 1 beam"
+            )
+        self.check(requests, limits)  # names prompts by the caller's own numbers
+        if wide:
+            run = lambda batch: self._search_batch(batch, sampler, limits, search, begun)
+            found = self._in_turns(requests, limits, run, max(self.max_rows // search.num_beams, 1))
+            return [answers[:count] for answers in found]
+        each = [request._replace(sample=sample) for request in requests for sample in range(count)]
+        drawn = self.generate(each, sampler, limits)
+        return [drawn[i : i + count] for i in range(0, len(drawn), count)]
+
+    def _in_turns(
+        self, requests: Sequence[Request], limits: Limits, run: Callable[[list[Request]], list[Found]], at_once: int
+    ) -> list[Found]:
+        """Check requests and run them in batches; return what was found in their order."""
         self.check(requests, limits)
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))  # similar lengths share a batch
-        completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self.max_rows):
-            chosen = order[start : start + self.max_rows]
-            answers = self._generate_batch([requests[i] for i in chosen], sampler, limits)
-            completions.update(zip(chosen, answers, strict=True))
-        return [completions[i] for i in range(len(requests))]
+        # Similar lengths share a batch.
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), len(requests[i].source)))
+        found: dict[int, Found] = {}
+        for start in range(0, len(order), at_once):
+            chosen = order[start : start + at_once]
+            found.update(zip(chosen, run([requests[i] for i in chosen]), strict=True))
+        return [found[i] for i in range(len(requests))]
 
     def stream(self, request: Request, sampler: Sampler, limits: Limits) -> Iterator[Completion]:
         """Yield the answer token by token: completions of one token each, whose last has a finish_reason (else "")."""
@@ -135,8 +179,30 @@ class Decoder:
         answers = _answers(state)[: len(requests)]  # the state may have unused rows
         return [Completion(tokens, logprobs, limits.reason(tokens)) for tokens, logprobs in answers]
 
+    def _search_batch(
+        self, requests: Sequence[Request], sampler: Sampler, limits: Limits, search: Search, begun: int
+    ) -> list[list[Completion]]:
+        """Search in one batch."""
+        prompts, lengths, rows, sources, slots, new_slots = self._padded(requests, sampler, limits)
+        hurry, patient = search.early_stopping is True, search.early_stopping == "never" and search.length_penalty > 0
+        norms = np.maximum(np.arange(new_slots + 1) + begun, 1.0) ** search.length_penalty
+        ranking = Ranking(norms.astype(np.float32), *map(np.bool_, (hurry, patient, search.renormalize_logits)))
+        sizes = (search.num_beams, slots, new_slots)
+        found = jax.device_get(self._search(self.params, prompts, lengths, rows, ranking, sources, sizes=sizes))
+        result = []
+        for i, length in enumerate(lengths[: len(requests)]):
+            lines = zip(found.history[i, :, length:].tolist(), found.logprobs[i].tolist(), found.counts[i], strict=True)
+            lines = [(tokens[:n], logprobs[:n]) for tokens, logprobs, n in lines if n]
+            result.append([Completion(*line, limits.reason(line[0])) for line in lines])
+        return result
+
     def _begin(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> State:
-        """Pad `requests` to buckets and prefill them."""
+        """Prefill `requests`."""
+        *inputs, slots, new_slots = self._padded(requests, sampler, limits)
+        return self._prefill(self.params, *inputs, slots=slots, new_slots=new_slots)
+
+    def _padded(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> tuple:
+        """Return `requests` padded to buckets: prompts, their lengths, rows, sources, slots of cache and of answers."""
         lengths = [len(request.prompt) for request in requests]
         room = [min(limits.max_new_tokens, self.config.room(length)) for length in lengths]
         longest = self.config.max_seq_len
@@ -155,9 +221,9 @@ class Decoder:
         stop_ids[: len(limits.stop_ids)] = limits.stop_ids
         sources = self._sources(requests, batch)
         limit = np.asarray(room + [0] * spare, np.int32)
-        rows = Rows(limit, stop_ids, np.int32(self.vocab_size), keys, settings(sampler))
+        rows = Rows(limit, stop_ids, np.int32(self.vocab_size), keys, settings(sampler), limits.rules)
         new_slots, lengths = bucket(max(room), longest), np.asarray(lengths + [1] * spare, np.int32)
-        return self._prefill(self.params, prompts, lengths, rows, sources, slots=slots, new_slots=new_slots)
+        return prompts, lengths, rows, sources, slots, new_slots
 
     def _sources(self, requests: Sequence[Request], batch: int) -> tuple[np.ndarray, ...] | None:
         """Return what an encoder reads, padded, and 1 for tokens and 0 for padding; or latents; None: nothing."""
@@ -226,15 +292,16 @@ def bucket(length: int, longest: int) -> int:
 
 def _answers(state: State) -> list[tuple[list[int], list[float]]]:
     """Read (tokens, logprobs) of every row from the device."""
-    tokens, logprobs, counts = jax.device_get((state.tokens, state.logprobs, state.counts))
-    return [(tokens[i, :n].tolist(), logprobs[i, :n].tolist()) for i, n in enumerate(counts)]
+    history, logprobs, counts, ends = jax.device_get((state.history, state.logprobs, state.counts, state.position + 1))
+    rows = zip(history, logprobs, counts, ends, strict=True)
+    return [(tokens[end - n : end].tolist(), logprobs[:n].tolist()) for tokens, logprobs, n, end in rows]
 
 
 @cache
 def _programs(
     config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig, layout: Layout
-) -> tuple[Callable, Callable, Callable]:
-    """Return (prefill, step, loop) of a model, compiled once; all decoders of one process share them."""
+) -> tuple[Callable, Callable, Callable, Callable]:
+    """Return (prefill, step, loop, beam search) of a model, compiled once; all decoders of one process share them."""
     graphdef, _ = graph(config, compute, **layout._asdict())
 
     def run_loop(params: Params, state: State, until: Int[Array, ""]) -> State:
@@ -245,7 +312,8 @@ def _programs(
 
     run_prefill = lambda params, *rest, **sizes: prefill(bind(graphdef, params), *rest, **sizes)
     run_step = lambda params, state: decode_step(bind(graphdef, params), state)
+    run_search = lambda params, *rest, sizes: beam_search(bind(graphdef, params), *rest, sizes)
     return (
         jax.jit(run_prefill, static_argnames=("slots", "new_slots")), jax.jit(run_step, donate_argnums=1),
-        jax.jit(run_loop, donate_argnums=1),
+        jax.jit(run_loop, donate_argnums=1), jax.jit(run_search, static_argnames="sizes"),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """From logits to a token: penalty, temperature and filters, in this order, then one draw per row.
 
-    repetition penalty -> temperature -> top-k -> top-p -> min-p -> Gumbel-max draw
+    repetition penalty -> what is banned -> temperature -> top-k -> top-p -> min-p -> Gumbel-max draw
 
 (the order of Hugging Face and vLLM: top-p sees what top-k has left, renormalised). A filter that is off is absent from
 the compiled program; the value of one that is on is an ordinary input, so that changing it never compiles again.
@@ -75,7 +75,7 @@ def row_key(seed: int, prompt: Sequence[int], sample: int) -> UInt[np.ndarray, "
 
 def choose(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, keys: UInt[Array, "B 2"], step: Int[Array, ""],
-    settings: Settings,
+    settings: Settings, banned: Bool[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:  # fmt: skip
     """Choose one token per row: argmax_v(filtered_v + Gumbel noise_v), which draws from softmax(filtered).
 
@@ -85,6 +85,7 @@ def choose(
     Args:
       logits: float32, as the model gives them.
       seen: tokens of the prompt and of the answer so far; only read by the repetition penalty.
+      banned: tokens that may not be chosen.
       keys: of `row_key`; `step` is the index of the new token in the answer.
     Returns:
       (tokens int32, log-probabilities of these tokens under the unmodified model, temperature 1).
@@ -93,6 +94,8 @@ def choose(
     scores = logits
     if settings.repetition_penalty is not None:
         scores = penalise(scores, seen, settings.repetition_penalty)
+    if banned is not None:
+        scores = jnp.where(banned, -jnp.inf, scores)
     if settings.temperature is not None:
         scores = filtered(scores / settings.temperature, settings)
         steps = jax.vmap(lambda key: jax.random.fold_in(jax.random.wrap_key_data(key), step))(keys)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxllm.inference.rules import Rules, Text, banned, seen
 from jaxllm.inference.sampling import Settings, choose
 from jaxllm.layers.cache import Cache
 from jaxllm.models.build import AnyModel
@@ -18,7 +19,7 @@ class Rows(NamedTuple):
     Attributes:
       limits: most tokens of each answer.
       stop_ids: padded with -1. vocab_size: ids from here on are padding of the embedding table, and never chosen.
-      keys, settings: of sampling.
+      keys, settings: of sampling. rules: what may not be chosen.
     """
 
     limits: Int[Array, "B"]
@@ -26,17 +27,17 @@ class Rows(NamedTuple):
     vocab_size: Int[Array, ""]
     keys: UInt[Array, "B 2"]
     settings: Settings
+    rules: Rules
 
 
 class State(NamedTuple):
-    """Everything a decode step reads and writes; M = bucket of the new tokens.
+    """Everything a decode step reads and writes; S = slots of the cache, M = bucket of the new tokens.
 
     Attributes:
       step: tokens written so far, for every row.
       token, position: the newest token of each row, not yet in the cache, and its place in the row.
       done: the row takes no more tokens; `counts`, the tokens of its answer, stands still.
-      seen: tokens of prompt and answer, bool [B, V]; None without repetition penalty.
-      tokens, logprobs: [B, M], the answers.
+      history: prompt and answer, which ends at `position`. logprobs: of the answer.
     """
 
     rows: Rows
@@ -45,9 +46,8 @@ class State(NamedTuple):
     position: Int[Array, "B"]
     done: Bool[Array, "B"]
     counts: Int[Array, "B"]
-    seen: Bool[Array, "B V"] | None
     cache: Cache
-    tokens: Int[Array, "B M"]
+    history: Int[Array, "B S"]
     logprobs: Float[Array, "B M"]
 
 
@@ -59,32 +59,33 @@ def decode_step(model: AnyModel, state: State) -> State:
 
 def _accept(state: State, logits: Float[Array, "B V"]) -> State:
     """Choose a token per row and record it; what a row that is done gets is never read."""
-    rows, seen = state.rows, state.seen
+    rows, vocab_size = state.rows, logits.shape[-1]
     # Gathered once, because each reduction over a split vocabulary would wait for all devices.
     logits = constrain(logits, "batch", None)
-    logits = jnp.where(jnp.arange(logits.shape[-1])[None, :] < rows.vocab_size, logits, -jnp.inf)
-    tokens, logprobs = choose(logits, seen, rows.keys, state.step, rows.settings)
+    logits = jnp.where(jnp.arange(vocab_size)[None, :] < rows.vocab_size, logits, -jnp.inf)
     counts = state.counts + ~state.done
+    text = Text(state.history, state.position, state.counts, counts >= rows.limits)
+    repeated = None if rows.settings.repetition_penalty is None else seen(text, vocab_size)
+    barred = banned(rows.rules, text, rows.stop_ids, vocab_size) if jax.tree.leaves(rows.rules) else None
+    tokens, logprobs = choose(logits, repeated, rows.keys, state.step, rows.settings, barred)
     stopped = jnp.any(tokens[:, None] == rows.stop_ids[None, :], axis=-1)
-    if seen is not None:
-        seen = seen | (jnp.arange(seen.shape[1])[None, :] == tokens[:, None])
+    position = state.position + ~state.done
+    newest = jnp.arange(state.history.shape[1])[None, :] == jnp.where(state.done, -1, position)[:, None]
     return state._replace(
         step=state.step + 1,
         token=tokens,
-        position=state.position + ~state.done,
+        position=position,
         done=state.done | stopped | (counts >= rows.limits),
         counts=counts,
-        seen=seen,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, state.step)),
+        history=jnp.where(newest, tokens[:, None], state.history),
         logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprobs[:, None], (0, state.step)),
     )
 
 
-def prefill(
-    model: AnyModel, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], rows: Rows,
-    sources: tuple[Array, ...] | None, slots: int, new_slots: int,
-) -> State:  # fmt: skip
-    """Write the prompts into a fresh cache of `slots` positions and choose the first token of each row.
+def read_prompts(
+    model: AnyModel, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], sources: tuple[Array, ...] | None, slots: int
+) -> tuple[Cache, Int[Array, "B S"], Float[Array, "B V"]]:
+    """Write the prompts into a fresh cache of `slots` positions.
 
     Padding needs no mask: it stands after the prompt, where the prompt cannot see it, and each of its cache slots is
     overwritten before the first query that may see the slot.
@@ -92,23 +93,26 @@ def prefill(
     Args:
       prompts: padded on the right; lengths: without the padding, >= 1.
       sources: what an encoder reads [B, S], and which of it are tokens (1); or latents [B, Z]; None: decoder-only.
+    Returns:
+      (cache, prompts with room for the answers, logits of the first new token of each row).
     """
-    config = model.config
     batch, length = prompts.shape
     cache = model.empty_cache(batch, slots) if sources is None else model.begin(*sources, slots)
     positions = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None, :], lengths[:, None] - 1)
     hidden, cache = model.prefill(prompts, positions, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    seen = None
-    if rows.settings.repetition_penalty is not None:
-        real = jnp.arange(length)[None, :] < lengths[:, None]
-        real = jnp.where(real, prompts, config.vocab_size)  # out of range is dropped
-        empty = jnp.zeros((batch, config.vocab_size), bool)
-        seen = jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(empty, real)
-    zeros = jnp.zeros(batch, jnp.int32)
+    return cache, jnp.pad(prompts, ((0, 0), (0, slots - length))), model.logits(last)[:, 0]
+
+
+def prefill(
+    model: AnyModel, prompts: Int[Array, "B T"], lengths: Int[Array, "B"], rows: Rows,
+    sources: tuple[Array, ...] | None, slots: int, new_slots: int,
+) -> State:  # fmt: skip
+    """Choose the first token of each row; arguments as of `read_prompts`."""
+    cache, history, logits = read_prompts(model, prompts, lengths, sources, slots)
+    zeros = jnp.zeros(len(prompts), jnp.int32)
     state = State(
-        rows=rows, step=jnp.int32(0), token=zeros, position=lengths - 1, done=rows.limits == 0, counts=zeros, seen=seen,
-        cache=cache, tokens=jnp.zeros((batch, new_slots), jnp.int32),
-        logprobs=jnp.zeros((batch, new_slots), jnp.float32),
+        rows=rows, step=jnp.int32(0), token=zeros, position=lengths - 1, done=rows.limits == 0, counts=zeros,
+        cache=cache, history=history, logprobs=jnp.zeros((len(prompts), new_slots), jnp.float32),
     )  # fmt: skip
-    return _accept(state, model.logits(last)[:, 0])
+    return _accept(state, logits)

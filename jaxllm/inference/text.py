@@ -1,6 +1,6 @@
 """Text out of arriving tokens: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -49,3 +49,29 @@ class TextStream:
         cut = len(text) - held
         self._held = text[cut:]
         return text[:cut]
+
+
+def finisher(decode: Callable[[list[int]], str], stop: Sequence[str]) -> Callable[[list[int]], bool] | None:
+    """Return what says whether the text of tokens has one of the strings; None: there are no strings.
+
+    Raises:
+      ValueError: `stop` is one string, or one of them is empty.
+    """
+    if isinstance(stop, str) or "" in stop:
+        raise ValueError(f"stop={stop!r} must be a list of strings that are not empty")
+
+    def finished(tokens: list[int]) -> bool:
+        text = decode(tokens)
+        return any(string in text for string in stop)
+
+    return finished if stop else None
+
+
+def cut(tokens: Sequence[int], text: TextStream) -> tuple[str, int | None]:
+    """Return (text of tokens, how many of them there are up to the end of a stop string; None: there is none)."""
+    pieces: list[str] = []
+    for count, token in enumerate(tokens, 1):
+        pieces.append(text.push(token))
+        if text.stopped:
+            return "".join(pieces), count
+    return "".join(pieces) + text.flush(), None

@@ -53,6 +53,9 @@ class StepConfig(Config):
 
     accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary (Vaswani et al.: 0.1)"
+    )
     elbo: Elbo = Field(Elbo(), description="the loss of a VAE (model.latent)")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="decay of a moving average of parameters, shorter at first; none = off"
@@ -88,3 +91,7 @@ class MonitorConfig(Config):
     prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
     sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")
     max_skipped: int = Field(5, ge=0, description="steps in a row that the guard may skip before the run stops")
+    loss_spike: float | None = Field(
+        6.0, gt=0, description="write down the documents of a step whose loss is so many standard deviations above the "
+        "moving mean; none = never",
+    )  # fmt: skip

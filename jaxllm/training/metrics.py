@@ -66,3 +66,29 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         return []
     with open(path, encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+class Spikes:
+    """Which losses stand out: more than `deviations` standard deviations above the moving mean of about 50 steps.
+
+    A loss counts in the mean as at most what would have been no spike, so a jump that lasts is reported and then known.
+    """
+
+    DECAY, FIRST = 0.98, 50
+
+    def __init__(self, deviations: float | None):
+        self._deviations = deviations
+        self._seen, self._mean, self._variance = 0, 0.0, 0.0
+
+    def __call__(self, loss: float) -> float | None:
+        """Take the next loss in; return the mean before it if it stands out, else None."""
+        if self._deviations is None or not math.isfinite(loss):
+            return None
+        mean, self._seen = self._mean, self._seen + 1
+        bound = mean + self._deviations * max(math.sqrt(self._variance), 0.01 * abs(mean))
+        spike = self._seen > self.FIRST and loss > bound
+        decay = min(self.DECAY, 1 - 1 / self._seen)
+        change = (bound if spike else loss) - mean
+        self._mean += (1 - decay) * change
+        self._variance = decay * (self._variance + (1 - decay) * change**2)
+        return mean if spike else None

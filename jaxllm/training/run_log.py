@@ -2,8 +2,10 @@
 line on a terminal, one line per interval elsewhere.
 """
 
+import json
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxllm.core.batch import Batch
+from jaxllm.core.files import write_text
 from jaxllm.training.config import MonitorConfig
 from jaxllm.training.loop import Diverged
-from jaxllm.training.metrics import MetricsWriter, read
+from jaxllm.training.metrics import MetricsWriter, Spikes, read
+
+MAX_DUMPS = 20  # spikes of one process whose documents are written down
 
 
 class Position(NamedTuple):
@@ -36,11 +41,12 @@ class RunLog:
     Args:
       begin: where this process begins; lines of later steps are dropped from the files.
       flops: (model FLOPs of one step, peak FLOP/s of all devices or None).
+      documents: what the batch of a step is made of, asked when its loss stands out or its update is refused.
     """
 
     def __init__(
         self, run_dir: Path, name: str, config: MonitorConfig, steps: int, *, begin: Position, tokens_per_step: int,
-        flops: tuple[float, float | None],
+        flops: tuple[float, float | None], documents: Callable[[int], Iterable[dict]] = lambda step: (),
     ):  # fmt: skip
         self._run_dir, self._config, self._steps = run_dir, config, steps
         self._tokens_per_step, self._flops = tokens_per_step, flops
@@ -51,6 +57,7 @@ class RunLog:
         self._timed = False
         self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
         self._name, self._first_end = name, 0.0
+        self._documents, self._spikes, self._dumps = documents, Spikes(config.loss_spike), 0
         self._console = Console()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
@@ -94,6 +101,14 @@ class RunLog:
         due = step % self._config.log_every == 0 or step == self._steps
         if self._writer is not None:
             self._writer.metrics(step, {"sample": self._begin.at(step - 1), **metrics}, board=due)
+        mean = None if metrics["skipped"] else self._spikes(metrics["loss"])
+        if mean is not None and self._writer is not None and self._dumps < MAX_DUMPS:
+            self._dumps += 1
+            path = self._write_documents("spikes", step)
+            self.say(
+                f"note: the loss of step {step}, {metrics['loss']:.4g}, stands out from a mean of {mean:.4g}; its "
+                f"documents are in {path}; python -m jaxllm.inspect {self._run_dir} --step {step} --losses shows which"
+            )
         if first := step == self._begin.step + 1:
             self._first_end = time.perf_counter()
         if due:
@@ -130,7 +145,9 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **batch._asdict())
         facts = f"loss={metrics['loss']:.4g}, grad_norm={metrics['grad_norm']:.4g}"
-        self.say(f"step {step} skipped: {facts}; its batch is in {path}")
+        if self._writer is not None:
+            self._write_documents("skipped", step)
+        self.say(f"step {step} skipped: {facts}; its batch is in {path}, its documents beside it")
         if self._skipped_in_a_row > self._config.max_skipped:
             raise Diverged(
                 f"{self._skipped_in_a_row} steps in a row were refused: loss, gradient or new parameters not finite, or"
@@ -138,6 +155,12 @@ class RunLog:
                 f" optim.lr, look at the batches in {path.parent} (python -m jaxllm.inspect {self._run_dir} --step"
                 f" {step}), or raise monitor.max_skipped"
             )
+
+    def _write_documents(self, name: str, step: int) -> Path:
+        path = self._run_dir / name / f"step-{step}.jsonl"
+        lines = (json.dumps({"step": step, **each}, ensure_ascii=False) + "\n" for each in self._documents(step))
+        write_text(path, "".join(lines))
+        return path
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Record validation values."""

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.models.build import AnyConfig, Params, abstract_params, init_params, logical_axes
-from jaxllm.models.config import ModelConfig
 from jaxllm.sharding.rules import named_sharding
 
 
@@ -68,7 +67,7 @@ def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> Named
 
 
 def init_state(
-    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool = False,
+    config: AnyConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool = False,
     params: Params | None = None,
 ) -> tuple[TrainState, TrainState]:  # fmt: skip
     """Return (state, its shardings), born sharded: no device and no host ever holds all of it.
@@ -77,11 +76,16 @@ def init_state(
       params: start from these instead of random ones (instruction tuning); consumed.
     """
 
-    def build(params: Params | None) -> TrainState:
-        params = init_params(config, seed) if params is None else params
-        zero = jnp.zeros((), jnp.int32)
-        copy = jax.tree.map(jnp.copy, params) if ema else None
-        return TrainState(zero, params, tx.init(params), copy, jnp.zeros((), jnp.float32))
-
+    build = lambda params: _new_state(init_params(config, seed) if params is None else params, tx, ema)
     shardings = state_shardings(jax.eval_shape(build, params), param_shardings(config, mesh), mesh)
     return jax.jit(build, out_shardings=shardings, donate_argnums=0)(params), shardings
+
+
+def abstract_state(config: AnyConfig, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """Return the shapes of a state, without its arrays."""
+    return jax.eval_shape(lambda params: _new_state(params, tx, ema), abstract_params(config))
+
+
+def _new_state(params: Params, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copy, jnp.zeros((), jnp.float32))

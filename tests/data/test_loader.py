@@ -145,7 +145,7 @@ def test_exhausted_says_how_many_and_what_to_set(text):
     loader = Loader(make_config(text, epochs=2, batch_size=8))
     n = loader.samples_per_epoch
     with pytest.raises(
-        DataExhausted, match=rf"all {2 * n} samples of 2 epochs \({n} samples each\) are used; set data.epochs higher"
+        DataExhausted, match=rf"all {2 * n} samples that data.epochs=2 .* allow are used \({n} are an epoch\); set them"
     ):
         take(loader, 1000)
     assert loader.get_state() == {"sample": 2 * n}
@@ -252,3 +252,50 @@ def test_a_row_costs_well_under_a_millisecond(text_dataset):
     start = time.process_time()
     take(loader, 20)
     assert (time.process_time() - start) / (20 * 16) < 1e-3
+
+
+def test_a_curriculum_changes_the_mixture_and_goes_on_exactly(text, chat):
+    stages = ({"tokens": 16 * 10, "weights": [1, 0]}, {"tokens": 16 * 6, "weights": [1, 2]}, {"weights": [0, 1]})
+    config = make_config(text, chat, batch_size=4).model_copy(update={"seed": 3})
+    config = DataConfig(**{**config.model_dump(), "stages": stages})
+    loader = Loader(config)
+    sources = [loader.locate(sample)[0] for sample in range(40)]
+    assert sources[:10] == [0] * 10
+    assert sorted(sources[10:16]) == [0, 0, 1, 1, 1, 1]
+    assert sources[16:] == [1] * 24
+    rows = [loader.locate(sample)[1] for sample in range(40) if sources[sample] == 1]
+    size = len(loader.plans[1])
+    assert sorted(rows[:size]) == list(range(size))  # a pass goes on from stage to stage
+    assert loader.passes(40) == [12 / len(loader.plans[0]), 28 / size]
+    whole = join(take(loader, 8))
+    resumed = Loader(config.model_copy(update={"batch_size": 8}))
+    resumed.set_state({"sample": 16})
+    assert same(join(take(resumed, 2)), Batch(*(array[16:] for array in whole)))
+    plain = Loader(make_config(text, chat, batch_size=4))
+    assert plain.fingerprint != loader.fingerprint
+
+
+def test_a_source_is_not_passed_over_more_often_than_it_may_be(text, chat):
+    config = make_config(text, chat, batch_size=1)
+    limited = config.sources[1].model_copy(update={"epochs": 2})
+    loader = Loader(config.model_copy(update={"sources": (config.sources[0], limited)}))
+    rows = 2 * len(loader.plans[1])
+    assert loader.n_samples == 2 * rows - 1  # it begins and ends with the limited source
+    assert loader.passes(loader.n_samples)[1] == 2
+    take(loader, 2 * rows - 1)
+    with pytest.raises(DataExhausted, match="the epochs of the sources allow are used"):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"weights": [1, 1], "tokens": 5}], "each but the last needs tokens"),
+        ([{"weights": [1, 1]}, {"weights": [1, 1]}], "each but the last needs tokens"),
+        ([{"weights": [1]}], r"data.stages.0.weights=\[1.0\] must have one weight for each of the 2 sources"),
+        ([{"weights": [0, 0]}], "not all of them 0"),
+    ],
+)
+def test_a_curriculum_that_makes_no_sense_is_refused(stages, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(sources=[{"path": "a"}, {"path": "b"}], stages=stages)

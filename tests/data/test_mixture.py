@@ -69,14 +69,14 @@ def test_shares_are_exact_at_every_length(weights, stop):
 
 
 def test_decimal_weights_are_exact():
-    mixture = Mixture.shuffled([100, 50], [0.85, 0.15], seed=0, epochs=None)
-    assert mixture.shares == (Fraction(17, 20), Fraction(3, 20))
+    mixture = Mixture.shuffled([100, 50], [(0, [0.85, 0.15])], seed=0)
+    assert mixture.stages == ((0, (Fraction(17, 20), Fraction(3, 20))),)
     counts = Counter(mixture[sample][0] for sample in range(2000))
     assert counts == {0: 1700, 1: 300}
 
 
 def test_epochs_cover_every_row_once_and_are_reshuffled():
-    mixture = Mixture.shuffled([7], [1.0], seed=3, epochs=4)
+    mixture = Mixture.shuffled([7], [(0, [1.0])], seed=3, epochs=[4])
     assert (mixture.samples_per_epoch, mixture.n_samples) == (7, 28)
     epochs = [[mixture[7 * epoch + index][1] for index in range(7)] for epoch in range(4)]
     assert all(sorted(order) == list(range(7)) for order in epochs)
@@ -84,7 +84,7 @@ def test_epochs_cover_every_row_once_and_are_reshuffled():
 
 
 def test_an_epoch_ends_with_the_last_row_of_the_first_source():
-    mixture = Mixture.shuffled([10, 4], [0.7, 0.3], seed=0, epochs=1)
+    mixture = Mixture.shuffled([10, 4], [(0, [0.7, 0.3])], seed=0, epochs=[1])
     samples = [mixture[sample] for sample in range(mixture.n_samples)]
     assert sorted(row for source, row in samples if source == 0) == list(range(10))
     assert samples[-1][0] == 0
@@ -92,7 +92,7 @@ def test_an_epoch_ends_with_the_last_row_of_the_first_source():
 
 
 def test_sources_of_one_seed_are_shuffled_differently():
-    mixture = Mixture.shuffled([50, 50], [1, 1], seed=0, epochs=None)
+    mixture = Mixture.shuffled([50, 50], [(0, [1, 1])], seed=0)
     orders = ([], [])
     for sample in range(100):
         source, row = mixture[sample]
@@ -105,3 +105,23 @@ def test_in_sequence():
     assert [mixture[sample] for sample in range(3)] == [(0, 0), (0, 1), (2, 0)]
     with pytest.raises(IndexError, match="past the end of 3 rows"):
         mixture[3]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    weights=st.lists(
+        st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(lambda each: each[0]), min_size=1, max_size=4
+    ),
+    length=st.integers(1, 40),
+)
+def test_stages_count_what_they_give(weights, length):
+    stages = [(number * length, each) for number, each in enumerate(weights)]
+    mixture = Mixture.shuffled([7, 5, 3], stages, seed=1)
+    seen = [0, 0, 0]
+    for sample in range(150):
+        assert mixture.used(sample) == seen
+        source, row = mixture[sample]
+        assert 0 <= row < mixture.sizes[source]
+        seen[source] += 1
+        assert mixture.needs(source, seen[source]) == sample + 1
+    assert mixture.samples_per_epoch == mixture.needs(0, 7)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.pieces import CHUNK_CHARS
-from jaxllm.data.pieces_training import TokenizerConfig, _sample
+from jaxllm.data.pieces_training import TokenizerConfig, sample
 
 HARD_TEXTS = [
     "",
@@ -138,12 +138,12 @@ def test_lines_that_sentencepiece_drops_are_cut_apart():
 
 def test_sample_is_bounded_spread_and_in_order():
     lines = [f"{number:05d}" for number in range(2000)]
-    kept = _sample(iter(lines), 500)
+    kept = sample(iter(lines), 500)
     assert len(kept) == 100
-    assert kept == sorted(kept) == _sample(iter(lines), 500)
+    assert kept == sorted(kept) == sample(iter(lines), 500)
     assert kept[0] < "00200"
     assert kept[-1] > "01800"
-    assert _sample(iter(lines), 10**6) == lines
+    assert sample(iter(lines), 10**6) == lines
 
 
 def test_lone_surrogate_is_refused(tokenizer):

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from jaxllm.core.page import amount, duration
 from jaxllm.evaluation import charts, report
 from jaxllm.evaluation.report import Exchange, Report, Stage, write_report
 from jaxllm.training.metrics import MetricsWriter, read
@@ -193,14 +194,14 @@ def test_smooth_is_a_centred_mean_of_what_is_known():
 
 @pytest.mark.parametrize(("number", "text"), [(999, "999"), (6_391_808, "6.39 million"), (7.2e9, "7.2 billion")])
 def test_amounts(number, text):
-    assert report._amount(number) == text
+    assert amount(number) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(8.4, "8 s"), (272, "4 min 32 s"), (59.6, "1 min 0 s"), (7261, "2 h 1 min")]
 )
 def test_durations(seconds, text):
-    assert report._duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_diary_keeps_first_and_last():

@@ -16,6 +16,7 @@ from jaxllm.hf.weights import read_params, write_params
 from jaxllm.huggingface import words_for
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
+from jaxllm.inference.search import Search
 from jaxllm.layers.config import RelativeBias
 from jaxllm.layers.positions import relative_buckets
 from jaxllm.models.build import bind, graph
@@ -125,6 +126,48 @@ def test_logits_loss_and_gradients_are_those_of_transformers(pair):
             leaf = found[row.ours][index] if "{" in row.theirs else found[row.ours]
             wanted = take(row, grads[name].numpy(), sizes)
             np.testing.assert_allclose(leaf, wanted, atol=2e-5 + 2e-4 * np.abs(wanted).max(), err_msg=name)
+
+
+PLAIN = [
+    {"early_stopping": early, "length_penalty": penalty}
+    for early in (False, True, "never")
+    for penalty in (0.0, 1.0, 2.0, -0.5)
+]
+RULED = [
+    {"no_repeat_ngram_size": 2, "bad_words_ids": [[138], [30, 31], [263, 5]], "min_length": 6,
+     "repetition_penalty": 1.3, "renormalize_logits": renormalise, "early_stopping": early, "length_penalty": 0.8}
+    for early in (False, True) for renormalise in (False, True)
+]  # fmt: skip
+FORCED = [{"forced_bos_token_id": 9, "forced_eos_token_id": 2, "length_penalty": 2.0, "early_stopping": True}]
+
+
+@pytest.mark.parametrize("asked", [PLAIN, RULED, FORCED], ids=["plain", "ruled", "forced"])
+def test_beams_are_those_of_transformers_alone_and_in_a_batch(pair, asked):
+    _, model, path = pair
+    _, config, params = ours(path)
+    stops = [1, 2, *range(10, 280, 9)]  # so many that targets of random weights end at different lengths
+    sources = [list(range(5, 19)), list(range(40, 47)), [8, 9]]
+    decoder = Decoder(config, params, COMPUTE)
+    lengths = set()
+    for each in asked:
+        asks = {"num_beams": 4, "max_length": 15, "forced_eos_token_id": None, **each}
+        search, sampler = Search.read(asks)
+        forced = [asks["forced_bos_token_id"]] if "forced_bos_token_id" in asks else []
+        limits = Limits(14 - len(forced), tuple(stops), None, search.rules(stops, len(forced)))
+        requests = [Request([config.start_token, *forced], source=source) for source in sources]
+        found = decoder.answer(requests, 4, sampler, limits, search, len(forced))
+        for source, answers in zip(sources, found, strict=True):
+            written = model.generate(
+                torch.tensor([source]), do_sample=False, num_return_sequences=4, eos_token_id=stops,
+                pad_token_id=0, **asks,
+            )  # fmt: skip
+            mine = [[config.start_token, *forced, *answer.tokens] for answer in answers]
+            padded = [row + [0] * (written.shape[1] - len(row)) for row in mine]
+            assert padded == written.tolist(), asks
+            lengths |= {len(row) for row in mine}
+        alone = decoder.answer(requests[1:2], 4, sampler, limits, search, len(forced))[0]
+        assert [answer.tokens for answer in alone] == [answer.tokens for answer in found[1]]
+    assert len(lengths) > 3 or asked is FORCED
 
 
 def test_greedy_targets_are_those_of_transformers_alone_and_in_a_batch(pair):

@@ -1,0 +1,213 @@
+"""train --check: everything about a run that can be known in seconds, before anything of the model is compiled.
+
+Each check is a line: what was looked at and what was found, or what is wrong and what to do.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from jaxllm.core.batch import Batch
+from jaxllm.core.wording import count
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.loader import Loader
+from jaxllm.locate import look
+from jaxllm.models import accounting
+from jaxllm.recipe import FILE_NAME, Recipe, check
+from jaxllm.run import Run
+from jaxllm.sharding import distributed
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.training.checkpoint import Checkpoints
+from jaxllm.training.optim import optimizer
+from jaxllm.training.state import TrainState, abstract_state
+from jaxllm.wiring import check_home, total_steps
+
+N_ROWS = 64  # of the order of training that are looked at, from its beginning
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    good: bool
+    text: str
+
+
+def preflight(recipe: Recipe) -> Iterator[Finding]:
+    """Yield what each check found; data that cannot be opened ends them, because nothing else has a meaning then."""
+    distributed.start(recipe.platform, recipe.data.batch_size // recipe.step.accumulate)
+    run_dir = Path(recipe.out)
+    yield _finding("run directory", lambda: _home(run_dir, recipe))
+    try:
+        loader = Loader(recipe.data, "train")
+    except (ValueError, OSError) as error:
+        yield Finding("data", False, str(error))
+        return
+    yield Finding("data", True, _data(loader))
+    agreed = _finding("recipe", lambda: _recipe(recipe, loader))
+    yield agreed
+    yield _finding("length", lambda: count(total_steps(recipe, loader, 0, 0), "step"))
+    yield _finding("tokenizer", lambda: _tokenizer(loader))
+    yield _finding("learned tokens", lambda: _coverage(loader))
+    if recipe.start_from is not None:
+        yield _finding("start_from", lambda: _start(recipe.start_from))
+    if not agreed.good:  # nothing can be built of it
+        return
+    try:
+        mesh = make_mesh(recipe.mesh)
+        run = Run(recipe, loader, mesh)
+    except ValueError as error:
+        yield Finding("mesh and prompts", False, str(error))
+        return
+    yield Finding("mesh and prompts", True, f"{count(mesh.size, 'device')}: {_shape(mesh)}")
+    yield Finding("computation", True, _kernels(run))
+    state = abstract_state(recipe.model, optimizer(recipe.optim), ema=recipe.step.ema_decay is not None)
+    yield _finding("memory", lambda: _memory(run, state))
+    yield _finding("disk", lambda: _disk(run_dir, recipe, state))
+    yield _finding("checkpoint", lambda: _write(run_dir))
+
+
+def report(recipe: Recipe) -> int:
+    """Print what `preflight` finds, line by line; return 1 if something is wrong, else 0."""
+    console, wrong = Console(highlight=False, soft_wrap=True), 0
+    for finding in preflight(recipe):
+        wrong += not finding.good
+        mark = "[green]ok   [/]" if finding.good else "[bold red]wrong[/]"
+        console.print(f"{mark} {finding.name:16s}", escape(finding.text))
+    console.print(f"{count(wrong, 'thing')} to mend" if wrong else "nothing is wrong; train it without --check")
+    return int(wrong > 0)
+
+
+def _finding(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except (ValueError, OSError) as error:
+        return Finding(name, False, str(error))
+
+
+def _home(run_dir: Path, recipe: Recipe) -> str:
+    check_home(run_dir, recipe)
+    return f"{run_dir} {'holds this run, which goes on' if (run_dir / FILE_NAME).exists() else 'is free'}"
+
+
+def _data(loader: Loader) -> str:
+    parts = [
+        f"{each.directory}: {count(len(each), each.kind)}, {int(each.starts[-1]):,} tokens" for each in loader.datasets
+    ]
+    return f"{'; '.join(parts)}; an epoch has {count(loader.samples_per_epoch, 'row')} of {loader.plans[0].seq_len}"
+
+
+def _recipe(recipe: Recipe, loader: Loader) -> str:
+    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count(), n_processes=jax.process_count())
+    return f"{accounting.param_count(recipe.model):,} parameters; batch, accumulation, mesh and lengths agree"
+
+
+def _tokenizer(loader: Loader) -> str:
+    """Ids in range, and what ends a text: bos, eos and padding must be told apart, and eos must be learned."""
+    tok = tokenizers.load(loader.tokenizer_dir)
+    ids = {"pad": tok.pad_id, "bos": tok.bos_id, "eos": tok.eos_id}
+    if wrong := [f"{name}={token}" for name, token in ids.items() if not 0 <= token < tok.vocab_size]:
+        raise ValueError(f"{', '.join(wrong)} of {loader.tokenizer_dir} is no id of 0 ... {tok.vocab_size - 1}")
+    for dataset in loader.datasets:
+        some = range(0, len(dataset), max(1, len(dataset) // N_ROWS))
+        largest = max(int(dataset.tokens(document).max()) for document in some)
+        if largest >= tok.vocab_size:
+            raise ValueError(
+                f"{dataset.directory} has id {largest}, and its tokenizer {tok.vocab_size}; prepare it again"
+            )
+        if not any(dataset.trained(document)[-1] for document in some):
+            raise ValueError(
+                f"no text of {dataset.directory} ends with a learned token, so the model would never stop; its chat "
+                "template must end the answers with the end token inside {% generation %}"
+            )
+    same = " (eos is the padding as well; padding has no weight)" * (tok.pad_id == tok.eos_id)
+    return (
+        f"{tok.vocab_size:,} ids, {', '.join(f'{name}={token}' for name, token in ids.items())}{same}; ends are learned"
+    )
+
+
+def _coverage(loader: Loader) -> str:
+    """Rows of the beginning: each must teach something."""
+    n_rows = min(N_ROWS, loader.samples_per_epoch)
+    rows = [loader.row(sample) for sample in range(n_rows)]
+    learned, filled = (
+        np.array([getattr(row, name).astype(bool).mean() for row in rows]) for name in Batch._fields[2:4]
+    )
+    if not learned.all():
+        raise ValueError(f"sample {int(learned.argmin())} has no learned token")
+    return (
+        f"{learned.mean():.1%} of the positions of the first {count(n_rows, 'row')} ({learned.min():.1%} at least), "
+        f"{1 - filled.mean():.1%} padding"
+    )
+
+
+def _start(start_from: str) -> str:
+    config, _ = look(start_from, encoders=True)
+    return f"{start_from}: {accounting.param_count(config):,} parameters"
+
+
+def _shape(mesh: jax.sharding.Mesh) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no axis is split"
+
+
+def _kernels(run: Run) -> str:
+    compute = run.compute
+    return f"{compute.dtype} by XLA on {jax.default_backend()}, layers={compute.layers}, remat={compute.remat}"
+
+
+def _memory(run: Run, state: TrainState) -> str:
+    text, needed = run.memory(state.opt_state)
+    available = _device_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{text}; a device has {available / 1e9:.1f} GB: raise step.accumulate, set compute.remat=full, or split "
+            "the model over more devices (mesh.fsdp)"
+        )
+    return text + ("" if available is None else f"; a device has {available / 1e9:.1f} GB")
+
+
+def _device_bytes() -> float | None:
+    """Memory of one device, as far as the platform tells: of a CPU, its share of the host's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal"))
+        return total * 1024 / jax.local_device_count()
+    return None
+
+
+def _disk(run_dir: Path, recipe: Recipe, state: TrainState) -> str:
+    """Room for all the checkpoints that are kept, and for the one that is being written."""
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best
+    free = shutil.disk_usage(_existing(run_dir)).free
+    text = f"{count(kept, 'checkpoint')} of {one / 1e9:.3g} GB and one in writing, {free / 1e9:.1f} GB free"
+    if (kept + 1) * one > free:
+        raise ValueError(f"{text}: lower checkpoint.keep_last or keep_best, or set `out` to a larger disk")
+    return text
+
+
+def _write(run_dir: Path) -> str:
+    """Write a checkpoint of a few bytes where the run will be, read it back, and remove it."""
+    existing = _existing(run_dir)
+    temporary = tempfile.TemporaryDirectory(prefix=".jaxllm-check-", dir=existing)
+    with temporary as directory, Checkpoints(directory) as checkpoints:
+        checkpoints.save({"probe": jax.numpy.arange(4.0)}, {"step": 0})
+        checkpoints.wait()
+        if checkpoints.steps() != [0]:
+            raise ValueError(f"a checkpoint that was written into {existing} is not found again")
+    return f"written and found again in {existing}"
+
+
+def _existing(path: Path) -> Path:
+    return next(each for each in (path.resolve(), *path.resolve().parents) if each.is_dir())
