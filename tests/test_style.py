@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.data.shape import Shape
+
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("check_style", ROOT / "tools" / "check_style.py")
 check_style = importlib.util.module_from_spec(_spec)
@@ -160,6 +162,7 @@ def test_every_field_has_a_description():
 def test_every_field_has_a_reader():
     trees = sources()
     read = set().union(*(read_names(tree) for tree in trees))
+    read |= {f"{end}_{measure}" for end in ("min", "max") for measure in vars(Shape)}  # QualityConfig.failed
     unread = [
         f"{config.name}.{field.target.id}"
         for config in config_classes(trees)
