@@ -13,8 +13,8 @@ Kind = Literal["email", "phone", "ip", "key", "id"]
 
 _PATTERNS = {
     "key": (
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{0,8000}?-----END [A-Z ]*PRIVATE KEY-----"
-        r"|\b(?:sk|pk|rk)[-_](?:[A-Za-z0-9]{2,12}[-_])*[A-Za-z0-9]{20,}\b"  # OpenAI, Anthropic, Stripe
+        r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{0,5000}?-----END [A-Z ]*PRIVATE KEY-----"
+        r"|\b(?:sk|pk|rk)[-_](?:[A-Za-z0-9]{2,12}[-_]){0,4}[A-Za-z0-9]{20,}\b"  # OpenAI, Anthropic, Stripe
         r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}\b"
         r"|\bhf_[A-Za-z0-9]{30,}\b|\bAIza[0-9A-Za-z_-]{35}\b"
         r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"  # JSON web tokens

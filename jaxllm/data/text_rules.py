@@ -16,7 +16,9 @@ _ELEMENTS = (  # not any word in angle brackets: text has "#include <stdio.h>" a
     "textarea|tfoot|th|thead|time|title|tr|u|ul|video"
 )
 _TAG = re.compile(
-    rf"<!--.*?-->|<!doctype[^>]*>|<(script|style)\b[^>]*>.*?</\1\s*>|</?(?:{_ELEMENTS})(?:\s[^<>]*)?/?>",
+    # None looks past the next of its kind: without its end, each would be read to the end of the text.
+    r"<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<(script|style)\b[^<>]*>(?:(?!<(?:script|style)\b).)*?</\1\s*>"
+    rf"|</?(?:{_ELEMENTS})(?:\s[^<>]*)?/?>",
     re.DOTALL | re.IGNORECASE,
 )
 _NARROW = {code: code - 0xFEE0 for code in range(0xFF10, 0xFF5B) if chr(code - 0xFEE0).isalnum()}

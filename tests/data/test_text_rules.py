@@ -1,7 +1,13 @@
 """Rules that change a text, and the masking of personal data."""
 
-import pytest
+import re
+import time
 
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxllm.data import pii
 from jaxllm.data.clean import CleanConfig, Cleaner
 from jaxllm.data.documents import Document
 from jaxllm.data.pii import mask
@@ -61,9 +67,26 @@ def test_personal_data(kind, found, kept):
     assert everything(f"电话{found[0]}。") == f"电话[{kind}]。"
 
 
+@pytest.mark.parametrize("kind", pii._PATTERNS)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_what_a_pattern_finds_has_its_sign(kind, data):
+    pattern, sign = (re.compile(each[kind], re.ASCII) for each in (pii._PATTERNS, pii._SIGNS))
+    found = pattern.search(data.draw(st.from_regex(pattern)))
+    assert found is None or sign.search(found.string)
+
+
 def test_masking_is_counted_and_off_by_default():
     document = Document("mail me@example.org", "a", "b")
     assert Cleaner(CleanConfig()).document(document).text == document.text
     cleaner = Cleaner(CleanConfig(pii=["email"]))
     assert cleaner.document(document).text == "mail [email]"
     assert cleaner.counts["pii"].changed == 1
+
+
+@pytest.mark.parametrize("part", ["sk-", "sk-aa-", "a@b.", "<!--", "<script>", "<!doctype ", "<p ", "1 ", "0:", "1."])
+def test_rules_take_linear_time(part):
+    start = time.perf_counter()
+    remove_tags(part * 20_000)
+    mask(["email", "phone", "ip", "key", "id"])(part * 20_000)
+    assert time.perf_counter() - start < 2  # quadratic: 7 seconds or more
