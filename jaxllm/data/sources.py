@@ -137,23 +137,27 @@ def documents(source: Input | Part, problems: Problems) -> Iterator[Document]:
         match part.source:
             case TextFiles() | WebPages():
                 yield from texts.read(part, problems)
-            case RowFiles(fields=name) | Tfds(fields=name):
-                name = name or "text"
-                for row in rows.read(part, problems, [name, *IDS]):
-                    value = row.values.get(name)
-                    if isinstance(value, bytes):
-                        row.values[name] = value = problems.decode(value, row.place, 0)
-                        if value is None:  # which is counted
-                            continue
-                    text = problems.attempt(row.place, _field, row.values, name, part.source.max_bytes)
-                    if text is not None:
-                        yield Document(text, part.path, row.location, row.offset, _id(row.values))
+            case RowFiles() | Tfds():
+                yield from _row_documents(part, problems)
             case PyDocs():
                 yield from pydocs.documents()
             case World(count=count, seed=seed):
                 from jaxllm.data import world
 
                 yield from world.documents(count, seed)
+
+
+def _row_documents(part: Part, problems: Problems) -> Iterator[Document]:
+    name = part.source.fields or "text"
+    for row in rows.read(part, problems, [name, *IDS]):
+        value = row.values.get(name)
+        if isinstance(value, bytes):
+            row.values[name] = value = problems.decode(value, row.place, 0)
+            if value is None:
+                continue
+        text = problems.attempt(row.place, _field, row.values, name, part.source.max_bytes)
+        if text is not None:
+            yield Document(text, part.path, row.location, row.offset, _id(row.values))
 
 
 def conversations(source: Input | Part, problems: Problems) -> Iterator[Conversation]:
