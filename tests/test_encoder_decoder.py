@@ -256,8 +256,8 @@ def test_a_text_that_is_too_long_is_named_by_its_line(asking, capsys, tmp_path):
     assert f"the model takes at most {longest}" in err
 
 
-def test_what_a_checkpoint_asks_for_and_nothing_computes_is_refused(asking, capsys):
-    path, lm = asking
+def test_what_a_checkpoint_asks_for_and_nothing_computes_is_refused(asking):
+    _, lm = asking
     other = EncoderDecoder(lm.config, lm.params, lm.tokenizer, stop_ids=lm.stop_ids, asked={"num_beam_groups": 2})
     with pytest.raises(ValueError, match="asks for num_beam_groups=2, which is not computed here"):
         other.generate(TEXTS)
