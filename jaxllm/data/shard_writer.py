@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -47,6 +47,58 @@ def check_out(directory: str | Path, overwrite: bool, inputs: Iterable[str] = ()
         raise FileExistsError(f"{path} exists; choose another directory, or --overwrite to replace it")
 
 
+class Encoded(NamedTuple):
+    """A document or conversation as ids; `trained` is empty for text; `size_bytes` of UTF-8 text."""
+
+    source: str
+    location: str
+    ids: list[int]
+    trained: list[bool]
+    size_bytes: int
+
+
+class Stored(NamedTuple):
+    """What a shard holds of one document.
+
+    Attributes:
+      tokens: uint16 or uint32. trained: bool as long, of a conversation; else empty: all but the first.
+      origin: a line of JSON. n_trained: targets, which stand for `text_bytes` bytes of UTF-8.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    origin: bytes
+    n_trained: int
+    text_bytes: int
+
+
+def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """Return how ids are stored."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def text_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
+    """Return a document as it is stored: [bos] + ids + [eos]."""
+    tokens = np.array([tokenizer.bos_id, *each.ids, tokenizer.eos_id], token_dtype(tokenizer))
+    return Stored(tokens, np.zeros(0, bool), _origin(each), len(each.ids) + 1, each.size_bytes)
+
+
+def chat_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
+    """Return a conversation as it is stored; the text that counts is what is learned."""
+    learned = [token for token, learn in zip(each.ids, each.trained, strict=True) if learn]
+    return Stored(
+        np.array(each.ids, token_dtype(tokenizer)),
+        np.array(each.trained, bool),
+        _origin(each),
+        sum(each.trained[1:]),
+        sum(len(tokenizer.token_bytes(token)) for token in learned),
+    )
+
+
+def _origin(each: Encoded) -> bytes:
+    return (json.dumps({"source": each.source, "location": each.location}, ensure_ascii=False) + "\n").encode("utf-8")
+
+
 class DatasetWriter:
     """Context manager that builds `directory`; it appears when the block ends without an exception, and not before.
 
@@ -73,10 +125,8 @@ class DatasetWriter:
         check_out(directory, overwrite)
         self._sealed = False
         self._temporary = files.temporary_beside(self.directory)
-        self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        self._splits = {
-            split: _SplitWriter(self._temporary / split, kind, self._dtype, shard_tokens) for split in SPLITS
-        }
+        self._dtype = token_dtype(tokenizer)
+        self._splits = {split: _SplitWriter(self._temporary / split, kind, shard_tokens) for split in SPLITS}
 
     def __enter__(self) -> Self:
         files.drop_leftovers(self.directory)
@@ -92,18 +142,17 @@ class DatasetWriter:
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
+    def add(self, split: str, stored: Stored) -> None:
+        """Store one document of the tokenizer's."""
+        self._splits[split].add(stored)
+
     def add_text(self, split: str, ids: list[int], source: str, location: str, text_bytes: int) -> None:
         """Store one document as [bos] + ids + [eos]; `text_bytes` is the UTF-8 length of its text."""
-        tokens = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
-        trained = [False] + [True] * (len(ids) + 1)
-        self._splits[split].add(tokens, trained, {"source": source, "location": location}, text_bytes)
+        self.add(split, text_tokens(self.tokenizer, Encoded(source, location, ids, [], text_bytes)))
 
     def add_chat(self, split: str, ids: list[int], trained: list[bool], source: str, location: str) -> None:
         """Store one encoded conversation."""
-        text_bytes = sum(
-            len(self.tokenizer.token_bytes(token)) for token, learn in zip(ids, trained, strict=True) if learn
-        )
-        self._splits[split].add(ids, trained, {"source": source, "location": location}, text_bytes)
+        self.add(split, chat_tokens(self.tokenizer, Encoded(source, location, ids, trained, 0)))
 
     def seal(self) -> Path:
         """Write the rest, the tokenizer and the manifest; return the directory, complete but not yet in its place.
@@ -142,8 +191,8 @@ class DatasetWriter:
 
 
 class _SplitWriter:
-    def __init__(self, directory: Path, kind: Kind, dtype: str, shard_tokens: int):
-        self.directory, self.kind, self.dtype, self.shard_tokens = directory, kind, dtype, shard_tokens
+    def __init__(self, directory: Path, kind: Kind, shard_tokens: int):
+        self.directory, self.kind, self.shard_tokens = directory, kind, shard_tokens
         self.n_trained = self.trained_bytes = 0
         self.shards: list[ShardInfo] = []
         self._clear()
@@ -151,19 +200,18 @@ class _SplitWriter:
     def _clear(self) -> None:
         self._tokens: list[np.ndarray] = []
         self._trained: list[np.ndarray] = []
-        self._origins: list[str] = []
+        self._origins: list[bytes] = []
         self._size = 0
 
-    def add(self, tokens: list[int], trained: list[bool], origin: dict[str, str], text_bytes: int) -> None:
-        if self._size and self._size + len(tokens) > self.shard_tokens:
+    def add(self, stored: Stored) -> None:
+        if self._size and self._size + len(stored.tokens) > self.shard_tokens:
             self._flush()
-        self._tokens.append(np.array(tokens, self.dtype))
-        self._origins.append(json.dumps(origin, ensure_ascii=False) + "\n")
-        self._size += len(tokens)
-        self.n_trained += sum(trained[1:])
-        self.trained_bytes += text_bytes
-        if self.kind == "chat":
-            self._trained.append(np.array(trained, bool))
+        self._tokens.append(stored.tokens)
+        self._trained.append(stored.trained)
+        self._origins.append(stored.origin)
+        self._size += len(stored.tokens)
+        self.n_trained += stored.n_trained
+        self.trained_bytes += stored.text_bytes
 
     def finish(self) -> SplitInfo:
         if self._tokens:
@@ -182,12 +230,12 @@ class _SplitWriter:
         contents = {
             "tokens.npy": np.concatenate(self._tokens),
             "offsets.npy": np.cumsum([0, *map(len, self._tokens)], dtype=np.int64),
-            "origins.jsonl": np.frombuffer("".join(self._origins).encode("utf-8"), np.uint8),
+            "origins.jsonl": np.frombuffer(b"".join(self._origins), np.uint8),
             **({"trained.npy": np.concatenate(self._trained)} if self.kind == "chat" else {}),
         }
         paths = [self.directory / f"{shard}.{part}" for part in contents]
         for path, content in zip(paths, contents.values(), strict=True):
-            _save(path, content)
+            save_array(path, content)
         self.shards.append(
             ShardInfo(
                 name=shard,
@@ -200,7 +248,7 @@ class _SplitWriter:
         self._clear()
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file, or bytes. `np.save` does not say that a disk is full, or that only the end is missing."""
     with open(path, "wb") as file:
         if path.suffix == ".npy":
