@@ -75,13 +75,13 @@ class Work:
                     f"{self._out} is being prepared by {holder}; wait for it, or choose another directory"
                 ) from error
             os.close(self._lock)
+        self._sweep()
         os.truncate(self._lock, 0)
         os.write(self._lock, f"process {os.getpid()} of {os.uname().nodename}".encode())
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        for path in self.path.glob(".*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._sweep()
         kept = exception_type is not None and any(path.is_dir() for path in self.path.iterdir())
         if not kept:
             shutil.rmtree(self.path)
@@ -91,6 +91,11 @@ class Work:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             place = error.filename or self.path
             raise OSError(errno.ENOSPC, f"the disk is full ({place}); free some space and run the same command again")
+
+    def _sweep(self) -> None:
+        """Remove what is half done."""
+        for path in self.path.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """Drop all results."""

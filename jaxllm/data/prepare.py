@@ -17,7 +17,8 @@ from pydantic import Field
 from jaxllm.core import files
 from jaxllm.core.config import Config
 from jaxllm.core.wording import count
-from jaxllm.data import engine, sources, stages, tokenizer
+from jaxllm.data import beam, engine, sources, stages, tokenizer
+from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
 from jaxllm.data.clean import CleanConfig
 from jaxllm.data.engine import LocalEngine, Work
@@ -73,7 +74,9 @@ class PrepareConfig(Config):
     part_bytes: int = Field(
         32_000_000, ge=1, description="input files are worked on together up to this size; a kill costs so much work"
     )
-    engine: LocalEngine = Field(LocalEngine(), description="what does the work; the data are the same")
+    engine: Annotated[LocalEngine | BeamEngine, Field(discriminator="kind")] = Field(
+        LocalEngine(), description="what does the work; the data are the same"
+    )
 
     @property
     def dataset_kind(self) -> Kind:
@@ -139,13 +142,16 @@ class _Job:
 
     def find_copies(self, texts: Sequence[Path]) -> list[Path]:
         """Compare the documents of all parts; return the files that say which are kept."""
-        [out] = self.work.keep("kept", [files.fingerprint(*(path.name for path in texts))])
+        [out] = self.work.keep("kept", [files.fingerprint(*(path.name for path in texts), repr(self.config.clean))])
         paths = [out / f"{path.name}.npy" for path in texts]
         if not out.exists():
-            digests = [np.load(path / "digests.npy") for path in texts]
-            wanted = self.config.clean.deduplicate
-            kept = stages.keep_first(digests) if wanted else [np.ones(len(each), bool) for each in digests]
-            with files.new_directory(out) as directory:
+            with stages.result(out) as directory:
+                if self.config.clean.deduplicate and isinstance(self.config.engine, BeamEngine):
+                    beam.keep_first(texts, directory, self.config.engine.options)
+                    return paths
+                digests = [np.load(path / "digests.npy") for path in texts]
+                alone = [np.ones(len(each), bool) for each in digests]
+                kept = stages.keep_first(digests) if self.config.clean.deduplicate else alone
                 for path, each in zip(paths, kept, strict=True):
                     save_array(directory / path.name, each)
         return paths
@@ -156,7 +162,7 @@ class _Job:
         if not out.exists():
             share = SAMPLES * self.config.tokenizer.sample_bytes / size_bytes
             told = chain(_sample(texts, kept, share, self.config.chat), self._now_training())
-            with files.new_directory(out) as directory:
+            with stages.result(out) as directory:
                 tokenizer.train(told, self.config.tokenizer).save(directory)
         return tokenizer.load(out)
 
@@ -165,7 +171,7 @@ class _Job:
         config, asked = self.config, self.config.tokenizer
         [model] = self.work.keep("tokenizer", [tok.fingerprint])
         if not model.exists():
-            with files.new_directory(model) as directory:
+            with stages.result(model) as directory:
                 tok.save(directory)
         named = asked.path if isinstance(asked, ExistingTokenizer) else ""
         shared = {"tokenizer": model, "named": named, "chat": config.chat, "errors": config.errors}
@@ -192,7 +198,10 @@ class _Job:
         self.progress.begin(stage)
         if done := sum(task.out.exists() for task in tasks):
             self.progress.note(f"{stage}: {done} of {count(len(tasks), 'part')} found done in {self.work.path}")
-        engine.run(tasks, self.config.engine.workers, self.progress.advance)
+        if isinstance(self.config.engine, BeamEngine):
+            beam.run(tasks, self.config.engine.options)
+        else:
+            engine.run(tasks, self.config.engine.workers, self.progress.advance)
 
 
 def parts(config: PrepareConfig) -> list[tuple[sources.Input, ...]]:

@@ -12,11 +12,12 @@ import sys
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from functools import lru_cache
 from itertools import chain, compress, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from jaxtyping import Bool, UInt64
@@ -66,6 +67,20 @@ class Account:
         if len(rule.examples) < clean.N_EXAMPLES:
             shown = repr(text[:60]) if isinstance(item, Document) else text[:60]
             rule.examples.append(f"{item.source}, {item.location}: {shown}")
+
+
+@contextmanager
+def result(out: Path) -> Iterator[Path]:
+    """Give a place to write into that becomes `out` when all went well; if `out` is there by then, it is as good."""
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as parent:
+        directory = Path(parent) / out.name
+        directory.mkdir()
+        yield directory
+        for path in directory.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if not out.exists():
+            directory.rename(out)
 
 
 def merge(accounts: Iterable[Account]) -> Account:
@@ -121,7 +136,7 @@ class Clean:
         read = sources.conversations if self.chat else sources.documents
         apply = cleaner.conversation if self.chat else cleaner.document
         digests = bytearray()
-        with files.new_directory(self.out) as directory:
+        with result(self.out) as directory:
             with open(directory / "documents.jsonl", "wb") as file:
                 for item in chain.from_iterable(read(each, account.problems) for each in self.inputs):
                     size = size_of(item)
@@ -139,7 +154,7 @@ class Clean:
                 if before != list(stamp(path)[1:]):
                     raise ValueError(f"{path} changed while it was read; run this again when it is complete")
             save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
-            _finish(directory, account)
+            files.write_json(directory / "account.json", asdict(account))
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ class Encode:
         tok = _load_tokenizer(self.tokenizer)
         account = Account(Problems(self.errors))
         sizes = array("q", [0, 0, 0, 0])
-        with files.new_directory(self.out) as directory:
+        with result(self.out) as directory:
             names = ("tokens.bin", "origins.jsonl", *(["trained.bin"] if self.chat else []))
             with ExitStack() as stack:
                 opened = [stack.enter_context(open(directory / name, "wb")) for name in names]
@@ -188,7 +203,7 @@ class Encode:
                         file.write(content)
                     sizes.extend((len(stored.tokens), len(stored.origin), stored.n_trained, stored.text_bytes))
             save_array(directory / "index.npy", np.frombuffer(sizes, np.int64).reshape(-1, 4).cumsum(axis=0))
-            _finish(directory, account)
+            files.write_json(directory / "account.json", asdict(account))
 
     def _encoded(self, tok: Tokenizer, account: Account, tick: Tick) -> Iterator[Encoded]:
         batch: list[Document] = []
@@ -305,11 +320,3 @@ def _load_tokenizer(directory: Path) -> Tokenizer:
 def _map(path: Path, dtype: str) -> np.ndarray:
     """A file as an array; a map of nothing is not allowed."""
     return np.memmap(path, dtype, "r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)
-
-
-def _finish(directory: Path, account: Account) -> None:
-    """Write the account last, when all else is safely on the disk."""
-    for path in directory.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    files.write_json(directory / "account.json", asdict(account))
