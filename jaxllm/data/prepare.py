@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -113,8 +113,12 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
         account = stages.merge([read, *map(stages.read_account, encoded)])
         _check_any(account, work)
         with DatasetWriter(config.out, tok, config.dataset_kind, config.overwrite) as writer:
-            for split, (part, document) in assign_splits(_numbered(encoded), config.validation, config.seed):
-                writer.add(split, _open(part, token_dtype(tok), config.chat)[document])
+            progress.begin("writing")
+            for split, part, *stretch in _stretches(encoded, config.validation, config.seed):
+                documents = _open(part, token_dtype(tok), config.chat)
+                for stored in documents.stretches(*stretch, partial(writer.room, split)):
+                    writer.add(split, stored)
+                    progress.advance(len(stored.lengths), stored.text_bytes)
             directory = writer.seal()
             datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
             report = _report(config, account, tok, datasets, start)
@@ -242,6 +246,18 @@ def _numbered(encoded: Sequence[Path]) -> Iterator[tuple[Path, int]]:
     """(part, number in it) of every document."""
     for part in encoded:
         yield from ((part, number) for number in range(len(np.load(part / "index.npy", mmap_mode="r")) - 1))
+
+
+def _stretches(encoded: Sequence[Path], validation: float, seed: int) -> Iterator[tuple[str, Path, int, int]]:
+    """(split, part, start, stop) of all documents, in the order that each split is to have."""
+    last: dict[str, tuple[Path, int, int]] = {}
+    for split, (part, number) in assign_splits(_numbered(encoded), validation, seed):
+        before, start, stop = last.get(split, (part, number, number))
+        if (before, stop) != (part, number):
+            yield split, before, start, stop
+            start = number
+        last[split] = part, start, number + 1
+    yield from ((split, *each) for split, each in last.items())
 
 
 _open = lru_cache(maxsize=64)(EncodedPart)

@@ -58,16 +58,18 @@ class Encoded(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a shard holds of one document.
+    """What a shard holds of some documents that follow each other.
 
     Attributes:
-      tokens: uint16 or uint32. trained: bool as long, of a conversation; else empty: all but the first.
-      origin: a line of JSON. n_trained: targets, which stand for `text_bytes` bytes of UTF-8.
+      tokens: uint16 or uint32, of all of them. lengths: int64 [documents], tokens of each.
+      trained: bool, one for each token, of conversations; else empty: all but the first of a document.
+      origins: uint8, a line of JSON for each. n_trained: targets, which stand for `text_bytes` bytes of UTF-8.
     """
 
     tokens: np.ndarray
+    lengths: np.ndarray
     trained: np.ndarray
-    origin: bytes
+    origins: np.ndarray
     n_trained: int
     text_bytes: int
 
@@ -80,14 +82,16 @@ def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
 def text_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
     """Return a document as it is stored: [bos] + ids + [eos]."""
     tokens = np.array([tokenizer.bos_id, *each.ids, tokenizer.eos_id], token_dtype(tokenizer))
-    return Stored(tokens, np.zeros(0, bool), _origin(each), len(each.ids) + 1, each.size_bytes)
+    return Stored(tokens, _one(tokens), np.zeros(0, bool), _origin(each), len(each.ids) + 1, each.size_bytes)
 
 
 def chat_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
     """Return a conversation as it is stored; the text that counts is what is learned."""
     learned = [token for token, learn in zip(each.ids, each.trained, strict=True) if learn]
+    tokens = np.array(each.ids, token_dtype(tokenizer))
     return Stored(
-        np.array(each.ids, token_dtype(tokenizer)),
+        tokens,
+        _one(tokens),
         np.array(each.trained, bool),
         _origin(each),
         sum(each.trained[1:]),
@@ -95,8 +99,13 @@ def chat_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
     )
 
 
-def _origin(each: Encoded) -> bytes:
-    return (json.dumps({"source": each.source, "location": each.location}, ensure_ascii=False) + "\n").encode("utf-8")
+def _one(tokens: np.ndarray) -> np.ndarray:
+    return np.array([len(tokens)], np.int64)
+
+
+def _origin(each: Encoded) -> np.ndarray:
+    line = json.dumps({"source": each.source, "location": each.location}, ensure_ascii=False) + "\n"
+    return np.frombuffer(line.encode("utf-8"), np.uint8)
 
 
 class DatasetWriter:
@@ -142,8 +151,12 @@ class DatasetWriter:
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
+    def room(self, split: str) -> int:
+        """Return how many tokens the open shard can take."""
+        return self._splits[split].room
+
     def add(self, split: str, stored: Stored) -> None:
-        """Store one document of the tokenizer's."""
+        """Store documents, all in one shard: in the open one if they fit."""
         self._splits[split].add(stored)
 
     def add_text(self, split: str, ids: list[int], source: str, location: str, text_bytes: int) -> None:
@@ -198,23 +211,19 @@ class _SplitWriter:
         self._clear()
 
     def _clear(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
-        self._origins: list[bytes] = []
-        self._size = 0
+        self._open: list[Stored] = []
+        self.room = self.shard_tokens
 
     def add(self, stored: Stored) -> None:
-        if self._size and self._size + len(stored.tokens) > self.shard_tokens:
+        if self._open and len(stored.tokens) > self.room:
             self._flush()
-        self._tokens.append(stored.tokens)
-        self._trained.append(stored.trained)
-        self._origins.append(stored.origin)
-        self._size += len(stored.tokens)
+        self._open.append(stored)
+        self.room -= len(stored.tokens)
         self.n_trained += stored.n_trained
         self.trained_bytes += stored.text_bytes
 
     def finish(self) -> SplitInfo:
-        if self._tokens:
+        if self._open:
             self._flush()
         return SplitInfo(
             n_documents=sum(shard.n_documents for shard in self.shards),
@@ -227,11 +236,12 @@ class _SplitWriter:
     def _flush(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         shard = f"shard-{len(self.shards):05d}"
+        joined = {name: np.concatenate([getattr(each, name) for each in self._open]) for name in Stored._fields[:4]}
         contents = {
-            "tokens.npy": np.concatenate(self._tokens),
-            "offsets.npy": np.cumsum([0, *map(len, self._tokens)], dtype=np.int64),
-            "origins.jsonl": np.frombuffer(b"".join(self._origins), np.uint8),
-            **({"trained.npy": np.concatenate(self._trained)} if self.kind == "chat" else {}),
+            "tokens.npy": joined["tokens"],
+            "offsets.npy": np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["lengths"])]),
+            "origins.jsonl": joined["origins"],
+            **({"trained.npy": joined["trained"]} if self.kind == "chat" else {}),
         }
         paths = [self.directory / f"{shard}.{part}" for part in contents]
         for path, content in zip(paths, contents.values(), strict=True):
@@ -239,8 +249,8 @@ class _SplitWriter:
         self.shards.append(
             ShardInfo(
                 name=shard,
-                n_documents=len(self._tokens),
-                n_tokens=self._size,
+                n_documents=len(joined["lengths"]),
+                n_tokens=len(joined["tokens"]),
                 size_bytes={path.name: path.stat().st_size for path in paths},
                 crc32={path.name: crc32(path) for path in paths},
             )

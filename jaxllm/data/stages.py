@@ -13,7 +13,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import chain, compress, repeat
 from pathlib import Path
@@ -149,7 +149,7 @@ class Clean:
                         account.bytes_kept += size_of(cleaned)
                         # 128 bits: no two of 10^12 different documents meet.
                         digests += hashlib.blake2b(identity(cleaned).encode("utf-8"), digest_size=16).digest()
-                        file.write(json.dumps(astuple(cleaned), ensure_ascii=False).encode("utf-8") + b"\n")
+                        file.write(_line(cleaned))
             for path, *before in self.stamps:
                 if before != list(stamp(path)[1:]):
                     raise ValueError(f"{path} changed while it was read; run this again when it is complete")
@@ -199,9 +199,9 @@ class Encode:
                 opened = [stack.enter_context(open(directory / name, "wb")) for name in names]
                 for each in self._encoded(tok, account, tick):
                     stored = (chat_tokens if self.chat else text_tokens)(tok, each)
-                    for file, content in zip(opened, (stored.tokens, stored.origin, stored.trained), strict=False):
+                    for file, content in zip(opened, (stored.tokens, stored.origins, stored.trained), strict=False):
                         file.write(content)
-                    sizes.extend((len(stored.tokens), len(stored.origin), stored.n_trained, stored.text_bytes))
+                    sizes.extend((len(stored.tokens), len(stored.origins), stored.n_trained, stored.text_bytes))
             save_array(directory / "index.npy", np.frombuffer(sizes, np.int64).reshape(-1, 4).cumsum(axis=0))
             files.write_json(directory / "account.json", asdict(account))
 
@@ -240,25 +240,26 @@ class EncodedPart:
     """The documents of a part that `Encode` left, by number; mapped into memory."""
 
     def __init__(self, directory: Path, dtype: str, chat: bool):
-        self._index = np.load(directory / "index.npy")
+        self._index = np.load(directory / "index.npy", mmap_mode="r").view(np.ndarray)
         self._tokens = _map(directory / "tokens.bin", dtype)
         self._origins = _map(directory / "origins.jsonl", "uint8")
         self._trained = _map(directory / "trained.bin", "bool") if chat else None
 
-    def __len__(self) -> int:
-        return len(self._index) - 1
-
-    def __getitem__(self, document: int) -> Stored:
-        (token, origin, trained, text), (token_end, origin_end, trained_end, text_end) = self._index[
-            document : document + 2
-        ].tolist()
-        return Stored(
-            self._tokens[token:token_end],
-            self._trained[token:token_end] if self._trained is not None else np.zeros(0, bool),
-            self._origins[origin:origin_end].tobytes(),
-            trained_end - trained,
-            text_end - text,
-        )
+    def stretches(self, start: int, stop: int, room: Callable[[], int]) -> Iterator[Stored]:
+        """Yield the documents [start, stop) in stretches of at most `room()` tokens, or of one document."""
+        while start < stop:
+            limit = self._index[start, 0] + room()
+            end = start + max(1, int(np.searchsorted(self._index[start + 1 : stop + 1, 0], limit, side="right")))
+            (token, origin, *before), (last, origin_end, *after) = self._index[[start, end]].tolist()
+            yield Stored(
+                self._tokens[token:last],
+                np.diff(self._index[start : end + 1, 0]),
+                self._trained[token:last] if self._trained is not None else np.zeros(0, bool),
+                self._origins[origin:origin_end],
+                after[0] - before[0],
+                after[1] - before[1],
+            )
+            start = end
 
 
 def keep_first(digests: Sequence[UInt64[np.ndarray, "n 2"]]) -> list[Bool[np.ndarray, "n"]]:
@@ -269,6 +270,14 @@ def keep_first(digests: Sequence[UInt64[np.ndarray, "n 2"]]) -> list[Bool[np.nda
     keep = np.ones(len(everything), bool)
     keep[order[1:][again]] = False
     return np.split(keep, np.cumsum([len(each) for each in digests])[:-1])
+
+
+def _line(item: Document | Conversation) -> bytes:
+    """An item as `read_documents` reads it."""
+    first, *rest = (getattr(item, name) for name in item.__slots__)
+    if isinstance(item, Conversation):
+        first = [(message.role, message.content) for message in first]
+    return (json.dumps([first, *rest], ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def read_documents(
