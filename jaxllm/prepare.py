@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     row_length = "row length for which the report gives rows and padding (default: 512)"
     add("--seq-len", metavar="T", type=int, help=row_length)
     add("--seed", metavar="N", type=int, help="decides which documents are held out, and what --world says")
+    workers = "processes that do the work (default: one for each core); the data are the same"
+    add("--workers", dest="engine.workers", metavar="N", type=int, help=workers)
+    add("--runner", dest="engine.kind", choices=("local", "beam"), help="processes of this machine, or Apache Beam")
     add("--overwrite", **switch, help="replace the dataset if it exists")
     return result
 

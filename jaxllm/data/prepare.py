@@ -1,34 +1,41 @@
-"""From sources to a dataset directory: read, clean, drop copies, tokenise, split, write; all of it streaming."""
+"""From sources to a dataset directory: read, clean, drop copies, tokenise, split, write; part by part, resumable."""
 
 import hashlib
 import heapq
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from jaxllm.core import files
 from jaxllm.core.config import Config
 from jaxllm.core.wording import count
-from jaxllm.data import sources, tokenizer
-from jaxllm.data.chat import TemplateError, encode_chat, template_of
-from jaxllm.data.clean import CleanConfig, Cleaner
-from jaxllm.data.documents import Conversation, Document, provenance
+from jaxllm.data import beam, engine, sources, stages, tokenizer
+from jaxllm.data.beam import BeamEngine
+from jaxllm.data.chat import template_of
+from jaxllm.data.clean import CleanConfig
+from jaxllm.data.engine import LocalEngine, Work
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
-from jaxllm.data.problems import Policy, Problems
+from jaxllm.data.problems import Policy
 from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
-from jaxllm.data.shard_writer import NOTHING, DatasetWriter, check_out
+from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset, Kind
+from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
 from jaxllm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
-BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
+SAMPLES = 8  # the tokenizer's sample is drawn from at most about this many times its size
+T = TypeVar("T")
 
 
 class BytesTokenizer(Config):
@@ -63,126 +70,206 @@ class PrepareConfig(Config):
         512, ge=2, description="row length for which the report gives the padding; training may use another"
     )
     overwrite: bool = Field(False, description="replace the dataset if it exists, once the new one is complete")
+    part_bytes: int = Field(
+        32_000_000, ge=1, description="input files are worked on together up to this size; a kill costs so much work"
+    )
+    engine: Annotated[LocalEngine | BeamEngine, Field(discriminator="kind")] = Field(
+        LocalEngine(), description="what does the work; the data are the same"
+    )
 
     @property
     def dataset_kind(self) -> Kind:
         return "chat" if self.chat else "text"
 
 
-class Encoded(NamedTuple):
-    """A document or conversation as ids; `trained` is empty for text; `size_bytes` of UTF-8 text."""
-
-    source: str
-    location: str
-    ids: list[int]
-    trained: list[bool]
-    size_bytes: int
-    more: Mapping[str, str | int] = NOTHING  # as `documents.provenance`
-
-
-class Reader:
-    """The cleaned documents of a config, and the account of what was read and dropped."""
-
-    def __init__(self, config: PrepareConfig, progress: Progress):
-        self.config, self.progress = config, progress
-        self.problems = Problems(config.errors)
-        self.cleaner = Cleaner(config.clean)
-        self.n_read = self.n_kept = self.bytes_read = self.bytes_kept = 0
-
-    def __iter__(self) -> Iterator[Document | Conversation]:
-        read = sources.conversations if self.config.chat else sources.documents
-        clean = self.cleaner.conversation if self.config.chat else self.cleaner.document
-        for each in self.config.inputs:
-            for item in read(each, self.problems):
-                self.n_read += 1
-                self.bytes_read += _size(item)
-                self.progress(self.n_read, self.bytes_read)
-                cleaned = clean(item)
-                if cleaned is not None:
-                    self.n_kept += 1
-                    self.bytes_kept += _size(cleaned)
-                    yield cleaned
-
-    def reject(self, item: Conversation, why: ValueError) -> None:
-        """Report a conversation that was yielded and cannot be used; it is not kept after all."""
-        self.problems.report(f"{item.source}, {item.location}: {why}")
-        self.n_kept -= 1
-        self.bytes_kept -= _size(item)
-
-
 def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareReport:
     """Make the dataset directory `config.out` and return the account of it (also stored as report.json).
+
+    What is done of it is kept beside `out` until all is done, so that the same call goes on after whatever ended one.
 
     Args:
       console: where the progress is shown.
     Raises:
       FileNotFoundError: a source or tokenizer does not exist.
-      FileExistsError: `out` exists and `overwrite` is False, or it is no dataset, or holds an input.
+      FileExistsError: `out` exists and `overwrite` is False, or it is no dataset, or holds an input, or another process
+        prepares it.
       ValueError: unreadable input under the policy "error", no text, or a tokenizer that cannot be trained or has no
         chat tokens.
-      OSError: the disk is full; nothing is left behind.
+      OSError: the disk is full.
     """
     start = time.perf_counter()
     inputs = (path for each in config.inputs for path in sources.paths(each))
     check_out(config.out, config.overwrite, inputs)  # before a tokenizer is trained
-    with Progress(console) as progress:
-        writer = DatasetWriter(config.out, make_tokenizer(config, progress), config.dataset_kind, config.overwrite)
-        return _write(Reader(config, progress), writer, start)
-
-
-def _write(reader: Reader, writer: DatasetWriter, start: float) -> PrepareReport:
-    """Fill the dataset and publish it; `start` of all the work, in seconds."""
-    config = reader.config
-    if config.chat:
-        template_of(writer.tokenizer)  # without one, every conversation would be a problem of its own
-    reader.progress.begin("reading and tokenising")
-    with writer:
-        for split, item in assign_splits(_encode(reader, writer.tokenizer), config.validation, config.seed):
-            if config.chat:
-                writer.add_chat(split, item.ids, item.trained, item.source, item.location, item.more)
-            else:
-                writer.add_text(split, item.ids, item.source, item.location, item.size_bytes, item.more)
-        if not reader.n_kept:
-            raise ValueError(_why_empty(reader))
-        directory = writer.seal()
-        datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
-        report = _report(reader, writer.tokenizer, datasets, start)
-        files.write_json(directory / "report.json", report.model_dump(mode="json"))
+    with Progress(console) as progress, Work(Path(config.out), progress.note) as work:
+        job = _Job(config, work, progress)
+        tok = None if job.trains else make_tokenizer(config)
+        texts = job.clean()
+        read = stages.merge(map(stages.read_account, texts))
+        _check_any(read, work)
+        kept = job.find_copies(texts)
+        tok = tok or job.train(texts, kept, read.bytes_kept)
+        encoded = job.encode(texts, kept, tok)
+        account = stages.merge([read, *map(stages.read_account, encoded)])
+        _check_any(account, work)
+        with DatasetWriter(config.out, tok, config.dataset_kind, config.overwrite) as writer:
+            progress.begin("writing")
+            for split, part, *stretch in _stretches(encoded, config.validation, config.seed):
+                documents = _open(part, token_dtype(tok), config.chat)
+                for stored in documents.stretches(*stretch, partial(writer.room, split)):
+                    writer.add(split, stored)
+                    progress.advance(len(stored.lengths), stored.text_bytes)
+            directory = writer.seal()
+            datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
+            report = _report(config, account, tok, datasets, start)
+            files.write_json(directory / "report.json", report.model_dump(mode="json"))
     return report
 
 
-def make_tokenizer(config: PrepareConfig, progress: Progress) -> Tokenizer:
-    """Train, load or build the tokenizer that `config` asks for."""
-    match config.tokenizer:
-        case TokenizerConfig():
-            reader = Reader(config, progress)
-            texts = _told(reader)
-            first = next(texts, None)
-            if first is None:
-                raise ValueError(_why_empty(reader))
-            return tokenizer.train(chain([first], texts), config.tokenizer)
-        case BytesTokenizer():
-            return tokenizer.byte_tokenizer()
-        case ExistingTokenizer():
-            return tokenizer.load(config.tokenizer.path)
+class _Job:
+    """The stages, each of which finds what is done of it and does the rest; all give their results part by part."""
+
+    def __init__(self, config: PrepareConfig, work: Work, progress: Progress):
+        self.config, self.work, self.progress = config, work, progress
+        self.trains = isinstance(config.tokenizer, TokenizerConfig)
+
+    def clean(self) -> list[Path]:
+        """Read and clean; return where the documents are."""
+        config = self.config
+        tasks = []
+        for inputs in parts(config):
+            paths = dict.fromkeys(each.path for each in inputs if each.size is not None)
+            stamps = tuple(stages.stamp(path) for path in paths)
+            tasks.append(Clean(Path(), inputs, stamps, config.clean, config.chat, config.errors))
+        tasks = self._placed("text", tasks)
+        self._run("reading for the tokenizer" if self.trains else "reading", tasks)
+        return [task.out for task in tasks]
+
+    def find_copies(self, texts: Sequence[Path]) -> list[Path]:
+        """Compare the documents of all parts; return the files that say which are kept."""
+        [out] = self.work.keep("kept", [files.fingerprint(*(path.name for path in texts), repr(self.config.clean))])
+        paths = [out / f"{path.name}.npy" for path in texts]
+        if not out.exists():
+            with stages.result(out) as directory:
+                if self.config.clean.deduplicate and isinstance(self.config.engine, BeamEngine):
+                    beam.keep_first(texts, directory, self.config.engine.options)
+                    return paths
+                digests = [np.load(path / "digests.npy") for path in texts]
+                alone = [np.ones(len(each), bool) for each in digests]
+                kept = stages.keep_first(digests) if self.config.clean.deduplicate else alone
+                for path, each in zip(paths, kept, strict=True):
+                    save_array(directory / path.name, each)
+        return paths
+
+    def train(self, texts: Sequence[Path], kept: Sequence[Path], size_bytes: int) -> Tokenizer:
+        """Train the tokenizer on `size_bytes` of text, or load it."""
+        [out] = self.work.keep("trained", [files.fingerprint(kept[0].parent.name, repr(self.config.tokenizer))])
+        if not out.exists():
+            share = SAMPLES * self.config.tokenizer.sample_bytes / size_bytes
+            told = chain(_sample(texts, kept, share, self.config.chat), self._now_training())
+            with stages.result(out) as directory:
+                tokenizer.train(told, self.config.tokenizer).save(directory)
+        return tokenizer.load(out)
+
+    def encode(self, texts: Sequence[Path], kept: Sequence[Path], tok: Tokenizer) -> list[Path]:
+        """Turn the documents into ids; return where they are."""
+        config, asked = self.config, self.config.tokenizer
+        [model] = self.work.keep("tokenizer", [tok.fingerprint])
+        if not model.exists():
+            with stages.result(model) as directory:
+                tok.save(directory)
+        named = asked.path if isinstance(asked, ExistingTokenizer) else ""
+        shared = {"tokenizer": model, "named": named, "chat": config.chat, "errors": config.errors}
+        tasks = [Encode(Path(), text, keep, **shared) for text, keep in zip(texts, kept, strict=True)]
+        tasks = self._placed("ids", tasks)
+        self._run("reading and tokenising", tasks)
+        return [task.out for task in tasks]
+
+    def _placed(self, stage: str, tasks: Sequence[Clean | Encode]) -> list[Clean | Encode]:
+        """Give the tasks their places; what was done under the policy "error" had none and is right under any."""
+        places = []
+        for task in tasks:
+            first, own = (files.fingerprint(task.key, errors) for errors in ("error", task.errors))
+            places.append(first if (self.work.path / f"{stage}-{first}").exists() else own)
+        outs = self.work.keep(stage, places)
+        return [replace(task, out=out) for task, out in zip(tasks, outs, strict=True)]
+
+    def _now_training(self) -> Iterator[str]:
+        """No text, but word that all of it was read."""
+        self.progress.begin("training the tokenizer")
+        yield from ()
+
+    def _run(self, stage: str, tasks: Sequence[engine.Task]) -> None:
+        self.progress.begin(stage)
+        if done := sum(task.out.exists() for task in tasks):
+            self.progress.note(f"{stage}: {done} of {count(len(tasks), 'part')} found done in {self.work.path}")
+        if isinstance(self.config.engine, BeamEngine):
+            beam.run(tasks, self.config.engine.options)
+        else:
+            engine.run(tasks, self.config.engine.workers, self.progress.advance)
 
 
-def _told(reader: Reader) -> Iterator[str]:
-    """The texts of `reader`, and when they end, word that training begins."""
-    reader.progress.begin("reading for the tokenizer")
-    for item in reader:
-        yield from _texts(item)
-    reader.progress.begin("training the tokenizer")
+def parts(config: PrepareConfig) -> list[tuple[sources.Part, ...]]:
+    """Return the inputs cut into what one worker reads at a time: files that follow each other, up to `part_bytes`."""
+    result: list[list[sources.Part]] = []
+    total = 0
+    for each in chain.from_iterable(map(sources.parts, config.inputs)):
+        size = each.size or 0
+        if not result or total + size > config.part_bytes or each.size is None:
+            result.append([])
+            total = 0
+        result[-1].append(each)
+        total += size
+    return [tuple(each) for each in result]
 
 
-def assign_splits(items: Iterable[Encoded], validation: float, seed: int) -> Iterator[tuple[str, Encoded]]:
+def make_tokenizer(config: PrepareConfig) -> Tokenizer:
+    """Load or build a tokenizer that needs no training."""
+    asked = config.tokenizer
+    tok = tokenizer.load(asked.path) if isinstance(asked, ExistingTokenizer) else tokenizer.byte_tokenizer()
+    if config.chat:
+        template_of(tok)  # without one, every conversation would be a problem of its own
+    return tok
+
+
+def _sample(texts: Sequence[Path], kept: Sequence[Path], share: float, chat: bool) -> Iterator[str]:
+    """The texts that are kept, or an evenly spread share of them, below 1."""
+    for number, (path, keep) in enumerate(zip(texts, kept, strict=True)):
+        chosen = np.load(keep)
+        if share < 1:
+            chosen &= np.random.Generator(np.random.Philox(number)).random(len(chosen)) < share
+        for item in stages.read_documents(path, chat, chosen):
+            yield from stages.texts(item)
+
+
+def _numbered(encoded: Sequence[Path]) -> Iterator[tuple[Path, int]]:
+    """(part, number in it) of every document."""
+    for part in encoded:
+        yield from ((part, number) for number in range(len(np.load(part / "index.npy", mmap_mode="r")) - 1))
+
+
+def _stretches(encoded: Sequence[Path], validation: float, seed: int) -> Iterator[tuple[str, Path, int, int]]:
+    """(split, part, start, stop) of all documents, in the order that each split is to have."""
+    last: dict[str, tuple[Path, int, int]] = {}
+    for split, (part, number) in assign_splits(_numbered(encoded), validation, seed):
+        before, start, stop = last.get(split, (part, number, number))
+        if (before, stop) != (part, number):
+            yield split, before, start, stop
+            start = number
+        last[split] = part, start, number + 1
+    yield from ((split, *each) for split, each in last.items())
+
+
+_open = lru_cache(maxsize=64)(EncodedPart)
+
+
+def assign_splits(items: Iterable[T], validation: float, seed: int) -> Iterator[tuple[str, T]]:
     """Yield (split, item), deciding by a hash of the seed and the item's number.
 
     Args:
       validation: below 1, each item but the first is held out with this probability; from 1 on, exactly so many items
         are, spread evenly (a bottom-k sample: it keeps them in memory until the end).
     """
-    held: list[tuple[float, int, Encoded]] = []  # a heap whose top has the largest key
+    held: list[tuple[float, int, T]] = []  # a heap whose top has the largest key
     for number, item in enumerate(items):
         digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "little") / 2**64
@@ -196,65 +283,32 @@ def assign_splits(items: Iterable[Encoded], validation: float, seed: int) -> Ite
         yield "validation", item
 
 
-def _encode(reader: Reader, tok: Tokenizer) -> Iterator[Encoded]:
-    batch: list[Document] = []
-    size = 0
-    for item in chain(reader, [None]):
-        if isinstance(item, Conversation):
-            try:
-                ids, trained = _encode_conversation(item, tok)
-            except TemplateError as error:  # no line of the user's is at fault
-                raise ValueError(f"the chat template of {reader.config.tokenizer.path} {error}") from error
-            except ValueError as error:
-                reader.reject(item, error)
-            else:
-                yield Encoded(item.source, item.location, ids, trained, _size(item), provenance(item))
-            continue
-        if item is not None:
-            batch.append(item)
-            size += len(item.text)
-        if item is None or size >= BATCH_CHARS:
-            for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
-                yield Encoded(each.source, each.location, ids, [], _size(each), provenance(each))
-            batch, size = [], 0
-
-
-def _encode_conversation(item: Conversation, tok: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Encode; a conversation of which nothing is learned is an error (nothing predicts the first token)."""
-    ids, trained = encode_chat(tok, item.messages)
-    if not any(trained[1:]):
-        raise ValueError("no token of this conversation is learned; it needs an answer of the assistant")
-    return ids, trained
-
-
-def _texts(item: Document | Conversation) -> list[str]:
-    return [item.text] if isinstance(item, Document) else [message.content for message in item.messages]
-
-
-def _size(item: Document | Conversation) -> int:
-    return sum(len(text.encode("utf-8")) for text in _texts(item))
-
-
-def _why_empty(reader: Reader) -> str:
-    problems, counts = reader.problems, reader.cleaner.counts.items()
-    dropped = ", ".join(f"{name} dropped {rule.dropped}" for name, rule in counts if rule.dropped)
+def _check_any(account: Account, work: Work) -> None:
+    """Raise ValueError if no text is left, of which nothing is worth keeping."""
+    if account.n_kept:
+        return
+    work.clear()
+    problems = account.problems
+    dropped = ", ".join(f"{name} dropped {rule.dropped}" for name, rule in account.rules.items() if rule.dropped)
     first = f" (first: {problems.examples[0]})" if problems.count else ""
-    return (
-        f"no text is left: {count(reader.n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
+    raise ValueError(
+        f"no text is left: {count(account.n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
         f"{first}, {dropped or 'no rule dropped any'}; check the sources"
     )
 
 
-def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start: float) -> PrepareReport:
-    config, asked = reader.config, reader.config.tokenizer
+def _report(
+    config: PrepareConfig, account: Account, tok: Tokenizer, datasets: dict[str, Dataset], start: float
+) -> PrepareReport:
+    asked = config.tokenizer
     found = asked.path if isinstance(asked, ExistingTokenizer) else asked.kind
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
     return PrepareReport(
         directory=config.out, kind=config.dataset_kind,
-        documents_read=reader.n_read, documents_kept=reader.n_kept,
-        bytes_read=reader.bytes_read, bytes_kept=reader.bytes_kept,
-        problems=reader.problems.count, problem_examples=tuple(reader.problems.examples),
-        rules=reader.cleaner.counts,
+        documents_read=account.n_read, documents_kept=account.n_kept,
+        bytes_read=account.bytes_read, bytes_kept=account.bytes_kept,
+        problems=account.problems.count, problem_examples=tuple(account.problems.examples),
+        rules=account.rules,
         tokenizer=asked.algorithm if isinstance(asked, TokenizerConfig) else found,
         vocab_size=tok.vocab_size, bytes_per_token=datasets["train"].bytes_per_token,
         splits={
@@ -263,24 +317,24 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
         },
         packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        notes=tuple(_notes(reader, tok, len(datasets["train"]), len(datasets["validation"]))),
+        notes=tuple(_notes(config, account, tok, len(datasets["train"]), len(datasets["validation"]))),
     )  # fmt: skip
 
 
-def _notes(reader: Reader, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:
-    yield from (text if n == 1 else f"{text} ({n} times)" for text, n in reader.problems.notes.items())
-    asked, size = reader.config.tokenizer, tok.vocab_size
+def _notes(config: PrepareConfig, account: Account, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:
+    yield from (text if n == 1 else f"{text} ({n} times)" for text, n in account.problems.notes.items())
+    asked, size = config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
         alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least
-        enough = 100 * max(-(-alphabet // 100), reader.bytes_kept // BYTES_PER_ID // 100)
+        enough = 100 * max(-(-alphabet // 100), account.bytes_kept // BYTES_PER_ID // 100)
         if size < asked.vocab_size:
             yield f"the text has pieces for a vocabulary of {size} only, not of {asked.vocab_size}"
         elif size > enough:
             yield (
-                f"a vocabulary of {size:,} is large for {count(reader.bytes_kept, 'byte')} of text: most ids are too "
+                f"a vocabulary of {size:,} is large for {count(account.bytes_kept, 'byte')} of text: most ids are too "
                 f"rare to be learned; use --vocab-size {enough} or more text"
             )
-    if reader.config.validation and not n_validation:
+    if config.validation and not n_validation:
         finer = "cut finer (--split paragraph)"
         yield (
             f"no document is held out: there are {n_train}; {finer} or use --validation 1"

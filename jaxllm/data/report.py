@@ -79,18 +79,25 @@ class Progress:
 
     def begin(self, stage: str) -> None:
         """Start a stage; its rates are its own."""
-        self._stage, self._start = stage, time.perf_counter()
+        self._stage, self._start, self._documents, self._bytes = stage, time.perf_counter(), 0, 0
         self._due = self._start + self._interval
         if self._status or self._spoken:
             self._say(stage, spinner="dots")  # shown at once: training may hold the interpreter
 
-    def __call__(self, documents: int, size_bytes: int) -> None:
-        """Say that so much of this stage is read, if it is time to."""
+    def note(self, text: str) -> None:
+        """Say what is no progress, and stays on a terminal."""
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, documents: int, size_bytes: int) -> None:
+        """Add what of this stage is done, and say how much that is in all, if it is time to."""
+        self._documents += documents
+        self._bytes += size_bytes
         now = time.perf_counter()
         if now >= self._due:
-            self._due, megabytes = now + self._interval, size_bytes / 1e6
+            self._due, megabytes = now + self._interval, self._bytes / 1e6
             rate = megabytes / max(now - self._start, 1e-9)
-            self._say(f"{self._stage}: {count(documents, 'document')}, {megabytes:,.1f} MB, {rate:,.2f} MB/s")
+            self._say(f"{self._stage}: {count(self._documents, 'document')}, {megabytes:,.1f} MB, {rate:,.2f} MB/s")
 
     def _say(self, text: str, spinner: str | None = None) -> None:
         self._spoken = True

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -49,6 +49,68 @@ def check_out(directory: str | Path, overwrite: bool, inputs: Iterable[str] = ()
         raise FileExistsError(f"{path} exists; choose another directory, or --overwrite to replace it")
 
 
+class Encoded(NamedTuple):
+    """A document or conversation as ids; `trained` is empty for text; `size_bytes` of UTF-8 text."""
+
+    source: str
+    location: str
+    ids: list[int]
+    trained: list[bool]
+    size_bytes: int
+    more: Mapping[str, str | int] = NOTHING  # as `documents.provenance`
+
+
+class Stored(NamedTuple):
+    """What a shard holds of some documents that follow each other.
+
+    Attributes:
+      tokens: uint16 or uint32, of all of them. lengths: int64 [documents], tokens of each.
+      trained: bool, one for each token, of conversations; else empty: all but the first of a document.
+      origins: uint8, a line of JSON for each. n_trained: targets, which stand for `text_bytes` bytes of UTF-8.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    trained: np.ndarray
+    origins: np.ndarray
+    n_trained: int
+    text_bytes: int
+
+
+def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """Return how ids are stored."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def text_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
+    """Return a document as it is stored: [bos] + ids + [eos]."""
+    tokens = np.array([tokenizer.bos_id, *each.ids, tokenizer.eos_id], token_dtype(tokenizer))
+    return Stored(tokens, _one(tokens), np.zeros(0, bool), _origin(each), len(each.ids) + 1, each.size_bytes)
+
+
+def chat_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
+    """Return a conversation as it is stored; the text that counts is what is learned."""
+    learned = [token for token, learn in zip(each.ids, each.trained, strict=True) if learn]
+    tokens = np.array(each.ids, token_dtype(tokenizer))
+    return Stored(
+        tokens,
+        _one(tokens),
+        np.array(each.trained, bool),
+        _origin(each),
+        sum(each.trained[1:]),
+        sum(len(tokenizer.token_bytes(token)) for token in learned),
+    )
+
+
+def _one(tokens: np.ndarray) -> np.ndarray:
+    return np.array([len(tokens)], np.int64)
+
+
+def _origin(each: Encoded) -> np.ndarray:
+    line = json.dumps({"source": each.source, "location": each.location, **each.more}, ensure_ascii=False) + "\n"
+    return np.frombuffer(line.encode("utf-8"), np.uint8)
+
+
 class DatasetWriter:
     """Context manager that builds `directory`; it appears when the block ends without an exception, and not before.
 
@@ -75,10 +137,8 @@ class DatasetWriter:
         check_out(directory, overwrite)
         self._sealed = False
         self._temporary = files.temporary_beside(self.directory)
-        self._dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        self._splits = {
-            split: _SplitWriter(self._temporary / split, kind, self._dtype, shard_tokens) for split in SPLITS
-        }
+        self._dtype = token_dtype(tokenizer)
+        self._splits = {split: _SplitWriter(self._temporary / split, kind, shard_tokens) for split in SPLITS}
 
     def __enter__(self) -> Self:
         files.drop_leftovers(self.directory)
@@ -94,6 +154,14 @@ class DatasetWriter:
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
+    def room(self, split: str) -> int:
+        """Return how many tokens the open shard can take."""
+        return self._splits[split].room
+
+    def add(self, split: str, stored: Stored) -> None:
+        """Store documents, all in one shard: in the open one if they fit."""
+        self._splits[split].add(stored)
+
     def add_text(
         self, split: str, ids: list[int], source: str, location: str, text_bytes: int, more: Mapping = NOTHING
     ) -> None:
@@ -103,18 +171,13 @@ class DatasetWriter:
           text_bytes: the UTF-8 length of its text.
           more: of where it comes from: offset, id.
         """
-        tokens = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
-        trained = [False] + [True] * (len(ids) + 1)
-        self._splits[split].add(tokens, trained, {"source": source, "location": location, **more}, text_bytes)
+        self.add(split, text_tokens(self.tokenizer, Encoded(source, location, ids, [], text_bytes, more)))
 
     def add_chat(
         self, split: str, ids: list[int], trained: list[bool], source: str, location: str, more: Mapping = NOTHING
     ) -> None:
         """Store one encoded conversation; `more` as in `add_text`."""
-        text_bytes = sum(
-            len(self.tokenizer.token_bytes(token)) for token, learn in zip(ids, trained, strict=True) if learn
-        )
-        self._splits[split].add(ids, trained, {"source": source, "location": location, **more}, text_bytes)
+        self.add(split, chat_tokens(self.tokenizer, Encoded(source, location, ids, trained, 0, more)))
 
     def seal(self) -> Path:
         """Write the rest, the tokenizer and the manifest; return the directory, complete but not yet in its place.
@@ -153,31 +216,26 @@ class DatasetWriter:
 
 
 class _SplitWriter:
-    def __init__(self, directory: Path, kind: Kind, dtype: str, shard_tokens: int):
-        self.directory, self.kind, self.dtype, self.shard_tokens = directory, kind, dtype, shard_tokens
+    def __init__(self, directory: Path, kind: Kind, shard_tokens: int):
+        self.directory, self.kind, self.shard_tokens = directory, kind, shard_tokens
         self.n_trained = self.trained_bytes = 0
         self.shards: list[ShardInfo] = []
         self._clear()
 
     def _clear(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
-        self._origins: list[str] = []
-        self._size = 0
+        self._open: list[Stored] = []
+        self.room = self.shard_tokens
 
-    def add(self, tokens: list[int], trained: list[bool], origin: dict[str, str | int], text_bytes: int) -> None:
-        if self._size and self._size + len(tokens) > self.shard_tokens:
+    def add(self, stored: Stored) -> None:
+        if self._open and len(stored.tokens) > self.room:
             self._flush()
-        self._tokens.append(np.array(tokens, self.dtype))
-        self._origins.append(json.dumps(origin, ensure_ascii=False) + "\n")
-        self._size += len(tokens)
-        self.n_trained += sum(trained[1:])
-        self.trained_bytes += text_bytes
-        if self.kind == "chat":
-            self._trained.append(np.array(trained, bool))
+        self._open.append(stored)
+        self.room -= len(stored.tokens)
+        self.n_trained += stored.n_trained
+        self.trained_bytes += stored.text_bytes
 
     def finish(self) -> SplitInfo:
-        if self._tokens:
+        if self._open:
             self._flush()
         return SplitInfo(
             n_documents=sum(shard.n_documents for shard in self.shards),
@@ -190,20 +248,21 @@ class _SplitWriter:
     def _flush(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         shard = f"shard-{len(self.shards):05d}"
+        joined = {name: np.concatenate([getattr(each, name) for each in self._open]) for name in Stored._fields[:4]}
         contents = {
-            "tokens.npy": np.concatenate(self._tokens),
-            "offsets.npy": np.cumsum([0, *map(len, self._tokens)], dtype=np.int64),
-            "origins.jsonl": np.frombuffer("".join(self._origins).encode("utf-8"), np.uint8),
-            **({"trained.npy": np.concatenate(self._trained)} if self.kind == "chat" else {}),
+            "tokens.npy": joined["tokens"],
+            "offsets.npy": np.concatenate([np.zeros(1, np.int64), np.cumsum(joined["lengths"])]),
+            "origins.jsonl": joined["origins"],
+            **({"trained.npy": joined["trained"]} if self.kind == "chat" else {}),
         }
         paths = [self.directory / f"{shard}.{part}" for part in contents]
         for path, content in zip(paths, contents.values(), strict=True):
-            _save(path, content)
+            save_array(path, content)
         self.shards.append(
             ShardInfo(
                 name=shard,
-                n_documents=len(self._tokens),
-                n_tokens=self._size,
+                n_documents=len(joined["lengths"]),
+                n_tokens=len(joined["tokens"]),
                 size_bytes={path.name: path.stat().st_size for path in paths},
                 crc32={path.name: crc32(path) for path in paths},
             )
@@ -211,7 +270,7 @@ class _SplitWriter:
         self._clear()
 
 
-def _save(path: Path, array: np.ndarray) -> None:
+def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file, or bytes. `np.save` does not say that a disk is full, or that only the end is missing."""
     with open(path, "wb") as file:
         if path.suffix == ".npy":

@@ -13,7 +13,8 @@ from jaxllm.data.chat import ChatTemplate
 from jaxllm.data.loader import DataConfig, Loader, Source
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
-from jaxllm.data.prepare import BytesTokenizer, Encoded, ExistingTokenizer, PrepareConfig, assign_splits, prepare
+from jaxllm.data.prepare import BytesTokenizer, ExistingTokenizer, PrepareConfig, assign_splits, prepare
+from jaxllm.data.shard_writer import Encoded
 from jaxllm.data.shards import Dataset
 from jaxllm.data.sources import RowFiles, TextFiles, World
 
@@ -202,10 +203,10 @@ def test_progress(tmp_path, monkeypatch, terminal):
         return made, console.file.getvalue()
 
     made, shown = told("a", LIVE_S=0.0, LINE_S=0.0)
-    stages = ["reading for the tokenizer", "training the tokenizer", "reading and tokenising"]
+    stages = ["reading for the tokenizer", "training the tokenizer", "reading and tokenising", "writing"]
     assert sorted(stages, key=shown.index) == stages
     if not terminal:
-        first, *_, last = shown.splitlines()
+        first, *_, last = (line for line in shown.splitlines() if not line.startswith("writing"))
         assert first.startswith("reading for the tokenizer: 1 document, 0.0 MB, ")
         assert re.fullmatch(rf"reading and tokenising: 90 documents, {made.bytes_read / 1e6:.1f} MB, [\d.]+ MB/s", last)
         assert told("b", LINE_S=1e9)[1] == ""

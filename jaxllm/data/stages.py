@@ -1,0 +1,329 @@
+"""What `prepare` does with one part of its input alone: from files to cleaned documents, and from these to ids.
+
+A part is some input files that follow each other. Each stage is a task: a small value that says what is to be done, and
+leaves a directory that is there whole or not at all. Any process can do it, once or again, with the same bytes. What
+all parts have to say to each other (which documents are copies, which are held out) stands between the stages.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import chain, compress, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from jaxtyping import Bool, UInt64
+from pydantic import TypeAdapter
+
+from jaxllm import __version__
+from jaxllm.core import files
+from jaxllm.data import clean, sources, tokenizer
+from jaxllm.data.chat import TemplateError, encode_chat
+from jaxllm.data.clean import CleanConfig, Cleaner, RuleCount
+from jaxllm.data.documents import Conversation, Document, Message, provenance
+from jaxllm.data.problems import Policy, Problems
+from jaxllm.data.shard_writer import Encoded, Stored, chat_tokens, save_array, text_tokens
+from jaxllm.data.tokenizer import Tokenizer
+
+BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
+Tick = Callable[[int, int], None]  # called with documents and bytes that are done since the last call
+Stamp = tuple[str, int, int]  # path, size in bytes, time of the last change in ns
+
+
+@dataclass
+class Account:
+    """What was read and what became of it; that of a stage says by how much it changes `n_kept` and `bytes_kept`."""
+
+    problems: Problems
+    n_read: int = 0
+    bytes_read: int = 0
+    n_kept: int = 0
+    bytes_kept: int = 0
+    rules: dict[str, RuleCount] = field(default_factory=dict)
+
+    def reject(self, item: Conversation, why: ValueError) -> None:
+        """Report a conversation that was kept and cannot be used."""
+        self.problems.report(f"{item.source}, {item.location}: {why}")
+        self.leave_out(item)
+
+    def leave_out(self, item: Document | Conversation) -> None:
+        """Count a document that was kept as left out after all."""
+        self.n_kept -= 1
+        self.bytes_kept -= size_of(item)
+
+    def copy_of_another(self, item: Document | Conversation) -> None:
+        """Count a document that was kept as a duplicate."""
+        self.leave_out(item)
+        rule, text = self.rules.setdefault("duplicate", RuleCount()), identity(item)
+        rule.dropped += 1
+        if len(rule.examples) < clean.N_EXAMPLES:
+            shown = repr(text[:60]) if isinstance(item, Document) else text[:60]
+            rule.examples.append(f"{item.source}, {item.location}: {shown}")
+
+
+@contextmanager
+def result(out: Path) -> Iterator[Path]:
+    """Give a place to write into that becomes `out` when all went well; if `out` is there by then, it is as good."""
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as parent:
+        directory = Path(parent) / out.name
+        directory.mkdir()
+        yield directory
+        for path in directory.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if not out.exists():
+            directory.rename(out)
+
+
+def merge(accounts: Iterable[Account]) -> Account:
+    """Return the sum of accounts, with the examples of the first."""
+    total = Account(Problems())
+    for each in accounts:
+        total.problems += each.problems
+        for name in ("n_read", "bytes_read", "n_kept", "bytes_kept"):
+            setattr(total, name, getattr(total, name) + getattr(each, name))
+        for name, rule in each.rules.items():
+            count = total.rules.setdefault(name, RuleCount())
+            count.changed += rule.changed
+            count.dropped += rule.dropped
+            count.examples = [*count.examples, *rule.examples][: clean.N_EXAMPLES]
+    return total
+
+
+def read_account(directory: Path) -> Account:
+    """Return the account of a finished stage."""
+    return TypeAdapter(Account).validate_python(files.read_json(directory / "account.json"))
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Reads a part and writes its cleaned documents: documents.jsonl, digests.npy (uint64 [n, 2]), account.json.
+
+    Attributes:
+      stamps: of the files among `inputs`, as they were when the work began.
+    """
+
+    out: Path
+    inputs: tuple[sources.Part, ...]
+    stamps: tuple[Stamp, ...]
+    rules: CleanConfig
+    chat: bool
+    errors: Policy
+
+    @property
+    def key(self) -> str:
+        """What decides the result, but for the policy."""
+        return repr((__version__, sys.version, self.inputs, self.stamps, self.rules, self.chat))
+
+    def __call__(self, tick: Tick) -> None:
+        """Do it.
+
+        Raises:
+          ValueError: unreadable input under the policy "error", or a file that changed since the work began.
+        """
+        cleaner = Cleaner(self.rules.model_copy(update={"deduplicate": False}))  # copies are for `keep_first`
+        account = Account(Problems(self.errors), rules=cleaner.counts)
+        read = sources.conversations if self.chat else sources.documents
+        apply = cleaner.conversation if self.chat else cleaner.document
+        digests = bytearray()
+        with result(self.out) as directory:
+            with open(directory / "documents.jsonl", "wb") as file:
+                for item in chain.from_iterable(read(each, account.problems) for each in self.inputs):
+                    size = size_of(item)
+                    account.n_read += 1
+                    account.bytes_read += size
+                    tick(1, size)
+                    cleaned = apply(item)
+                    if cleaned is not None:
+                        account.n_kept += 1
+                        account.bytes_kept += size_of(cleaned)
+                        # 128 bits: no two of 10^12 different documents meet.
+                        digests += hashlib.blake2b(identity(cleaned).encode("utf-8"), digest_size=16).digest()
+                        file.write(_line(cleaned))
+            for path, *before in self.stamps:
+                if before != list(stamp(path)[1:]):
+                    raise ValueError(f"{path} changed while it was read; run this again when it is complete")
+            save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
+            files.write_json(directory / "account.json", asdict(account))
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Turns the kept documents of a part into ids.
+
+    Writes tokens.bin (uint16 or uint32), for chat trained.bin (bool), origins.jsonl, account.json, and index.npy: int64
+    [n + 1, 4], sums over the documents before each of tokens, bytes of origins, trained tokens and their text bytes.
+
+    Attributes:
+      text: what `Clean` left. keep: .npy, bool for each document of it.
+      tokenizer: directory; named: what errors call it.
+      batch_chars: text given to the tokenizer at once.
+    """
+
+    out: Path
+    text: Path
+    keep: Path
+    tokenizer: Path
+    named: str
+    chat: bool
+    errors: Policy
+    batch_chars: int = BATCH_CHARS
+
+    @property
+    def key(self) -> str:
+        """What decides the result, but for the policy."""
+        return repr((self.text.name, zlib.crc32(self.keep.read_bytes()), self.tokenizer.name))
+
+    def __call__(self, tick: Tick) -> None:
+        """Do it.
+
+        Raises:
+          ValueError: a conversation that cannot be used under the policy "error", or a chat template that fits none.
+        """
+        tok = _load_tokenizer(self.tokenizer)
+        account = Account(Problems(self.errors))
+        sizes = array("q", [0, 0, 0, 0])
+        with result(self.out) as directory:
+            names = ("tokens.bin", "origins.jsonl", *(["trained.bin"] if self.chat else []))
+            with ExitStack() as stack:
+                opened = [stack.enter_context(open(directory / name, "wb")) for name in names]
+                for each in self._encoded(tok, account, tick):
+                    stored = (chat_tokens if self.chat else text_tokens)(tok, each)
+                    for file, content in zip(opened, (stored.tokens, stored.origins, stored.trained), strict=False):
+                        file.write(content)
+                    sizes.extend((len(stored.tokens), len(stored.origins), stored.n_trained, stored.text_bytes))
+            save_array(directory / "index.npy", np.frombuffer(sizes, np.int64).reshape(-1, 4).cumsum(axis=0))
+            files.write_json(directory / "account.json", asdict(account))
+
+    def _encoded(self, tok: Tokenizer, account: Account, tick: Tick) -> Iterator[Encoded]:
+        batch: list[Document] = []
+        size = 0
+        for item in chain(self._kept(account, tick), [None]):
+            if isinstance(item, Conversation):
+                try:
+                    ids, trained = _encode_conversation(item, tok)
+                except TemplateError as error:  # no line of the user's is at fault
+                    raise ValueError(f"the chat template of {self.named} {error}") from error
+                except ValueError as error:
+                    account.reject(item, error)
+                else:
+                    yield Encoded(item.source, item.location, ids, trained, size_of(item), provenance(item))
+                continue
+            if item is not None:
+                batch.append(item)
+                size += len(item.text)
+            if item is None or size >= self.batch_chars:
+                for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
+                    yield Encoded(each.source, each.location, ids, [], size_of(each), provenance(each))
+                batch, size = [], 0
+
+    def _kept(self, account: Account, tick: Tick) -> Iterator[Document | Conversation]:
+        for item, kept in zip(read_documents(self.text, self.chat), np.load(self.keep), strict=True):
+            tick(1, size_of(item))
+            if kept:
+                yield item
+            else:
+                account.copy_of_another(item)
+
+
+class EncodedPart:
+    """The documents of a part that `Encode` left, by number; mapped into memory."""
+
+    def __init__(self, directory: Path, dtype: str, chat: bool):
+        self._index = np.load(directory / "index.npy", mmap_mode="r").view(np.ndarray)
+        self._tokens = _map(directory / "tokens.bin", dtype)
+        self._origins = _map(directory / "origins.jsonl", "uint8")
+        self._trained = _map(directory / "trained.bin", "bool") if chat else None
+
+    def stretches(self, start: int, stop: int, room: Callable[[], int]) -> Iterator[Stored]:
+        """Yield the documents [start, stop) in stretches of at most `room()` tokens, or of one document."""
+        while start < stop:
+            limit = self._index[start, 0] + room()
+            end = start + max(1, int(np.searchsorted(self._index[start + 1 : stop + 1, 0], limit, side="right")))
+            (token, origin, *before), (last, origin_end, *after) = self._index[[start, end]].tolist()
+            yield Stored(
+                self._tokens[token:last],
+                np.diff(self._index[start : end + 1, 0]),
+                self._trained[token:last] if self._trained is not None else np.zeros(0, bool),
+                self._origins[origin:origin_end],
+                after[0] - before[0],
+                after[1] - before[1],
+            )
+            start = end
+
+
+def keep_first(digests: Sequence[UInt64[np.ndarray, "n 2"]]) -> list[Bool[np.ndarray, "n"]]:
+    """Return for each document of each part whether it is the first, in the order of parts, with its digest."""
+    everything = np.concatenate([np.zeros((0, 2), np.uint64), *digests])
+    order = np.lexsort(everything.T)  # stable: of equal digests the first comes first
+    again = (everything[order[1:]] == everything[order[:-1]]).all(axis=-1)
+    keep = np.ones(len(everything), bool)
+    keep[order[1:][again]] = False
+    return np.split(keep, np.cumsum([len(each) for each in digests])[:-1])
+
+
+def _line(item: Document | Conversation) -> bytes:
+    """An item as `read_documents` reads it."""
+    first, *rest = (getattr(item, name) for name in item.__slots__)
+    if isinstance(item, Conversation):
+        first = [(message.role, message.content) for message in first]
+    return (json.dumps([first, *rest], ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def read_documents(
+    directory: Path, chat: bool, chosen: Iterable[bool] = repeat(True)
+) -> Iterator[Document | Conversation]:
+    """Yield what `Clean` left in `directory`, or the `chosen` of it."""
+    with open(directory / "documents.jsonl", encoding="utf-8", newline="\n") as file:
+        for line in compress(file, chosen):
+            first, *rest = json.loads(line)
+            yield Conversation(tuple(Message(*each) for each in first), *rest) if chat else Document(first, *rest)
+
+
+def texts(item: Document | Conversation) -> list[str]:
+    """Return the texts of a document or conversation."""
+    return [item.text] if isinstance(item, Document) else [message.content for message in item.messages]
+
+
+def size_of(item: Document | Conversation) -> int:
+    """Return the bytes of text in UTF-8."""
+    return sum(len(text.encode("utf-8")) for text in texts(item))
+
+
+def identity(item: Document | Conversation) -> str:
+    """Return the text by which copies are recognised."""
+    if isinstance(item, Document):
+        return item.text
+    return json.dumps([{message.role: message.content} for message in item.messages], ensure_ascii=False)
+
+
+def stamp(path: str) -> Stamp:
+    """Return what tells whether a file is the same as before."""
+    found = os.stat(path)
+    return path, found.st_size, found.st_mtime_ns
+
+
+def _encode_conversation(item: Conversation, tok: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Encode; a conversation of which nothing is learned is an error (nothing predicts the first token)."""
+    ids, trained = encode_chat(tok, item.messages)
+    if not any(trained[1:]):
+        raise ValueError("no token of this conversation is learned; it needs an answer of the assistant")
+    return ids, trained
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(directory: Path) -> Tokenizer:
+    return tokenizer.load(directory)
+
+
+def _map(path: Path, dtype: str) -> np.ndarray:
+    """A file as an array; a map of nothing is not allowed."""
+    return np.memmap(path, dtype, "r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)
