@@ -7,7 +7,6 @@ import pytest
 
 from jaxllm import prepare as command
 from jaxllm.data.prepare import PrepareConfig, prepare
-from jaxllm.data.sources import JsonLines
 
 pytest.importorskip("apache_beam")
 
@@ -23,7 +22,7 @@ def rows(tmp_path):
     for number in range(4):
         texts = [f"row {row % 20} of {row % 3 * number}" for row in range(60)]
         (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return JsonLines(path=str(tmp_path / "?.jsonl"))
+    return RowFiles(path=str(tmp_path / "?.jsonl"))
 
 
 def config(source, out, **changes):

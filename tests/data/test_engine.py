@@ -14,7 +14,7 @@ from jaxllm.data import engine, stages
 from jaxllm.data.clean import CleanConfig
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.shards import SPLITS, Dataset
-from jaxllm.data.sources import JsonLines, TextFiles
+from jaxllm.data.sources import RowFiles, TextFiles
 from jaxllm.data.stages import Clean, keep_first
 
 
@@ -55,7 +55,7 @@ def test_any_number_of_workers_and_any_parts_give_the_same_bytes(tmp_path, lines
             bad = '{"messages": [{"role": "user", "content": "q"}]}\n'
             rows = [row % (each % 30, each % (9 + number)) for each in range(60)]
             (tmp_path / f"{number}.jsonl").write_text("".join([*rows, bad, "{\n"]))
-    source = JsonLines(path=str(tmp_path / "?.jsonl")) if chat else lines
+    source = RowFiles(path=str(tmp_path / "?.jsonl")) if chat else lines
     changes = {"chat": chat, "errors": "skip", "validation": 9 if chat else 0.1}
     prepare(config(source, tmp_path / "whole", part_bytes=1 << 30, **changes))
     for workers in (1, 2, 3):
@@ -186,10 +186,10 @@ def test_the_first_error_in_the_order_of_parts_is_told(tmp_path):
             '{"text": "a"}\n' * (1 + 3000 * (number == 1)) + "{bad\n" * (number > 0)
         )
     with pytest.raises(ValueError, match=r"1\.jsonl:3002: not JSON"):
-        prepare(config(JsonLines(path=str(tmp_path / "?.jsonl")), tmp_path / "d", engine={"workers": 3}))
+        prepare(config(RowFiles(path=str(tmp_path / "?.jsonl")), tmp_path / "d", engine={"workers": 3}))
     assert len(list((tmp_path / ".d.work").glob("text-*"))) == 1
     (tmp_path / "1.jsonl").write_text('{"text": "b"}\n')
-    skip = config(JsonLines(path=str(tmp_path / "?.jsonl")), tmp_path / "d", errors="skip")
+    skip = config(RowFiles(path=str(tmp_path / "?.jsonl")), tmp_path / "d", errors="skip")
     assert prepare(skip).problems == 3
 
 
