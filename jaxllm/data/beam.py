@@ -16,7 +16,6 @@ from jaxllm.core import files
 from jaxllm.core.config import Config
 from jaxllm.data.engine import Task
 from jaxllm.data.shard_writer import save_array
-from jaxllm.data.stages import Clean, Encode
 
 LOCAL = "--runner=FnApiRunner"  # Beam's own default would download a program
 
@@ -70,7 +69,7 @@ def _pipeline(options: Sequence[str]) -> tuple:
     return apache_beam, apache_beam.Pipeline(options=PipelineOptions([*runner, *options]))
 
 
-def _do(task: Clean | Encode) -> None:
+def _do(task: Task) -> None:
     """Do a task; what is wrong with the data is written down, since to try again would not help."""
     if not task.out.exists():
         try:

@@ -20,10 +20,13 @@ from jaxllm.data import beam, engine, sources, stages, tokenizer
 from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
 from jaxllm.data.clean import CleanConfig
+from jaxllm.data.decontaminate import DecontaminateConfig
+from jaxllm.data.dedup import DedupConfig
 from jaxllm.data.engine import LocalEngine, Work
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy
+from jaxllm.data.repeats import Sign, Verdicts, decide, write_evaluation
 from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset, Kind
@@ -61,6 +64,10 @@ class PrepareConfig(Config):
         TokenizerConfig(), description="how text becomes ids"
     )
     clean: CleanConfig = Field(CleanConfig(), description="rules that change or drop documents")
+    dedup: DedupConfig = Field(DedupConfig(), description="near duplicates, and paragraphs that come back")
+    decontaminate: DecontaminateConfig = Field(
+        DecontaminateConfig(), description="documents that hold texts of evaluation sets"
+    )
     validation: float = Field(0.01, ge=0, description="documents to hold out: a share if below 1, else a number")
     seed: int = Field(0, ge=0, description="decides which documents are held out")
     errors: Policy = Field(
@@ -107,8 +114,9 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
         read = stages.merge(map(stages.read_account, texts))
         _check_any(read, work)
         kept = job.find_copies(texts)
-        tok = tok or job.train(texts, kept, read.bytes_kept)
-        encoded = job.encode(texts, kept, tok)
+        verdicts, left = job.find_repeats(texts, kept)
+        tok = tok or job.train(texts, left, read.bytes_kept)
+        encoded = job.encode(texts, kept, verdicts, tok)
         account = stages.merge([read, *map(stages.read_account, encoded)])
         _check_any(account, work)
         with DatasetWriter(config.out, tok, config.dataset_kind, config.overwrite) as writer:
@@ -131,6 +139,7 @@ class _Job:
     def __init__(self, config: PrepareConfig, work: Work, progress: Progress):
         self.config, self.work, self.progress = config, work, progress
         self.trains = isinstance(config.tokenizer, TokenizerConfig)
+        self.clusters: list[dict] = []  # of near duplicates, the largest
 
     def clean(self) -> list[Path]:
         """Read and clean; return where the documents are."""
@@ -170,7 +179,33 @@ class _Job:
                 tokenizer.train(told, self.config.tokenizer).save(directory)
         return tokenizer.load(out)
 
-    def encode(self, texts: Sequence[Path], kept: Sequence[Path], tok: Tokenizer) -> list[Path]:
+    def find_repeats(self, texts: Sequence[Path], kept: Sequence[Path]) -> tuple[list[Verdicts | None], Sequence[Path]]:
+        """Compare what documents hold, if that is asked for; return what is said of each part, and which are left."""
+        dedup, against = self.config.dedup, self.config.decontaminate
+        if not (dedup.near or dedup.paragraphs != "keep" or against.against):
+            return [None] * len(texts), kept
+        evaluation = None
+        if against.against:
+            stamps = [stages.stamp(path) for each in against.against for path in sources.paths(each)]
+            [evaluation] = self.work.keep("evaluation", [files.fingerprint(repr(against), repr(stamps))])
+            if not evaluation.exists():
+                write_evaluation(against, evaluation)
+        tasks = [Sign(Path(), text, dedup, evaluation, self.config.chat) for text in texts]
+        outs = self.work.keep("signed", [files.fingerprint(task.key) for task in tasks])
+        tasks = [replace(task, out=out) for task, out in zip(tasks, outs, strict=True)]
+        self._run("comparing", tasks)
+        names = [path.name for path in (*outs, kept[0].parent)]
+        [out] = self.work.keep("decided", [files.fingerprint(*names, repr(dedup))])
+        if not out.exists():
+            with stages.result(out) as directory:
+                decide(texts, outs, kept, dedup, directory)
+        self.clusters = files.read_json(out / "clusters.json")
+        verdicts = [Verdicts(out / path.name, one, dedup) for path, one in zip(kept, outs, strict=True)]
+        return verdicts, [out / f"{path.stem}.keep.npy" for path in kept]
+
+    def encode(
+        self, texts: Sequence[Path], kept: Sequence[Path], verdicts: Sequence[Verdicts | None], tok: Tokenizer
+    ) -> list[Path]:
         """Turn the documents into ids; return where they are."""
         config, asked = self.config, self.config.tokenizer
         [model] = self.work.keep("tokenizer", [tok.fingerprint])
@@ -179,7 +214,8 @@ class _Job:
                 tok.save(directory)
         named = asked.path if isinstance(asked, ExistingTokenizer) else ""
         shared = {"tokenizer": model, "named": named, "chat": config.chat, "errors": config.errors}
-        tasks = [Encode(Path(), text, keep, **shared) for text, keep in zip(texts, kept, strict=True)]
+        parts = zip(texts, kept, verdicts, strict=True)
+        tasks = [Encode(Path(), text, keep, verdicts=said, **shared) for text, keep, said in parts]
         tasks = self._placed("ids", tasks)
         self._run("reading and tokenising", tasks)
         return [task.out for task in tasks]

@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import chain, compress, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, UInt64
@@ -32,6 +33,9 @@ from jaxllm.data.documents import Conversation, Document, Message, provenance
 from jaxllm.data.problems import Policy, Problems
 from jaxllm.data.shard_writer import Encoded, Stored, chat_tokens, save_array, text_tokens
 from jaxllm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxllm.data import repeats
 
 BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
 Tick = Callable[[int, int], None]  # called with documents and bytes that are done since the last call
@@ -59,14 +63,14 @@ class Account:
         self.n_kept -= 1
         self.bytes_kept -= size_of(item)
 
-    def copy_of_another(self, item: Document | Conversation) -> None:
-        """Count a document that was kept as a duplicate."""
+    def drop(self, name: str, item: Document | Conversation, why: str = "") -> None:
+        """Count a document that was kept as left out by the rule `name`."""
         self.leave_out(item)
-        rule, text = self.rules.setdefault("duplicate", RuleCount()), identity(item)
+        rule, text = self.rules.setdefault(name, RuleCount()), identity(item)
         rule.dropped += 1
         if len(rule.examples) < clean.N_EXAMPLES:
             shown = repr(text[:60]) if isinstance(item, Document) else text[:60]
-            rule.examples.append(f"{item.source}, {item.location}: {shown}")
+            rule.examples.append(f"{item.source}, {item.location}: {why}{shown}")
 
 
 @contextmanager
@@ -165,6 +169,7 @@ class Encode:
     Attributes:
       text: what `Clean` left. keep: .npy, bool for each document of it.
       tokenizer: directory; named: what errors call it.
+      verdicts: what else is left out, or changed.
       batch_chars: text given to the tokenizer at once.
     """
 
@@ -175,12 +180,14 @@ class Encode:
     named: str
     chat: bool
     errors: Policy
+    verdicts: "repeats.Verdicts | None" = None
     batch_chars: int = BATCH_CHARS
 
     @property
     def key(self) -> str:
         """What decides the result, but for the policy."""
-        return repr((self.text.name, zlib.crc32(self.keep.read_bytes()), self.tokenizer.name))
+        more = self.verdicts and self.verdicts.key
+        return repr((self.text.name, zlib.crc32(self.keep.read_bytes()), self.tokenizer.name, more))
 
     def __call__(self, tick: Tick) -> None:
         """Do it.
@@ -226,12 +233,14 @@ class Encode:
                 batch, size = [], 0
 
     def _kept(self, account: Account, tick: Tick) -> Iterator[Document | Conversation]:
-        for item, kept in zip(read_documents(self.text, self.chat), np.load(self.keep), strict=True):
+        judge = None if self.verdicts is None else self.verdicts.open()
+        keep = np.load(self.keep).tolist()
+        for number, item in enumerate(read_documents(self.text, self.chat)):
             tick(1, size_of(item))
-            if kept:
-                yield item
-            else:
-                account.copy_of_another(item)
+            if not keep[number]:
+                account.drop("duplicate", item)
+            elif (left := item if judge is None else judge(number, item, account)) is not None:
+                yield left
 
 
 class EncodedPart:
