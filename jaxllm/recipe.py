@@ -94,7 +94,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             found = [*directory.glob("*.yaml"), *(recipe.parent for recipe in directory.glob(f"*/{FILE_NAME}"))]
             hint = f"; recipes and runs in it: {', '.join(map(str, sorted(found)))}" if found else ""
             raise ValueError(f"{directory} is no run directory (no {FILE_NAME}){hint}")
-    return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"})
+    ways = {"model": "model.preset=NAME (such as llama-3m)"}
+    return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"}, ways=ways)
 
 
 def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:

@@ -93,3 +93,14 @@ def test_all_contradictions_are_said_at_once():
         "model.vocab_size=300", "data.packing.seq_len=32", "data.batch_size=24", "mesh.tensor=4",
         "monitor.sample_tokens=64",
     ]  # fmt: skip
+
+
+def test_a_model_that_is_not_described_is_asked_for_by_a_preset(tmp_path):
+    (tmp_path / "r.yaml").write_text("out: x\ndata: {sources: [{path: y}]}\nmodel: {pre-set: tiny}\n")
+    with pytest.raises(ValueError, match=r"give model\.preset=NAME \(such as llama-3m\)") as error:
+        load_recipe(tmp_path / "r.yaml", ["stesp=5"])
+    _, missing, *unknown = str(error.value).splitlines()
+    assert missing.startswith("  missing keys 'model.vocab_size', 'model.d_model', ")
+    assert unknown == [
+        "  unknown key 'model.pre-set'; did you mean 'model.preset'?", "  unknown key 'stesp'; did you mean 'steps'?",
+    ]  # fmt: skip
