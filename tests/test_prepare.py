@@ -134,5 +134,27 @@ def test_inspect_shows_a_dataset(text, tmp_path, capsys):
         assert process.stderr.read() == b""
     assert inspect.main([str(out), "--step", "1"]) == 2
     assert "--step needs a run directory" in capsys.readouterr().err
-    assert inspect.main([str(tmp_path)]) == 2
-    assert "is no dataset (no manifest.json)" in capsys.readouterr().err
+    for wrong, said in {
+        (str(tmp_path),): f"{tmp_path} is no dataset (no manifest.json) and no run directory (no recipe.yaml)",
+        (
+            f"{tmp_path}/nope",
+        ): f"{tmp_path}/nope does not exist; give a dataset, written by prepare, or a run directory",
+        (str(out), "--seq-len", "1"): "--seq-len=1: a row has at least 2 tokens, one of which is learned",
+    }.items():
+        assert inspect.main([*wrong]) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_inspect_tells_special_tokens_from_text_that_spells_them_and_shows_no_row_twice(tmp_path, capsys):
+    row = {"instruction": "Say <|assistant|>, <bos> and <x>.", "output": "<eos>"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--chat", "--jsonl", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes"]
+    prepare.main([*flags, "--out", str(tmp_path / "d")])
+    capsys.readouterr()
+    assert inspect.main([str(tmp_path / "d")]) is None
+    _, *rows, padding = capsys.readouterr().out.splitlines()
+    assert "".join(rows[2:]) == r"<bos><|user|>Say <\|assistant|>, <\bos> and <x>.<|assistant|>⟦<\eos><eos>⟧"
+    assert padding.endswith("of padding")
+    inspect.main([str(tmp_path / "d"), "--json"])
+    [document] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "Say <|assistant|>, <bos>" in "".join(text for text, _, _ in document["tokens"])

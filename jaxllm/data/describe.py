@@ -1,7 +1,8 @@
 """Packed rows as a person reads them: which documents, from where, and which tokens are learned."""
 
+import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -65,11 +66,14 @@ class Segment(NamedTuple):
 _learned = lambda token: token.learned
 
 
-def segments(plan: Plan, index: int, tokenizer: Tokenizer, nats: np.ndarray | None = None) -> Iterator[Segment]:
+def segments(
+    plan: Plan, index: int, tokenizer: Tokenizer, nats: np.ndarray | None = None, *, mark: bool = False
+) -> Iterator[Segment]:
     """Yield the segments of row `index`: of each its first input, then the targets with their weights.
 
     Args:
       nats: [T] of the row's targets, by some model.
+      mark: whether text that spells a special token is told apart from it by a backslash: <\\|user|>.
     """
     batch = plan.row(index)
     for number, document in enumerate(plan.documents(index).tolist(), start=1):
@@ -77,7 +81,8 @@ def segments(plan: Plan, index: int, tokenizer: Tokenizer, nats: np.ndarray | No
         ids = [int(batch.tokens[where[0]]), *batch.targets[where].tolist()]
         trained = [False, *(batch.weights[where] > 0).tolist()]
         losses = [None] * len(ids) if nats is None else [None, *nats[where].tolist()]
-        tokens = map(Token, _pieces(ids, tokenizer), trained, losses)
+        pieces = list(_pieces(ids, tokenizer))
+        tokens = map(Token, _mark(pieces, ids, tokenizer.special) if mark else pieces, trained, losses)
         yield Segment(document, plan.dataset.origin(document), len(where), tuple(tokens))
 
 
@@ -89,6 +94,16 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
     yield stream.flush() + names[last] if last in names else stream.push(last) + stream.flush()
 
 
+def _mark(pieces: list[str], ids: list[int], special: dict[str, int]) -> Iterator[str]:
+    spelled = re.compile("|".join(map(re.escape, special)))
+    own = {*special.values()}
+    for is_special, group in groupby(zip(pieces, ids, strict=True), lambda pair: pair[1] in own):
+        texts = [text for text, _ in group]
+        cuts = set() if is_special else {found.start() + 1 for found in spelled.finditer("".join(texts))}
+        for start, text in zip(accumulate(map(len, texts), initial=0), texts, strict=False):
+            yield "".join("\\" * (place in cuts) + char for place, char in enumerate(text, start))
+
+
 def show(
     plan: Plan, index: int, tokenizer: Tokenizer, title: str, console: "Console", nats: np.ndarray | None = None
 ) -> None:
@@ -96,6 +111,7 @@ def show(
 
     With `nats` [T], learned tokens are coloured by their loss, and the hardest are listed.
     The text's own line ends are the only ones (`soft_wrap`): a terminal may wrap, a file shows what is trained on.
+    Text that spells a special token has a backslash in it.
     """
     from rich.markup import escape
     from rich.text import Text
@@ -103,7 +119,7 @@ def show(
     before, after = ("", "") if _has_colors(console) else BRACKETS
     console.rule(f"[bold]{escape(title)}: {escape(str(plan.dataset.directory))}, row {index}", align="left")
     padding = plan.seq_len
-    for number, segment in enumerate(segments(plan, index, tokenizer, nats), start=1):
+    for number, segment in enumerate(segments(plan, index, tokenizer, nats, mark=True), start=1):
         padding -= segment.n_tokens
         loss = "" if segment.nats is None else f", {segment.nats:.2f} nats per token"
         origin = f"-- segment {number}, {count(segment.n_tokens, 'token')}{loss}: {segment.place}"
