@@ -30,6 +30,23 @@ def test_flags_make_a_dataset(text, tmp_path, capsys):
     assert Dataset.open(tmp_path / "c").tokenizer_fingerprint == Dataset.open(out).tokenizer_fingerprint
 
 
+def test_notes_say_what_is_not_held_out_and_what_helps(tmp_path, capsys):
+    def notes(*flags: str) -> str:
+        assert prepare.main([*flags, "--tokenizer", "bytes", "--overwrite", "--out", str(tmp_path / "d")]) is None
+        return " ".join(capsys.readouterr().out.split())
+
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("a long text \n\n" * 5000)
+    (tmp_path / "s.jsonl").write_text('{"text": "short", "instruction": "Go.", "output": "I go."}\n' * 600)
+    rows, texts = ["--jsonl", str(tmp_path / "s.jsonl")], ["--text", str(tmp_path / "[0-3].txt")]
+    found = notes(*rows, *texts, "clean.deduplicate=false")
+    assert ", where 1.00% of the documents were asked for: the long ones are not among them; cut finer (--sp" in found
+    assert "held out" not in notes(*rows, "clean.deduplicate=false")
+    assert "there is only 1, so training has no validation loss; add documents to get one" in notes("--chat", *rows)
+    assert prepare.main([*rows, "--validation", "2000", "--tokenizer", "bytes", "--out", str(tmp_path / "e")]) == 2
+    assert "left for training beside the 1 document held out; lower --validation\n" in capsys.readouterr().err
+
+
 RECIPE = """
 out: {run}
 steps: 2
@@ -90,6 +107,11 @@ def test_recipe_makes_a_dataset(text, tmp_path, capsys):
         (["tune.yaml", "out=x"], "tune.yaml is a recipe of tune; run: python -m jaxllm.tune tune.yaml"),
         (["--chat", "--jsonl", "q.jsonl:question", "--out", "d"], "a conversation has two fields, PROMPT,ANSWER (or"),
         (["--chat", "--jsonl", "q.jsonl:a,b,c", "--out", "d"], "--jsonl q.jsonl:a,b,c: a conversation has two fields"),
+        (["--jsonl", "a.jsonl", "--out", "d"], "has 'instruction', 'output'; for conversations, give --chat"),
+        (
+            ["--chat", "--jsonl", "a.jsonl:q,a", "--out", "d"],
+            "in field 'q': the row has 'instruction', 'output'; repair",
+        ),
         (["--world", "0", "--out", "d"], "inputs.0.count=0: should be greater than or equal to 1"),
     ],
 )
@@ -97,6 +119,7 @@ def test_user_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.yaml").write_text(RECIPE.format(run="r", data="d"))
     (tmp_path / "tune.yaml").write_text(RECIPE.format(run="r", data="d") + "start_from: x\n")
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
     (tmp_path / "q.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     assert prepare.main(arguments) == 2
     error = capsys.readouterr().err

@@ -19,7 +19,7 @@ from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy, Problems
-from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
+from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport, held_out_notes
 from jaxllm.data.shard_writer import DatasetWriter, check_out
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.tokenizer import Tokenizer
@@ -262,11 +262,16 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
         },
         packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        notes=tuple(_notes(reader, tok, len(datasets["train"]), len(datasets["validation"]))),
+        notes=(*_notes(reader, tok), *held_out_notes(datasets, config.validation, _can_cut(config))),
     )  # fmt: skip
 
 
-def _notes(reader: Reader, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:
+def _can_cut(config: PrepareConfig) -> bool:
+    """Whether documents are whole files, which --split makes smaller."""
+    return not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
+
+
+def _notes(reader: Reader, tok: Tokenizer) -> Iterator[str]:
     asked, size = reader.config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
         alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least
@@ -278,10 +283,3 @@ def _notes(reader: Reader, tok: Tokenizer, n_train: int, n_validation: int) -> I
                 f"a vocabulary of {size:,} is large for {count(reader.bytes_kept, 'byte')} of text: most ids are too "
                 f"rare to be learned; use --vocab-size {enough} or more text"
             )
-    if reader.config.validation and not n_validation:
-        finer = "cut finer (--split paragraph)"
-        yield (
-            f"no document is held out: there are {n_train}; {finer} or use --validation 1"
-            if n_train > 1
-            else f"no document is held out: there is only 1, so training has no validation loss; {finer} to get one"
-        )
