@@ -116,6 +116,22 @@ def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
     return recipe
 
 
+def changes(before: Recipe, now: Recipe) -> list[str]:
+    """Return "key=value (was value)" of what differs; the run directory is no part of a run."""
+    old, new = (_leaves(each.model_dump(mode="json", exclude={"out"})) for each in (before, now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}={_said(new.get(key))} (was {_said(old.get(key))})" for key in keys]
+
+
+def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    below = [_leaves(value, f"{key}.{name}".lstrip(".")) for name, value in items]
+    return {name: value for each in below for name, value in each.items()} or {key: tree}
+
+
+_said = lambda value: "none" if value is None else value
+
+
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
     """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
 

@@ -257,9 +257,10 @@ class Run:
         kind = jax.devices()[0].device_kind
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
         samples = min(self.begin.at(steps), self.loader.n_samples or self.begin.at(steps))  # the last may be filled up
+        other = abs(self.begin.sample - done * data.batch_size) >= data.batch_size  # what was done, in another size
         return (
             f"{short(total)} parameters{f' ({short(active)} of them active)' * (active < total)}, "
-            f"{self.tokens_per_step:,} positions/step, {count(steps, 'step')} = "
+            f"{self.tokens_per_step:,} positions/step{f' from step {done} on' * other}, {count(steps, 'step')} = "
             f"{short(samples * data.packing.seq_len)} positions = "
             f"{samples / self.loader.samples_per_epoch:.1f} epochs; {kind} ({mesh}), {self.compute.dtype}"
             + (f"; resuming at step {done}" if done else "")
