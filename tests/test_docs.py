@@ -147,7 +147,7 @@ def test_conversations_in_the_documents_are_read(tmp_path):
         for number, body in enumerate(rows):
             path = tmp_path / f"{page.name}-{number}.jsonl"
             path.write_text(body, encoding="utf-8")
-            found = list(sources.conversations(sources.JsonLines(path=str(path)), Problems("error")))
+            found = list(sources.conversations(sources.RowFiles(path=str(path)), Problems("error")))
             instances = sum(len(json.loads(line).get("instances", [0])) for line in body.splitlines())
             assert len(found) == instances
 

@@ -235,8 +235,9 @@ def _explain(schema: type[Config], key: str, problem: Any, ways: Mapping[str, st
         case "extra_forbidden":
             return _unknown(schema, key, problem, [way.partition("=")[0] for way in ways.values() if "=" in way])
         case "missing":
-            known = keys(schema)
-            first = next((one for one in known if one.startswith(f"{key}.") and one not in _holders(known)), key)
+            first, known = key, keys(schema)
+            while below := next((other for other in known if other.startswith(f"{first}.")), None):
+                first = below
             way = ways.get(key, f"{first}=...")
             return f"missing key {key!r}; give {way} on the command line, or write it into the recipe"
         case "union_tag_not_found":

@@ -134,8 +134,8 @@ PLAIN = [
     for penalty in (0.0, 1.0, 2.0, -0.5)
 ]
 RULED = [
-    {"no_repeat_ngram_size": 2, "bad_words_ids": [[138], [30, 31], [263, 5]], "min_length": 6, "repetition_penalty": 1.3,
-     "renormalize_logits": renormalise, "early_stopping": early, "length_penalty": 0.8}
+    {"no_repeat_ngram_size": 2, "bad_words_ids": [[138], [30, 31], [263, 5]], "min_length": 6,
+     "repetition_penalty": 1.3, "renormalize_logits": renormalise, "early_stopping": early, "length_penalty": 0.8}
     for early in (False, True) for renormalise in (False, True)
 ]  # fmt: skip
 FORCED = [{"forced_bos_token_id": 9, "forced_eos_token_id": 2, "length_penalty": 2.0, "early_stopping": True}]

@@ -30,8 +30,10 @@ def naive(forward, prompt, search, limit, stops):
         ended = sorted(ended, key=lambda each: -each[0])[:n]
         opened = [each for each in found if not over(each[1])][:n]
         counted = limit if search.early_stopping == "never" and power > 0 else length
-        if len(ended) == n and opened and (
-            search.early_stopping is True or opened[0][0] / counted**power <= ended[-1][0]
+        if (
+            len(ended) == n
+            and opened
+            and (search.early_stopping is True or opened[0][0] / counted**power <= ended[-1][0])
         ):
             break
     return ended
