@@ -97,7 +97,7 @@ def test_all_contradictions_are_said_at_once():
 
 
 def test_a_model_that_is_not_described_is_asked_for_by_a_preset(tmp_path):
-    with pytest.raises(ValueError, match="missing key 'data'; give data.sources.0.path=... on the command line"):
+    with pytest.raises(ValueError, match=r"missing key 'data'; give data\.sources\.0\.path=\.\.\. on the command line"):
         load_recipe(None, ["out=x", "model.preset=tiny"])
     (tmp_path / "r.yaml").write_text("out: x\ndata: {sources: [{path: y}]}\nmodel: {pre-set: tiny}\n")
     with pytest.raises(ValueError, match=r"give model\.preset=NAME \(such as llama-3m\)") as error:
