@@ -110,7 +110,7 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _mark(pieces: list[str], ids: list[int], special: dict[str, int]) -> Iterator[str]:
-    spelled = re.compile("|".join(map(re.escape, special)))
+    spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
     own = {*special.values()}
     for is_special, group in groupby(zip(pieces, ids, strict=True), lambda pair: pair[1] in own):
         texts = [text for text, _ in group]
