@@ -131,9 +131,7 @@ class Checkpoints:
                 continue
             for damaged, why in failures.items():
                 place = self._set_aside(damaged)
-                _note(
-                    f"the checkpoint of step {damaged} is damaged ({why}) and was moved to {place}; step {step} is used"
-                )
+                _note(f"the checkpoint of step {damaged} is damaged ({why}), and now in {place}; step {step} is used")
             return state, meta
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
         raise ValueError(f"no readable checkpoint in {self.directory}: {reasons or 'it is empty'}")
