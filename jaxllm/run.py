@@ -43,6 +43,10 @@ from jaxllm.training.step import eval_step
 from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 from jaxllm.vae import VAE
 
+# What a process on a CPU holds at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
+# multiple of the estimate, with what glibc keeps of freed memory and without.
+PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4.0, 1.5
+
 
 class Run:
     """One run in this process.
@@ -256,7 +260,17 @@ class Run:
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
         sizes = {key: size / split[key] for key, size in sizes.items()}
-        return f"memory per device, estimated: {accounting.memory_line(sizes)}", sum(sizes.values())
+        needed = sum(sizes.values())
+        return f"memory per device, estimated: {accounting.memory_line(sizes)}{self._held(needed)}", needed
+
+    def _held(self, needed: float) -> str:
+        """Say what a process on a CPU may hold, of which `needed` bytes per device are only a part."""
+        if jax.default_backend() != "cpu":
+            return ""
+        most, least = (PROCESS_BYTES + factor * needed * jax.local_device_count() for factor in (KEPT, IN_USE))
+        if not self.recipe.platform.keep_memory:
+            return f"; this process may hold {least / 1e9:.1f} GB"
+        return f"; this process may hold {most / 1e9:.1f} GB, {least / 1e9:.1f} GB with platform.keep_memory=false"
 
     def describe(self, steps: int) -> str:
         """Say in a line what is about to happen."""
