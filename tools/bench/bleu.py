@@ -1,7 +1,6 @@
-"""python tools/bench/bleu.py MODEL PAIRS.jsonl SOURCE TARGET: BLEU of an encoder-decoder's greedy translations.
+"""python tools/bench/bleu.py MODEL PAIRS.jsonl SOURCE TARGET: BLEU of greedy translations, of an encoder-decoder.
 
-Corpus BLEU with one reference. Words are runs of letters and digits, each other character is one of its own; case
-counts.
+Corpus BLEU with one reference. Words are runs of letters and digits, and each other character is one; case counts.
 """
 
 import argparse
