@@ -43,7 +43,7 @@ from jaxllm.training.step import eval_step
 from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 from jaxllm.vae import VAE
 
-# What a process on a CPU holds at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
+# Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
 # multiple of the estimate, with what glibc keeps of freed memory and without.
 PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4.0, 1.5
 
