@@ -45,7 +45,7 @@ from jaxllm.vae import VAE
 
 # Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
 # multiple of the estimate, with what glibc keeps of freed memory and without.
-PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4.0, 1.5
+PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4, 2
 
 
 class Run:
