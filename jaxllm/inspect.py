@@ -1,4 +1,7 @@
-"""python -m jaxllm.inspect: what exactly is trained on: learned tokens marked, context dim, provenance per segment."""
+"""python -m jaxllm.inspect: what exactly is trained on: learned tokens marked, context dim, provenance per segment.
+
+<|user|> is a special token; text that spells one is shown as <\\|user|>.
+"""
 
 import argparse
 import json
@@ -75,6 +78,13 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
         from jaxllm.recipe import load_recipe
 
         return load_recipe(run_dir).data
+    if not path.exists():
+        hint = files.misspelt(path) or "; give a dataset, written by prepare, or a run directory"
+        raise ValueError(f"{path} does not exist{hint}")
+    if not (path / "manifest.json").exists():
+        raise ValueError(f"{path} is no dataset (no manifest.json) and no run directory (no recipe.yaml)")
+    if arguments.seq_len is not None and arguments.seq_len < 2:
+        raise ValueError(f"--seq-len={arguments.seq_len}: a row has at least 2 tokens, one of which is learned")
     if arguments.step is not None:
         raise ValueError(f"--step needs a run directory, and {path} has no recipe.yaml; use --rows for a dataset")
     return DataConfig.of(str(path), arguments.seq_len or 256, batch_size=1)
@@ -112,11 +122,10 @@ def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:
     if arguments.rows is not None and arguments.rows < 1:
         raise ValueError(f"--rows={arguments.rows}: show at least one row")
     if arguments.step is None:
-        first, size = 0, 4
-    elif arguments.step < 1:
+        return range(min(arguments.rows or 4, loader.samples_per_epoch))  # none twice
+    if arguments.step < 1:
         raise ValueError(f"--step={arguments.step}: steps are counted from 1")
-    else:
-        first, size = _batch(_run_dir(Path(arguments.path)), arguments.step, loader)
+    first, size = _batch(_run_dir(Path(arguments.path)), arguments.step, loader)
     end = first + (arguments.rows or size)
     return range(first, end if loader.n_samples is None else min(end, loader.n_samples))
 

@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int | None:
     inputs = _inputs(arguments)
     recipe, overrides = _positional(rest, bool(inputs))
     commands = {"start_from": "tune", "data": "train"}
-    config = configs.load(prepare.PrepareConfig, recipe, inputs + _settings(arguments) + overrides, commands=commands)
+    ways = {"inputs": "--text FILE, --jsonl FILE or another input (--help has all)", "out": "--out DIR"}
+    given = inputs + _settings(arguments) + overrides
+    config = configs.load(prepare.PrepareConfig, recipe, given, commands=commands, ways=ways)
 
     from rich.console import Console
 

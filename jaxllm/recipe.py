@@ -135,7 +135,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             found = [*directory.glob("*.yaml"), *(recipe.parent for recipe in directory.glob(f"*/{FILE_NAME}"))]
             hint = f"; recipes and runs in it: {', '.join(map(str, sorted(found)))}" if found else ""
             raise ValueError(f"{directory} is no run directory (no {FILE_NAME}){hint}")
-    return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"})
+    ways = {"model": "model.preset=NAME (such as llama-3m)"}
+    return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"}, ways=ways)
 
 
 def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
@@ -154,6 +155,22 @@ def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
     if Path(argv[0]).is_dir() and not (Path(recipe.out) / FILE_NAME).exists():
         sys.stderr.write(f"note: {recipe.out} is a new run from the beginning; of {argv[0]} it has the recipe alone\n")
     return recipe
+
+
+def changes(before: Recipe, now: Recipe) -> list[str]:
+    """Return "key=value (was value)" of what differs; the run directory is no part of a run."""
+    old, new = (_leaves(each.model_dump(mode="json", exclude={"out"})) for each in (before, now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}={_said(new.get(key))} (was {_said(old.get(key))})" for key in keys]
+
+
+def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    below = [_leaves(value, f"{key}.{name}".lstrip(".")) for name, value in items]
+    return {name: value for each in below for name, value in each.items()} or {key: tree}
+
+
+_said = lambda value: "none" if value is None else value
 
 
 def _objective_problems(recipe: Recipe) -> Iterator[tuple[bool, str]]:

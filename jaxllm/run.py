@@ -43,6 +43,10 @@ from jaxllm.training.step import eval_step
 from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 from jaxllm.vae import VAE
 
+# Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
+# multiple of the estimate, with what glibc keeps of freed memory and without.
+PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4, 2
+
 
 class Run:
     """One run in this process.
@@ -256,7 +260,17 @@ class Run:
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
         sizes = {key: size / split[key] for key, size in sizes.items()}
-        return f"memory per device, estimated: {accounting.memory_line(sizes)}", sum(sizes.values())
+        needed = sum(sizes.values())
+        return f"memory per device, estimated: {accounting.memory_line(sizes)}{self._held(needed)}", needed
+
+    def _held(self, needed: float) -> str:
+        """Say what a process on a CPU may hold, of which `needed` bytes per device are only a part."""
+        if jax.default_backend() != "cpu":
+            return ""
+        most, least = (PROCESS_BYTES + factor * needed * jax.local_device_count() for factor in (KEPT, IN_USE))
+        if not self.recipe.platform.keep_memory:
+            return f"; this process may hold {least / 1e9:.1f} GB"
+        return f"; this process may hold {most / 1e9:.1f} GB, {least / 1e9:.1f} GB with platform.keep_memory=false"
 
     def describe(self, steps: int) -> str:
         """Say in a line what is about to happen."""
@@ -265,9 +279,10 @@ class Run:
         kind = jax.devices()[0].device_kind
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
         samples = min(self.begin.at(steps), self.loader.n_samples or self.begin.at(steps))  # the last may be filled up
+        other = abs(self.begin.sample - done * data.batch_size) >= data.batch_size  # what was done, in another size
         return (
             f"{short(total)} parameters{f' ({short(active)} of them active)' * (active < total)}, "
-            f"{self.tokens_per_step:,} positions/step, {count(steps, 'step')} = "
+            f"{self.tokens_per_step:,} positions/step{f' from step {done} on' * other}, {count(steps, 'step')} = "
             f"{short(samples * data.packing.seq_len)} positions = "
             f"{samples / self.loader.samples_per_epoch:.1f} epochs; {kind} ({mesh}), {self.compute.dtype}"
             + (f"; resuming at step {done}" if done else "")

@@ -19,7 +19,7 @@ from jaxllm.core import files
 from jaxllm.core.batch import Batch
 from jaxllm.core.wording import count
 from jaxllm.data.loader import Loader
-from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
+from jaxllm.recipe import FILE_NAME, Recipe, changes, check, load_recipe
 from jaxllm.run import Run
 from jaxllm.sharding import distributed
 from jaxllm.sharding.mesh import make_mesh
@@ -85,6 +85,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
                 f"steps={recipe.steps.root} ends before step {done}, where this run is already; give more steps to "
                 "train on, or another `out` for another run"
             )
+        changed = changes(load_recipe(run_dir), recipe) if done else []
         if steps > done:  # the merged recipe of a resumed run, now that nothing of it was refused
             _write_recipe(run_dir, recipe)
         with RunLog(
@@ -93,6 +94,9 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
             documents=run.documents,
         ) as log:  # fmt: skip
             log.say(run.describe(steps))
+            if changed:
+                unused = "; the run is finished, so none of it is used" * (steps == done)
+                log.say(f"note: not as it was until step {done}: {', '.join(changed)}{unused}")
             for note in run.notes(steps):
                 log.say(note)
             chats = [str(each.directory) for each in loader.datasets if each.kind == "chat"]

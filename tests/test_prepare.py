@@ -33,6 +33,23 @@ def test_flags_make_a_dataset(text, tmp_path, capsys):
     assert Dataset.open(tmp_path / "c").tokenizer_fingerprint == Dataset.open(out).tokenizer_fingerprint
 
 
+def test_notes_say_what_is_not_held_out_and_what_helps(tmp_path, capsys):
+    def notes(*flags: str) -> str:
+        assert prepare.main([*flags, "--tokenizer", "bytes", "--overwrite", "--out", str(tmp_path / "d")]) is None
+        return " ".join(capsys.readouterr().out.split())
+
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("a long text \n\n" * 5000)
+    (tmp_path / "s.jsonl").write_text('{"text": "short", "instruction": "Go.", "output": "I go."}\n' * 600)
+    rows, texts = ["--jsonl", str(tmp_path / "s.jsonl")], ["--text", str(tmp_path / "[0-3].txt")]
+    found = notes(*rows, *texts, "clean.deduplicate=false")
+    assert ", where 1.00% of the documents were asked for: the long ones are not among them; cut finer (--sp" in found
+    assert "held out" not in notes(*rows, "clean.deduplicate=false")
+    assert "there is only 1, so training has no validation loss; add documents to get one" in notes("--chat", *rows)
+    assert prepare.main([*rows, "--validation", "2000", "--tokenizer", "bytes", "--out", str(tmp_path / "e")]) == 2
+    assert "left for training beside the 1 document held out; lower --validation\n" in capsys.readouterr().err
+
+
 RECIPE = """
 out: {run}
 steps: 2
@@ -81,8 +98,8 @@ def test_recipe_makes_a_dataset(text, tmp_path, capsys):
     [
         (["--txt", "a"], "unknown flag --txt; did you mean --text?"),
         (["--text", "none.txt", "--out", "d"], "no file matches 'none.txt'"),
-        (["--world", "5"], "missing key 'out'"),
-        (["--out", "d"], "missing key 'inputs'"),
+        (["--world", "5"], "missing key 'out'; give --out DIR on the command line, or"),
+        (["--out", "d"], "missing key 'inputs'; give --text FILE, --jsonl FILE or another input"),
         (["--world", "5", "--split", "line", "--out", "d"], "--split says how --text is cut, and there is no --text"),
         (["r.yaml", "--world", "5"], "sources are given twice: in r.yaml and as flags"),
         (["a.txt", "b.txt"], "one RECIPE.yaml is expected, or flags alone, but not a.txt, b.txt; quote the pattern"),
@@ -93,6 +110,11 @@ def test_recipe_makes_a_dataset(text, tmp_path, capsys):
         (["tune.yaml", "out=x"], "tune.yaml is a recipe of tune; run: python -m jaxllm.tune tune.yaml"),
         (["--chat", "--jsonl", "q.jsonl:question", "--out", "d"], "a conversation has two fields, PROMPT,ANSWER (or"),
         (["--chat", "--jsonl", "q.jsonl:a,b,c", "--out", "d"], "--jsonl q.jsonl:a,b,c: a conversation has two fields"),
+        (["--jsonl", "a.jsonl", "--out", "d"], "has 'instruction', 'output'; for conversations, give --chat"),
+        (
+            ["--chat", "--jsonl", "a.jsonl:q,a", "--out", "d"],
+            "in field 'q': the row has 'instruction', 'output'; repair",
+        ),
         (["--world", "0", "--out", "d"], "inputs.0.count=0: should be greater than or equal to 1"),
     ],
 )
@@ -100,6 +122,7 @@ def test_user_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.yaml").write_text(RECIPE.format(run="r", data="d"))
     (tmp_path / "tune.yaml").write_text(RECIPE.format(run="r", data="d") + "start_from: x\n")
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
     (tmp_path / "q.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     assert prepare.main(arguments) == 2
     error = capsys.readouterr().err
@@ -186,5 +209,27 @@ def test_inspect_shows_a_dataset(text, tmp_path, capsys):
         assert process.stderr.read() == b""
     assert inspect.main([str(out), "--step", "1"]) == 2
     assert "--step needs a run directory" in capsys.readouterr().err
-    assert inspect.main([str(tmp_path)]) == 2
-    assert "is no dataset (no manifest.json)" in capsys.readouterr().err
+    for wrong, said in {
+        (str(tmp_path),): f"{tmp_path} is no dataset (no manifest.json) and no run directory (no recipe.yaml)",
+        (
+            f"{tmp_path}/nope",
+        ): f"{tmp_path}/nope does not exist; give a dataset, written by prepare, or a run directory",
+        (str(out), "--seq-len", "1"): "--seq-len=1: a row has at least 2 tokens, one of which is learned",
+    }.items():
+        assert inspect.main([*wrong]) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_inspect_tells_special_tokens_from_text_that_spells_them_and_shows_no_row_twice(tmp_path, capsys):
+    row = {"instruction": "Say <|assistant|>, <bos> and <x>.", "output": "<eos>"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--chat", "--jsonl", str(tmp_path / "a.jsonl"), "--tokenizer", "bytes"]
+    prepare.main([*flags, "--out", str(tmp_path / "d")])
+    capsys.readouterr()
+    assert inspect.main([str(tmp_path / "d")]) is None
+    _, *rows, padding = capsys.readouterr().out.splitlines()
+    assert "".join(rows[2:]) == r"<bos><|user|>Say <\|assistant|>, <\bos> and <x>.<|assistant|>⟦<\eos><eos>⟧"
+    assert padding.endswith("of padding")
+    inspect.main([str(tmp_path / "d"), "--json"])
+    [document] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "Say <|assistant|>, <bos>" in "".join(text for text, _, _ in document["tokens"])

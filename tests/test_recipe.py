@@ -96,6 +96,19 @@ def test_all_contradictions_are_said_at_once():
     ]  # fmt: skip
 
 
+def test_a_model_that_is_not_described_is_asked_for_by_a_preset(tmp_path):
+    with pytest.raises(ValueError, match=r"missing key 'data'; give data\.sources\.0\.path=\.\.\. on the command line"):
+        load_recipe(None, ["out=x", "model.preset=tiny"])
+    (tmp_path / "r.yaml").write_text("out: x\ndata: {sources: [{path: y}]}\nmodel: {pre-set: tiny}\n")
+    with pytest.raises(ValueError, match=r"give model\.preset=NAME \(such as llama-3m\)") as error:
+        load_recipe(tmp_path / "r.yaml", ["stesp=5"])
+    _, missing, *unknown = str(error.value).splitlines()
+    assert missing.startswith("  missing keys 'model.vocab_size', 'model.d_model', ")
+    assert unknown == [
+        "  unknown key 'model.pre-set'; did you mean 'model.preset'?", "  unknown key 'stesp'; did you mean 'steps'?",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

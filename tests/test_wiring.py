@@ -310,7 +310,8 @@ def test_a_run_speaks_before_it_compiles_and_after_its_first_step_and_a_finished
     recipe = load_recipe("recipe.yaml", ["out=runs/two", "steps=3", "monitor.log_every=100", "optim.schedule.warmup=9"])
     train(recipe)
     said = capsys.readouterr().out
-    assert "memory per device" in said.partition("compiling the step ...\n")[0]
+    begin, _, _ = said.partition("compiling the step ...\n")
+    assert re.search(r"memory per device.*; this process may hold 0\.6 GB, 0\.6 GB with platform\.keep_memory", begin)
     first, last = re.findall(r"^train (\d)/3  loss [\d.]+  (.*)$", said, re.MULTILINE)
     assert first[0] == "1" and re.fullmatch(r"compiled and done in \d+ s", first[1])
     assert last[0] == "3" and last[1].endswith("  0:00 left")
@@ -320,7 +321,21 @@ def test_a_run_speaks_before_it_compiles_and_after_its_first_step_and_a_finished
     assert f"finished: all 3 steps are done, nothing is trained; {more}" in said
     assert not any(word in said for word in ("memory per device", "compiling", "learning rate"))
     train(recipe, goes_on=False)
-    assert "nothing is trained\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing is trained\n" in said and "not as it was" not in said
+
+
+def test_what_a_resumed_run_has_another_way_is_said(workspace, capsys):
+    overrides = ["data.batch_size=16", "optim.lr=0.5"]
+    change = "data.batch_size=16 (was 8), optim.lr=0.5 (was 0.01)"
+    train(load_recipe("runs/one", overrides))
+    said = capsys.readouterr().out
+    assert f"note: not as it was until step 4: {change}; the run is finished, so none of it is used\n" in said
+    assert "512 positions/step from step 4 on, 4 steps = 1.0k positions" in said
+    train(load_recipe("runs/one", [*overrides, "steps=5"]))
+    said = capsys.readouterr().out
+    assert f"note: not as it was until step 4: steps=5 (was 4), {change}\n" in said
+    assert "512 positions/step from step 4 on, 5 steps = 1.5k positions" in said
 
 
 def test_what_is_left_without_saving_is_said_with_what_was_kept(workspace):

@@ -8,7 +8,7 @@ reported together.
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, get_args
@@ -93,6 +93,7 @@ def load(
     overrides: Sequence[str] = (),
     expand: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     commands: Mapping[str, str] = MappingProxyType({}),
+    ways: Mapping[str, str] = MappingProxyType({}),
 ) -> C:
     """Read a YAML file, apply dotted overrides and validate.
 
@@ -103,6 +104,7 @@ def load(
       expand: called with the merged tree of mappings, lists and texts, of any shape; may replace a preset's name by its
         fields.
       commands: the command that a file with this key is for, instead.
+      ways: what to write for a key, or for several of a section at once, instead: {"model": "model.preset=NAME"}.
     Raises:
       ConfigError: with every problem found, one per line.
     """
@@ -116,10 +118,15 @@ def load(
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        problems: dict[str, str] = {}  # the first for each key: a union reports every type that it tried
+        first = {}  # for each key: a union reports every type that it tried
         for problem in error.errors():
-            key = _key(problem, tree)
-            problems.setdefault(key, _explain(cls, key, problem))
+            first.setdefault(_key(problem, tree), problem)
+        problems = {key: _explain(cls, key, problem, ways) for key, problem in first.items()}
+        for section, way in ways.items():
+            missing = [key for key in first if key.startswith(f"{section}.") and first[key]["type"] == "missing"]
+            if len(missing) > 1:
+                problems = {key: text for key, text in problems.items() if key not in missing[1:]}
+                problems[missing[0]] = f"missing keys {', '.join(map(repr, missing))}; give {way}, which has them all"
         # A list with a wrong item is also reported, as too short.
         found = [text for key, text in problems.items() if not any(below.startswith(f"{key}.") for below in problems)]
     raise ConfigError(found[0] if len(found) == 1 else f"{len(found)} problems:\n  " + "\n  ".join(found))
@@ -177,7 +184,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _pair(override: str) -> tuple[str, Any]:
     """Split KEY=VALUE. Values in brackets or quotes are YAML, others plain text: `out=a: #1` is text."""
     key, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", key):
         raise ConfigError(f"{override!r} is not an override; write key=value, such as optim.lr=3e-4")
     try:
         return key, yaml.load(text, _Loader) if text[:1] in ("[", "{", "'", '"') else text
@@ -221,15 +228,18 @@ def _key(problem: Any, tree: Any) -> str:
     return ".".join(key)
 
 
-def _explain(schema: type[Config], key: str, problem: Any) -> str:
+def _explain(schema: type[Config], key: str, problem: Any, ways: Mapping[str, str]) -> str:
     value, context = problem["input"], problem.get("ctx", {})
     said = problem["msg"].removeprefix("Input ").replace("Tuple", "list").replace("tuple", "list")
     match problem["type"]:
         case "extra_forbidden":
-            return _unknown(schema, key, problem["loc"])
+            return _unknown(schema, key, problem, [way.partition("=")[0] for way in ways.values() if "=" in way])
         case "missing":
-            first = next((below for below in keys(schema) if below.startswith(f"{key}.")), key)
-            return f"missing key {key!r}; give {first}=... on the command line, or write it into the recipe"
+            first, known = key, keys(schema)
+            while below := next((other for other in known if other.startswith(f"{first}.")), None):
+                first = below
+            way = ways.get(key, f"{first}=...")
+            return f"missing key {key!r}; give {way} on the command line, or write it into the recipe"
         case "union_tag_not_found":
             return f"missing key '{key}.{KIND}', which says what {key!r} is"
         case "union_tag_invalid":
@@ -243,15 +253,26 @@ def _explain(schema: type[Config], key: str, problem: Any) -> str:
     return f"{key}={str(value)[:80]}: {said}"
 
 
-def _unknown(schema: type[Config], key: str, place: tuple[str | int, ...]) -> str:
-    """Name the key that was probably meant: one of another kind, the same word elsewhere, or a similar spelling."""
+def _unknown(schema: type[Config], key: str, problem: Any, more: Sequence[str]) -> str:
+    """Name the key that was probably meant: one of another kind, the same word elsewhere, or a similar spelling.
+
+    Args:
+      more: keys that are written and are not of the schema.
+    """
     section, _, word = key.rpartition(".")
     known, general = keys(schema), re.sub(r"\.\d+(?=\.)", ".0", key)
     if owners := known.get(general):
-        kind = f"{section}.{KIND}"
+        kind, place = f"{section}.{KIND}", problem["loc"]
         return f"unknown key {key!r} for {kind}={place[-2]}; it belongs to {kind}={' or '.join(dict.fromkeys(owners))}"
     same = [other for other in known if other.rpartition(".")[2] == word]
-    near = difflib.get_close_matches(general, same or known, n=1, cutoff=0.0 if same else 0.6)
+    fit = [other for other in known if (other in _holders(known)) == isinstance(problem["input"], Mapping)]
+    pools, cutoff = ([same] if same else [[*fit, *more], [*known]]), 0.0 if same else 0.6
+    near = next(filter(None, (difflib.get_close_matches(general, pool, n=1, cutoff=cutoff) for pool in pools)), [])
     items = iter(re.findall(r"\.(\d+)(?=\.)", key))  # the user's own list items
     meant = [re.sub(r"\.0(?=\.)", lambda _: f".{next(items, 0)}", other) for other in near]
     return f"unknown key {key!r}; " + (f"did you mean {meant[0]!r}?" if meant else "--help lists all keys")
+
+
+def _holders(known: Iterable[str]) -> set[str]:
+    """Return the keys that have others below them: sections, lists of sections."""
+    return {key[: dot.start()] for key in known for dot in re.finditer(r"\.", key)}

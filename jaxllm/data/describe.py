@@ -1,7 +1,8 @@
 """Packed rows as a person reads them: which documents, from where, and which tokens are learned."""
 
+import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,13 +70,20 @@ _learned = lambda token: token.learned
 
 
 def segments(
-    plan: Plan, index: int, tokenizer: Tokenizer, row: AnyBatch | None = None, nats: np.ndarray | None = None
+    plan: Plan,
+    index: int,
+    tokenizer: Tokenizer,
+    row: AnyBatch | None = None,
+    nats: np.ndarray | None = None,
+    *,
+    mark: bool = False,
 ) -> Iterator[Segment]:
     """Yield the segments of row `index`: of each what is only read first, then the targets with their weights.
 
     Args:
       row: the row as the loader gives it, with hidden tokens; None: as the plan does.
       nats: [T] of the row's targets, by some model that predicts the next token.
+      mark: whether text that spells a special token is told apart from it by a backslash: <\\|user|>.
     """
     row = plan.row(index) if row is None else row
     for number, document in enumerate(plan.documents(index).tolist(), start=1):
@@ -88,7 +96,8 @@ def segments(
             ids = [*first, *row.targets[where].tolist()]
             trained = [*[False] * len(first), *(row.weights[where] > 0).tolist()]
         losses = [None] * len(ids) if nats is None else [None, *nats[where].tolist()]
-        tokens = map(Token, _pieces(ids, tokenizer), trained, losses)
+        pieces = list(_pieces(ids, tokenizer))
+        tokens = map(Token, _mark(pieces, ids, tokenizer.special) if mark else pieces, trained, losses)
         yield Segment(document, plan.dataset.origin(document), len(where), tuple(tokens))
 
 
@@ -98,6 +107,16 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield stream.flush() + names[token] if token in names else stream.push(token)
     last = ids[-1]
     yield stream.flush() + names[last] if last in names else stream.push(last) + stream.flush()
+
+
+def _mark(pieces: list[str], ids: list[int], special: dict[str, int]) -> Iterator[str]:
+    spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    own = {*special.values()}
+    for is_special, group in groupby(zip(pieces, ids, strict=True), lambda pair: pair[1] in own):
+        texts = [text for text, _ in group]
+        cuts = set() if is_special else {found.start() + 1 for found in spelled.finditer("".join(texts))}
+        for start, text in zip(accumulate(map(len, texts), initial=0), texts, strict=False):
+            yield "".join("\\" * (place in cuts) + char for place, char in enumerate(text, start))
 
 
 def show(
@@ -113,6 +132,7 @@ def show(
 
     With `nats` [T], learned tokens are coloured by their loss, and the hardest are listed.
     The text's own line ends are the only ones (`soft_wrap`): a terminal may wrap, a file shows what is trained on.
+    Text that spells a special token has a backslash in it.
     """
     from rich.markup import escape
     from rich.text import Text
@@ -120,7 +140,7 @@ def show(
     before, after = ("", "") if _has_colors(console) else BRACKETS
     console.rule(f"[bold]{escape(title)}: {escape(str(plan.dataset.directory))}, row {index}", align="left")
     padding = plan.seq_len
-    for number, segment in enumerate(segments(plan, index, tokenizer, row, nats), start=1):
+    for number, segment in enumerate(segments(plan, index, tokenizer, row, nats, mark=True), start=1):
         padding -= segment.n_tokens
         loss = "" if segment.nats is None else f", {segment.nats:.2f} nats per token"
         origin = f"-- segment {number}, {count(segment.n_tokens, 'token')}{loss}: {segment.place}"

@@ -56,7 +56,7 @@ class SentencePieces:
         try:
             self._model.LoadFromSerializedProto(proto)
         except RuntimeError as error:
-            raise ValueError(f"not a SentencePiece model ({len(proto):,} bytes): {error}") from error
+            raise ValueError(f"not a SentencePiece model ({len(proto):,} bytes)") from error
         self.file = ("spm.model", proto)
         self.size = self._model.vocab_size()
         first = self._model.encode("a", out_type=str)

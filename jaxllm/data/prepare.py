@@ -27,7 +27,7 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy
 from jaxllm.data.repeats import Sign, Verdicts, decide, write_evaluation
-from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
+from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport, held_out_notes
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
@@ -353,11 +353,16 @@ def _report(
         },
         packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        notes=tuple(_notes(config, account, tok, len(datasets["train"]), len(datasets["validation"]))),
+        notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, _can_cut(config))),
     )  # fmt: skip
 
 
-def _notes(config: PrepareConfig, account: Account, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:
+def _can_cut(config: PrepareConfig) -> bool:
+    """Whether documents are whole files, which --split makes smaller."""
+    return not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
+
+
+def _notes(config: PrepareConfig, account: Account, tok: Tokenizer) -> Iterator[str]:
     yield from (text if n == 1 else f"{text} ({n} times)" for text, n in account.problems.notes.items())
     asked, size = config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
@@ -370,10 +375,3 @@ def _notes(config: PrepareConfig, account: Account, tok: Tokenizer, n_train: int
                 f"a vocabulary of {size:,} is large for {count(account.bytes_kept, 'byte')} of text: most ids are too "
                 f"rare to be learned; use --vocab-size {enough} or more text"
             )
-    if config.validation and not n_validation:
-        finer = "cut finer (--split paragraph)"
-        yield (
-            f"no document is held out: there are {n_train}; {finer} or use --validation 1"
-            if n_train > 1
-            else f"no document is held out: there is only 1, so training has no validation loss; {finer} to get one"
-        )

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from jaxllm.data.clean import RuleCount
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from jaxllm.data.shards import Dataset
 
 LIVE_S, LINE_S = 0.2, 10.0  # seconds between two words of progress, on a terminal and elsewhere
 
@@ -144,3 +146,28 @@ def _facts(report: PrepareReport, unit: str) -> Iterator[tuple[str, str]]:
     rows += f", {count(packing.dropped, unit)} too long" if packing.dropped else ""
     yield "packing", f"{rows} (if trained at this row length; --seq-len asks for another)"
     yield "time", f"{report.seconds:.1f} s, {report.bytes_read / 1e6 / max(report.seconds, 1e-9):.2f} MB/s"
+
+
+def held_out_notes(datasets: "Mapping[str, Dataset]", validation: float, can_cut: bool) -> Iterator[str]:
+    """Say where much less is held out than was asked for, and what helps.
+
+    Args:
+      validation: as in a recipe; can_cut: whether the documents could be smaller (--split paragraph).
+    """
+    n_train, n_held = (len(datasets[split]) for split in ("train", "validation"))
+    tokens, held = (int(datasets[split].starts[-1]) for split in ("train", "validation"))
+    cut = "cut finer (--split paragraph) or " * can_cut
+    asked = validation if validation < 1 else validation / (n_train + n_held)
+    share = held / (tokens + held)
+    if validation and not n_held:
+        yield (
+            f"no document is held out: there are {n_train}; {cut}use --validation 1"
+            if n_train > 1
+            else f"no document is held out: there is only 1, so training has no validation loss; {cut}add documents "
+            "to get one"
+        )
+    elif 3 * share < asked:
+        yield (
+            f"{count(held, 'token')} of {tokens + held:,} are held out, {share:.2%}, where {asked:.2%} of the "
+            f"documents were asked for: the long ones are not among them; {cut}raise --validation"
+        )

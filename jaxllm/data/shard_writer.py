@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from jaxllm.core import files
+from jaxllm.core.wording import count
 from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -195,9 +196,11 @@ class DatasetWriter:
             splits={split: writer.finish() for split, writer in self._splits.items()},
         )
         if not manifest.splits["train"].n_documents:
-            raise ValueError(
-                f"nothing to write to {self.directory}: no document is left for training; check the sources"
+            held = manifest.splits["validation"].n_documents
+            why = (
+                f" beside the {count(held, 'document')} held out; lower --validation" if held else "; check the sources"
             )
+            raise ValueError(f"nothing to write to {self.directory}: no document is left for training{why}")
         files.write_json(self._temporary / "manifest.json", manifest.model_dump(mode="json"))
         self._sealed = True
         return self._temporary

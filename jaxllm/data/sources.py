@@ -210,7 +210,8 @@ def _field(row: dict, name: str, max_bytes: int = MAX_BYTES) -> str:
     value = row.get(name)
     value = value.decode("utf-8") if isinstance(value, bytes) else value
     if not isinstance(value, str):
-        found = f"it is {type(value).__name__}" if name in row else f"the row has {_names(row)}"
+        chat = "; for conversations, give --chat" * (name == "text" and bool(_form(row)))
+        found = f"it is {type(value).__name__}" if name in row else f"the row has {_names(row)}{chat}"
         raise ValueError(f"no text in field {name!r}: {found}")
     return _encodable(value, max_bytes)
 
@@ -226,11 +227,16 @@ def _names(row: dict) -> str:
     return ", ".join(map(repr, row)) or "no fields"
 
 
-def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
-    """(row, form) of each conversation; where a row has several, the instruction is said once for all of them."""
+def _form(row: dict) -> str | None:
+    """Which form of a conversation a row looks like."""
     forms = {"output": "alpaca", "instances": "instances"} if "instruction" in row else {}
     forms = {"messages": "messages"} | forms
-    form = fields or next((form for field, form in forms.items() if field in row), None)
+    return next((form for field, form in forms.items() if field in row), None)
+
+
+def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
+    """(row, form) of each conversation; where a row has several, the instruction is said once for all of them."""
+    form = fields or _form(row)
     if form is None:
         raise ValueError(
             f"not a conversation: the row has {_names(row)}; expected 'messages', or 'instruction' and 'output' or "

@@ -160,7 +160,7 @@ def load(path: str | Path) -> Tokenizer:
     if is_gguf(path):
         return from_gguf(GgufFile(path))
     if path.is_file():
-        return _from_sentencepiece(SentencePieces(path.read_bytes(), escape_mark=False))
+        return _from_sentencepiece(_read_pieces(path, escape_mark=False))
     path = files.named_run(path)[0]
     path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     description = files.read_json(path / "tokenizer.json", {})
@@ -177,7 +177,7 @@ def load(path: str | Path) -> Tokenizer:
         case "tokenizers":
             pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
         case _:
-            pieces = SentencePieces((path / "spm.model").read_bytes(), escape_mark=description["lossless"])
+            pieces = _read_pieces(path / "spm.model", escape_mark=description["lossless"])
     bos, eos = description["bos_id"], description["eos_id"]
     template = description["chat_template"]
     source = (path / template).read_bytes().decode("utf-8") if template else None
@@ -188,6 +188,13 @@ def load(path: str | Path) -> Tokenizer:
             f"{description['fingerprint']}; restore it, since a model trained with it needs exactly these ids"
         )
     return tokenizer
+
+
+def _read_pieces(path: Path, *, escape_mark: bool) -> SentencePieces:
+    try:
+        return SentencePieces(path.read_bytes(), escape_mark)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}; it was damaged, or is another kind of file") from error
 
 
 def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: int) -> ChatTemplate | None:
@@ -204,8 +211,7 @@ def _from_huggingface(directory: Path) -> Tokenizer:
     if source is None:
         for name in ("tokenizer.model", "spiece.model"):
             if (directory / name).is_file():
-                pieces = SentencePieces((directory / name).read_bytes(), escape_mark=False)
-                return _from_sentencepiece(pieces, _template(config))
+                return _from_sentencepiece(_read_pieces(directory / name, escape_mark=False), _template(config))
         raise FileNotFoundError(
             f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt, or a SentencePiece .model file"

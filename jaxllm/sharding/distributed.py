@@ -24,8 +24,8 @@ class PlatformConfig(Config):
     )
     keep_memory: bool = Field(
         True,
-        description="on a CPU, keep what a step has freed for the next one: a tenth to a quarter faster, and twice the "
-        "estimated memory may be held",
+        description="on a CPU, keep what a step has freed for the next one: a tenth to a quarter faster, and two to "
+        "four times the estimated memory may be held",
     )
     distributed: bool = Field(
         False, description="join a multi-process run with jax.distributed; found out by itself on TPU pods, Slurm, GKE"

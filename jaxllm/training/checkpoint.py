@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,10 +128,10 @@ class Checkpoints:
             state, meta, reason = self._read(step, _target(abstract, shardings), same or {})
             if _any_process(bool(reason)):
                 failures[step] = reason or "another process cannot read it"
-                log.warning("checkpoint %s cannot be read and is skipped: %s", self.directory / str(step), reason)
                 continue
-            for damaged in failures:
-                self._set_aside(damaged)
+            for damaged, why in failures.items():
+                place = self._set_aside(damaged)
+                _note(f"the checkpoint of step {damaged} is damaged ({why}), and now in {place}; step {step} is used")
             return state, meta
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
         raise ValueError(f"no readable checkpoint in {self.directory}: {reasons or 'it is empty'}")
@@ -144,7 +145,7 @@ class Checkpoints:
             restored = {} if changed else self._manager.restore(step, args=ocp.args.Composite(**items))
             _check_bits(restored, meta)
         except Exception as error:  # catch-all: Orbax raises a bare Exception for an array cut short
-            return None, {}, _reason(error)
+            return None, {}, _damage(error)
         if changed:  # the user's error, and never a reason to take an older checkpoint
             raise ValueError(
                 f"{self.directory / str(step)} was trained with {' and '.join(changed)}; restore the old one, or start "
@@ -152,7 +153,7 @@ class Checkpoints:
             )
         return TrainState(params=restored["params"], ema=restored.get("ema"), **restored["rest"]), meta, ""
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint out of the way, without deleting it: the disk may be at fault."""
         place = self.directory.parent / "damaged" / str(step)
         if jax.process_index() == 0:
@@ -161,7 +162,7 @@ class Checkpoints:
             (self.directory / str(step)).rename(place)
         multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
-        log.warning("the damaged checkpoint of step %s is now in %s", step, place)
+        return place
 
 
 def _val_loss(metrics: Mapping[str, float]) -> float:
@@ -174,7 +175,7 @@ def _drop_damaged_losses(directory: Path) -> None:
         try:
             json.loads(path.read_text(encoding="utf-8"))["val_loss"]
         except (ValueError, KeyError, TypeError):
-            log.warning("%s is damaged and is dropped: this checkpoint no longer counts among the best", path)
+            _note(f"{path} is damaged and is dropped: this checkpoint no longer counts among the best")
             shutil.rmtree(path.parent)
 
 
@@ -197,6 +198,23 @@ def _any_process(value: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
 
 
+class _OtherBits(ValueError):
+    """An array is not what was written."""
+
+
+def _note(text: str) -> None:
+    if jax.process_index() == 0:
+        sys.stderr.write(f"note: {text}\n")
+
+
+def _damage(error: Exception) -> str:
+    """Say why a checkpoint cannot be read; what Orbax says of it is logged at the level DEBUG."""
+    log.debug("a checkpoint cannot be read", exc_info=error)
+    if "tree structures do not match" in str(error):
+        return "its arrays are not those of this model and optimizer"
+    return str(error) if isinstance(error, _OtherBits) else "a file of it is missing, cut short or changed"
+
+
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).partition("See full TensorStore")[0].split())
     return f"{type(error).__name__}: {text[:300]}"
@@ -216,11 +234,11 @@ def _sums_of(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _check_bits(restored: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    """Raise ValueError for items that are not what was written; Orbax's files have no checksums."""
+    """Raise _OtherBits for items that are not what was written; Orbax's files have no checksums."""
     sums = meta.pop("bit_sums", {})
     for name, tree in restored.items():
         if name in sums and _bit_sums(tree) != sums[name]:
-            raise ValueError(f"the bits of {name} are not those that were written: a file was damaged or changed")
+            raise _OtherBits(f"the bits of {name} are not those that were written: a file was damaged or changed")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -264,7 +282,7 @@ def load_params(
         except Exception as error:  # catch-all: as in `Checkpoints.restore`
             before = [each for each in steps if each < step]
             raise ValueError(
-                f"{directory / str(step)} cannot be read ({_reason(error)}); "
+                f"{directory / str(step)} cannot be read ({_damage(error)}); "
                 + (f"use the one before: {directory / str(before[-1])}" if before else "there is no earlier one")
             ) from error
         return restored[item], restored["meta"]

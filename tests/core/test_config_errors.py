@@ -56,6 +56,7 @@ class Run(Config):
     profile: tuple[int, int] | None = None
     sizes: dict[str, int] = Field({})
     model: Model = Model()
+    step: Constant = Constant()
     optim: Annotated[AdamW | Muon, Field(discriminator="kind")] = AdamW()
     sources: tuple[Source, ...] = ()
 
@@ -78,6 +79,10 @@ def message(cls: type[Config], *overrides: str, path: Path | None = None) -> str
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         ("optm.lr=1", "unknown key 'optm'; did you mean 'optim'?"),
         ("warmup=1", "unknown key 'warmup'; did you mean 'optim.schedule.warmup'?"),
+        ("stesp=5", "unknown key 'stesp'; did you mean 'steps'?"),  # and not the section step
+        ("stesp.x=5", "unknown key 'stesp'; did you mean 'step'?"),
+        ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
+        ("model.wid-th=5", "unknown key 'model.wid-th'; did you mean 'model.width'?"),
         ("qqqqqqq=1", "unknown key 'qqqqqqq'; --help lists all keys"),
         ("optim.momentum=1", "unknown key 'optim.momentum' for optim.kind=adamw; it belongs to optim.kind=muon"),
         ("optim.kind=sgd", "optim.kind=sgd: should be one of 'adamw', 'muon'"),
@@ -131,6 +136,29 @@ def test_missing_keys():
         f"  missing key 'sources.0.path'; give sources.0.path{rest}",
         "  missing key 'optim.kind', which says what 'optim' is",
     ]  # fmt: skip
+
+
+def test_several_missing_keys_of_a_section_are_given_at_once():
+    class Shape(Config):
+        width: int
+        depth: int
+
+    class Holder(Config):
+        out: str
+        shape: Shape
+
+    def said(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(Holder, None, overrides, ways={"shape": "shape.preset=NAME", "out": "--out DIR"})
+        return str(caught.value)
+
+    assert said("shape.prest=tiny").splitlines() == [
+        "3 problems:",
+        "  missing key 'out'; give --out DIR on the command line, or write it into the recipe",
+        "  missing keys 'shape.width', 'shape.depth'; give shape.preset=NAME, which has them all",
+        "  unknown key 'shape.prest'; did you mean 'shape.preset'?",
+    ]
+    assert said("out=x", "shape.width=1").startswith("missing key 'shape.depth'; give shape.depth=... on the command")
 
 
 @pytest.mark.parametrize(

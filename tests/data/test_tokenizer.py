@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -180,9 +181,12 @@ def test_plain_model_file_uses_its_own_tokens(bpe, tmp_path):
     assert plain.special == bpe.special
     assert plain.chat is not None
     assert plain.encode("fox 狐") == bpe.encode("fox 狐")
-    (tmp_path / "bad.model").write_bytes(b"no model")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
-        tokenizers.load(tmp_path / "bad.model")
+    bpe.save(tmp_path / "saved")
+    for place, file in (("bad.model", "bad.model"), ("saved", "saved/spm.model")):
+        (tmp_path / file).write_bytes(b"no model")
+        said = f"{tmp_path / file} is not a SentencePiece model (8 bytes); it was damaged, or is another kind of file"
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            tokenizers.load(tmp_path / place)
 
 
 def _foreign(tmp_path, texts, **options):

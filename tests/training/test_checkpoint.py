@@ -69,7 +69,7 @@ def test_the_best_are_kept_through_a_resume(tmp_path):
     assert kept_after(0, s8=0.5, s9=8.0) == [9]
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     state, shardings = make(devices=1)
     save(tmp_path, state, 1, 2)
     for file in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
@@ -78,7 +78,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     with Checkpoints(tmp_path) as checkpoints:
         restored, meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
         assert meta["step"] == 1
-        assert "cannot be read and is skipped" in caplog.text
+        assert capsys.readouterr().err == (
+            "note: the checkpoint of step 2 is damaged (a file of it is missing, cut short or changed), and now in "
+            f"{tmp_path / 'damaged' / '2'}; step 1 is used\n"
+        )
         assert_equal(restored.params, state.params)
         assert checkpoints.steps() == [1]
         assert (tmp_path / "damaged" / "2" / "params").is_dir()
@@ -105,12 +108,13 @@ def test_inference_names_a_damaged_checkpoint_and_the_one_before(tmp_path):
     save(tmp_path, state, 1, 2)
     file = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
     file.write_text(file.read_text()[:9])
-    with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read \(.*use the one before: .*checkpoints/1$"):
+    why = r"\(a file of it is missing, cut short or changed\)"
+    with pytest.raises(ValueError, match=rf"checkpoints/2 cannot be read {why}; use the one before: .*checkpoints/1$"):
         load_params(tmp_path, MODEL)
     assert load_params(tmp_path, MODEL, step=1)[1]["step"] == 1
 
 
-def test_a_flipped_bit_is_damage(tmp_path, caplog):
+def test_a_flipped_bit_is_damage(tmp_path, capsys):
     state, shardings = make(devices=1)
     for run, part in enumerate((0.3, 0.5, 0.7)):
         save(tmp_path / str(run), state, 1, 2)
@@ -124,7 +128,8 @@ def test_a_flipped_bit_is_damage(tmp_path, caplog):
             restored, meta = checkpoints.restore(jax.eval_shape(lambda: state), shardings)
         assert meta == {"step": 1, "sample": 8}
         assert_equal(restored, state)
-    assert "the bits of params are not those that were written" in caplog.text  # Orbax itself sees some of them
+    said = capsys.readouterr().err  # Orbax itself sees some of them
+    assert "the bits of params are not those that were written" in said
 
 
 def test_any_one_damaged_file_costs_that_checkpoint_alone(tmp_path):
