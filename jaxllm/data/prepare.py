@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
+from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.config import Config
 from jaxllm.core.wording import count
@@ -27,7 +28,18 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy
 from jaxllm.data.repeats import Sign, Verdicts, decide, write_evaluation
-from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport, held_out_notes
+from jaxllm.data.report import (
+    Cluster,
+    InputReport,
+    LanguageReport,
+    PackingReport,
+    PrepareReport,
+    Progress,
+    SplitReport,
+    held_out_notes,
+    lengths_of,
+    write_page,
+)
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
@@ -128,7 +140,10 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
                     progress.advance(len(stored.lengths), stored.text_bytes)
             directory = writer.seal()
             datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
+            progress.end()
             report = _report(config, account, tok, datasets, start)
+            report = report.model_copy(update={"stages": progress.seconds, "clusters": job.clusters})
+            write_page(directory / "report.html", report, configs.dump(config))
             files.write_json(directory / "report.json", report.model_dump(mode="json"))
     return report
 
@@ -139,7 +154,7 @@ class _Job:
     def __init__(self, config: PrepareConfig, work: Work, progress: Progress):
         self.config, self.work, self.progress = config, work, progress
         self.trains = isinstance(config.tokenizer, TokenizerConfig)
-        self.clusters: list[dict] = []  # of near duplicates, the largest
+        self.clusters: tuple[Cluster, ...] = ()  # of near duplicates, the largest
 
     def clean(self) -> list[Path]:
         """Read and clean; return where the documents are."""
@@ -199,7 +214,7 @@ class _Job:
         if not out.exists():
             with stages.result(out) as directory:
                 decide(texts, outs, kept, dedup, directory)
-        self.clusters = files.read_json(out / "clusters.json")
+        self.clusters = tuple(Cluster(**each) for each in files.read_json(out / "clusters.json"))
         verdicts = [Verdicts(out / path.name, one, dedup) for path, one in zip(kept, outs, strict=True)]
         return verdicts, [out / f"{path.stem}.keep.npy" for path in kept]
 
@@ -353,6 +368,15 @@ def _report(
         },
         packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
+        inputs=tuple(
+            InputReport(name=name, documents_read=n, bytes_read=size, documents_kept=kept, bytes_kept=left)
+            for name, (n, size, kept, left) in account.inputs.items()
+        ),
+        languages={
+            name: LanguageReport(documents=n, bytes=size)
+            for name, (n, size) in sorted(account.languages.items(), key=lambda each: -each[1][1])
+        },
+        lengths=tuple(lengths_of(datasets["train"].lengths)),
         notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, _can_cut(config))),
     )  # fmt: skip
 

@@ -5,8 +5,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from pydantic import Field
+
+from jaxllm.core import files, page
 from jaxllm.core.config import Record
 from jaxllm.core.wording import count
 from jaxllm.data.clean import RuleCount
@@ -36,6 +41,39 @@ class PackingReport(Record):
     dropped: int
 
 
+class InputReport(Record):
+    """One input: what was read, and what the rules of cleaning left of it."""
+
+    name: str
+    documents_read: int
+    bytes_read: int
+    documents_kept: int
+    bytes_kept: int
+
+
+class LanguageReport(Record):
+    """What the rules of cleaning left in one language."""
+
+    documents: int
+    bytes: int
+
+
+class Cluster(Record):
+    """A group of near duplicates: how many, and some of them; the first was kept."""
+
+    size: int
+    examples: tuple[str, ...]
+
+
+class LengthReport(Record):
+    """Documents of `low` to `high` tokens, for training."""
+
+    low: int
+    high: int
+    documents: int
+    tokens: int
+
+
 class PrepareReport(Record):
     """The account of one `prepare`: everything that was read is either stored or counted here as left out."""
 
@@ -55,6 +93,11 @@ class PrepareReport(Record):
     packing: PackingReport
     seconds: float
     notes: tuple[str, ...]
+    inputs: tuple[InputReport, ...] = ()
+    languages: dict[str, LanguageReport] = Field(default_factory=dict)
+    clusters: tuple[Cluster, ...] = ()
+    lengths: tuple[LengthReport, ...] = ()
+    stages: dict[str, float] = Field(default_factory=dict)
 
 
 class Progress:
@@ -69,6 +112,8 @@ class Progress:
         self._status = console.status("") if console is not None and console.is_terminal else None
         self._interval = math.inf if console is None else LIVE_S if self._status else LINE_S
         self._spoken = False
+        self.seconds: dict[str, float] = {}  # that each stage took, in order
+        self._stage = ""
 
     def __enter__(self) -> "Progress":
         if self._status:
@@ -81,10 +126,17 @@ class Progress:
 
     def begin(self, stage: str) -> None:
         """Start a stage; its rates are its own."""
+        self.end()
         self._stage, self._start, self._documents, self._bytes = stage, time.perf_counter(), 0, 0
         self._due = self._start + self._interval
         if self._status or self._spoken:
             self._say(stage, spinner="dots")  # shown at once: training may hold the interpreter
+
+    def end(self) -> None:
+        """Say that the stage is over."""
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + time.perf_counter() - self._start
+        self._stage = ""
 
     def note(self, text: str) -> None:
         """Say what is no progress, and stays on a terminal."""
@@ -108,6 +160,28 @@ class Progress:
         else:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             sys.stdout.flush()
+
+
+def lengths_of(lengths: np.ndarray) -> Iterator[LengthReport]:
+    """Yield a histogram of document lengths, int64[n] in tokens, by powers of two."""
+    exponents = np.frexp(np.maximum(lengths - 1, 0))[1]  # 2 ** (e - 1) < length <= 2 ** e
+    for exponent in range(int(exponents.min(initial=0)), int(exponents.max(initial=-1)) + 1):
+        found = lengths[exponents == exponent]
+        low = 2 ** (exponent - 1) + 1 if exponent else 1
+        yield LengthReport(low=low, high=2**exponent, documents=len(found), tokens=int(found.sum()))
+
+
+def write_page(path: Path, report: PrepareReport, recipe: str) -> None:
+    """Write the report as a page that needs no other file."""
+    text = page.render(__package__, "report.html.j2", report=report, recipe=recipe, size=_bytes)
+    files.write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def _bytes(number: float) -> str:
+    size, unit = next(
+        (size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if number >= size or size == 1
+    )
+    return f"{number / size:.3g} {unit}"
 
 
 def show(report: PrepareReport, console: "Console") -> None:

@@ -19,7 +19,7 @@ from jaxllm.data.tokenizer import Tokenizer
 NOTHING: Mapping = MappingProxyType({})
 # All that this module and `Tokenizer.save` write, by its path inside a dataset.
 _OWN = re.compile(
-    r"(manifest|report)\.json|tokenizer(/(tokenizer\.json|huggingface\.json|spm\.model|chat_template\.jinja))?|"
+    r"(manifest|report)\.json|report\.html|tokenizer(/(tokenizer\.json|huggingface\.json|spm\.model|chat_template\.jinja))?|"
     r"(train|validation)(/shard-\d+\.((tokens|offsets|trained)\.npy|origins\.jsonl))?"
 )
 

@@ -115,6 +115,11 @@ def parts(source: Input) -> list[Part]:
     return [Part(source, path, input_files.length(path)) for path in paths(source)]
 
 
+def name_of(source: Input) -> str:
+    """Return what a person calls a source beside its kind: the pattern of its files, the name of a data set."""
+    return getattr(source, "path", "") or getattr(source, "name", "")
+
+
 def paths(source: Input) -> list[str]:
     """Return the files that a source reads, in order.
 

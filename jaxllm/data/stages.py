@@ -44,7 +44,12 @@ Stamp = tuple[str, int, int]  # path, size in bytes, time of the last change in 
 
 @dataclass
 class Account:
-    """What was read and what became of it; that of a stage says by how much it changes `n_kept` and `bytes_kept`."""
+    """What was read and what became of it; that of a stage says by how much it changes `n_kept` and `bytes_kept`.
+
+    Attributes:
+      inputs: of each, documents and bytes that were read, and those that the rules of cleaning left.
+      languages: of each, documents and bytes that these rules left.
+    """
 
     problems: Problems
     n_read: int = 0
@@ -52,6 +57,24 @@ class Account:
     n_kept: int = 0
     bytes_kept: int = 0
     rules: dict[str, RuleCount] = field(default_factory=dict)
+    inputs: dict[str, list[int]] = field(default_factory=dict)
+    languages: dict[str, list[int]] = field(default_factory=dict)
+
+    def read(self, name: str, item: Document | Conversation) -> None:
+        """Count what was read from the input `name`."""
+        size = size_of(item)
+        self.n_read += 1
+        self.bytes_read += size
+        _add(self.inputs, name, [1, size, 0, 0])
+
+    def keep(self, name: str, item: Document | Conversation) -> None:
+        """Count what the rules left of it."""
+        size = size_of(item)
+        self.n_kept += 1
+        self.bytes_kept += size
+        _add(self.inputs, name, [0, 0, 1, size])
+        if isinstance(item, Document) and item.language is not None:
+            _add(self.languages, item.language, [1, size])
 
     def reject(self, item: Conversation, why: ValueError) -> None:
         """Report a conversation that was kept and cannot be used."""
@@ -94,12 +117,20 @@ def merge(accounts: Iterable[Account]) -> Account:
         total.problems += each.problems
         for name in ("n_read", "bytes_read", "n_kept", "bytes_kept"):
             setattr(total, name, getattr(total, name) + getattr(each, name))
+        for mine, theirs in ((total.inputs, each.inputs), (total.languages, each.languages)):
+            for name, numbers in theirs.items():
+                _add(mine, name, numbers)
         for name, rule in each.rules.items():
             count = total.rules.setdefault(name, RuleCount())
             count.changed += rule.changed
             count.dropped += rule.dropped
             count.examples = [*count.examples, *rule.examples][: clean.N_EXAMPLES]
     return total
+
+
+def _add(totals: dict[str, list[int]], name: str, numbers: list[int]) -> None:
+    before = totals.setdefault(name, [0] * len(numbers))
+    totals[name] = [a + b for a, b in zip(before, numbers, strict=True)]
 
 
 def read_account(directory: Path) -> Account:
@@ -135,20 +166,16 @@ class Clean:
         """
         cleaner = Cleaner(self.rules.model_copy(update={"deduplicate": False}))  # copies are for `keep_first`
         account = Account(Problems(self.errors), rules=cleaner.counts)
-        read = sources.conversations if self.chat else sources.documents
         apply = cleaner.conversation if self.chat else cleaner.document
         digests = bytearray()
         with result(self.out) as directory:
             with open(directory / "documents.jsonl", "wb") as file:
-                for item in chain.from_iterable(read(each, account.problems) for each in self.inputs):
-                    size = size_of(item)
-                    account.n_read += 1
-                    account.bytes_read += size
-                    tick(1, size)
+                for name, item in self._items(account.problems):
+                    account.read(name, item)
+                    tick(1, size_of(item))
                     cleaned = apply(item)
                     if cleaned is not None:
-                        account.n_kept += 1
-                        account.bytes_kept += size_of(cleaned)
+                        account.keep(name, cleaned)
                         # 128 bits: no two of 10^12 different documents meet.
                         digests += hashlib.blake2b(identity(cleaned).encode("utf-8"), digest_size=16).digest()
                         file.write(_line(cleaned))
@@ -157,6 +184,12 @@ class Clean:
                     raise ValueError(f"{path} changed while it was read; run this again when it is complete")
             save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
             files.write_json(directory / "account.json", asdict(account))
+
+    def _items(self, problems: Problems) -> Iterator[tuple[str, Document | Conversation]]:
+        read = sources.conversations if self.chat else sources.documents
+        for part in self.inputs:
+            name = " ".join([part.source.kind, *filter(None, [sources.name_of(part.source)])])
+            yield from ((name, item) for item in read(part, problems))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 
 from jaxllm import prepare as command
 from jaxllm.data.prepare import PrepareConfig, prepare
+from jaxllm.data.sources import RowFiles
 
 pytest.importorskip("apache_beam")
 
