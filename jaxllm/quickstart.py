@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int | None:
     console = Console(highlight=False)
     start = time.perf_counter()
     out = Path(arguments.out or ("runs/quickstart-smoke" if arguments.smoke else "runs/quickstart"))
+    files.check_no_file(out)
     _heading(console, 1, "Writing a micro-world and its tokenizer")
     _prepare(out, arguments.smoke)
     if not arguments.skip_pretraining:
