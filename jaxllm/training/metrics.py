@@ -78,7 +78,7 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
         match json.loads(line.decode("utf-8")):
             case {"step": int()} as record:
                 return record
-    raise ValueError(f"{place} is damaged: {line[:60]!r}; delete this line, which is only a record of what was, and go on")
+    raise ValueError(f"{place} is damaged: {line[:60]!r}; delete this line, which only says what was, and go on")
 
 
 class Spikes:
