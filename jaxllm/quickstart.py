@@ -11,6 +11,7 @@ import jaxllm
 from jaxllm.core import files
 from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
+from jaxllm.data.world_tasks import GUIDE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,12 +77,16 @@ def main(argv: list[str] | None = None) -> int | None:
     _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))
     console.print(
-        f"\n{results['seconds']:.0f} s in all, {short(results['tokens'])} trained tokens. "
-        f"The report: {out / 'report.html'}\n"
-        f"Talk to it:  python -m jaxllm.sample {out} --chat",
-        soft_wrap=True,
-    )
+        f"\n{_took(time.perf_counter() - start, earlier)}, {short(results['tokens'])} trained tokens. The report: {out / 'report.html'}\n"
+        f"Talk to it:  python -m jaxllm.sample {out} --chat\nBut {GUIDE}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
     return None
+
+
+def _took(now: float, earlier: float) -> str:
+    """Say how long it took, in seconds; `earlier` is what a run that did more took."""
+    return f"The first run took {earlier:.0f} s, and this one {now:.0f} s" if earlier > now else f"{now:.0f} s in all"
 
 
 def _heading(console: "Console", number: int, text: str) -> None:
