@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int | None:
     _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))
     console.print(
-        f"\n{_took(time.perf_counter() - start, earlier)}, {short(results['tokens'])} trained tokens. The report: {out / 'report.html'}\n"
+        f"\n{_took(time.perf_counter() - start, earlier)}, {short(results['tokens'])} trained tokens. "
+        f"The report: {out / 'report.html'}\n"
         f"Talk to it:  python -m jaxllm.sample {out} --chat\nBut {GUIDE}",
         soft_wrap=True, markup=False,
     )  # fmt: skip
