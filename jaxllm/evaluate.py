@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxllm.data.loader import DataConfig
-    from jaxllm.evaluation.likelihood import Likelihood
     from jaxllm.language_model import LanguageModel
+    from jaxllm.models.config import ModelConfig
+    from jaxllm.vae import VAE
 
 TASKS = ("perplexity", *APPLICATIONS)
 SPLITS = ("new_combinations", "pretrain_only", "novel")
@@ -38,14 +39,14 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
-    model = jaxllm.load(look(arguments.model)[1])  # which refuses what continues no text
-    tasks = tasks or _usual(arguments)
+    config, found = look(arguments.model, vaes=tasks in ([], ["perplexity"]))  # refuses what continues no text
+    tasks = tasks or _usual(arguments.model, config)
+    model = jaxllm.load(found)
     _check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
         data = _data_config(arguments, model)
-        measured = _perplexity(model, data)
-        results["perplexity"] = {"data": [source.path for source in data.sources], **measured._asdict()}
+        results["perplexity"] = {"data": [source.path for source in data.sources], **_perplexity(model, data)}
     if applications := [task for task in tasks if task != "perplexity"]:
         model.decoder.max_rows = arguments.batch_size
         results["applications"] = evaluate_applications(model, arguments.n, arguments.seed, splits, applications)
@@ -78,11 +79,12 @@ def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def _usual(arguments: argparse.Namespace) -> list[str]:
+def _usual(model: str, config: "ModelConfig") -> list[str]:
     """Return what is asked of a model if nobody says: the exercises only if it was trained on their world."""
+    from jaxllm.models.config import is_vae
     from jaxllm.recipe import knows_world
 
-    if knows_world(arguments.model):
+    if knows_world(model) and not is_vae(config):
         return list(TASKS)
     sys.stderr.write(
         "note: perplexity alone, because this model was not trained on the micro-world whose exercises the other tasks "
@@ -134,10 +136,13 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
                 f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
             )
         return data.model_copy(update={"batch_size": arguments.batch_size})
-    return DataConfig.of(arguments.data, arguments.seq_len or model.config.max_seq_len, arguments.batch_size)
+    data = DataConfig.of(arguments.data, arguments.seq_len or model.config.max_seq_len, arguments.batch_size)
+    whole = model.config.latent is not None
+    return data.model_copy(update={"packing": data.packing.model_copy(update={"whole": whole})})
 
 
-def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
+def _perplexity(model: "LanguageModel | VAE", data: "DataConfig") -> dict[str, float]:
+    """Return a `Likelihood`; that of a VAE is a bound, with `vae_losses.vae_eval_metrics` beside it."""
     import functools
 
     import jax
@@ -149,6 +154,7 @@ def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
     from jaxllm.training.feed import place
     from jaxllm.training.state import param_shardings
     from jaxllm.training.step import eval_step
+    from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 
     loader = Loader(data, "validation")
     sys.stderr.writelines(f"{note}\n" for note in loader.notes())
@@ -159,13 +165,18 @@ def _perplexity(model: "LanguageModel", data: "DataConfig") -> "Likelihood":
         )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # every device holds a part of the model and takes a part of the rows
     params = jax.device_put(model.params, param_shardings(model.config, mesh))
-    evaluate = jax.jit(functools.partial(eval_step, model=model.config, compute=model.compute))
+    vae = model.config.latent is not None
+    step = functools.partial(elbo_eval_step, texts_per_row=loader.texts_per_row) if vae else eval_step
+    evaluate = jax.jit(functools.partial(step, model=model.config, compute=model.compute))
+    all_sums: list[dict[str, jax.Array]] = []
 
     def sums(batch: Batch) -> dict[str, jax.Array]:
-        return evaluate(params, jax.tree.map(lambda x: place(x, mesh), batch))
+        all_sums.append(evaluate(params, jax.tree.map(lambda x: place(x, mesh), batch)))
+        return all_sums[-1]
 
     with jax.set_mesh(mesh):
-        return evaluate_loss(loader, sums, loader.bytes_per_token)
+        found = evaluate_loss(loader, sums, loader.bytes_per_token)._asdict()
+    return found | (vae_eval_metrics(all_sums) if vae else {})
 
 
 def show(results: dict[str, Any], console: "Console") -> None:
@@ -179,6 +190,12 @@ def show(results: dict[str, Any], console: "Console") -> None:
             f"{values['bits_per_byte']:.4f} bits/byte, over {values['tokens']:,.0f} tokens of validation text",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+        if "kl" in values:
+            console.print(
+                f"of which {values['reconstruction']:.4f} nats/token given the latent, and {values['kl']:.2f} nats of "
+                f"latent per text; {values['active_units']:.0f} active units, {values['accuracy']:.1%} of tokens right",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
     if "applications" not in results:
         return
     found = {split: results["applications"][split] for split in SPLITS if split in results["applications"]}

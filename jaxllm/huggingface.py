@@ -27,7 +27,7 @@ from jaxllm.hf.seq2seq import SEQ2SEQ, Seq2SeqFamily
 from jaxllm.hf.weights import read_params, write_params
 from jaxllm.inference.search import WORDS
 from jaxllm.language_model import LanguageModel
-from jaxllm.layers.config import Experts, RMSNorm
+from jaxllm.layers.config import RMSNorm
 from jaxllm.models.build import AnyConfig, Params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import EncoderConfig
@@ -194,20 +194,13 @@ def words_for(config: AnyConfig) -> tuple[AnyFamily, dict[str, Any]]:
             again = family.parse(written, family.model_type, *tensors)
         except (ValueError, AttributeError, KeyError, TypeError):
             continue  # this family has no words for something in it
-        if _meaning(again) == _meaning(config):
+        if again.explicit() == config.explicit():
             return family, written
     what = "architecture" if decoder else "encoder" if isinstance(config, EncoderConfig) else "encoder-decoder"
     raise ValueError(
         f"no family of transformers computes this {what}; known are {', '.join(families)}"
         + (f". What differs from Llama: {_differences(config)}" if decoder else f": {config}")
     )
-
-
-def _meaning(config: AnyConfig) -> dict[str, Any]:
-    """Return a configuration with its defaults, without a loss of training that config.json has no word for."""
-    if isinstance(config, ModelConfig) and isinstance(config.ffn, Experts):
-        config = config.model_copy(update={"ffn": config.ffn.model_copy(update={"router_z": 0.0})})
-    return config.explicit().model_dump()
 
 
 def _differences(config: ModelConfig) -> str:

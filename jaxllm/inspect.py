@@ -34,11 +34,11 @@ def main(argv: list[str] | None = None) -> int | None:
         describe.show_legend(console, arguments.losses)
     for sample, nats in losses.items():
         source, row = loader.locate(sample)
-        plan = loader.plans[source]
+        plan, batch = loader.plans[source], loader.row(sample)
         if not arguments.json:
-            describe.show(plan, row, tok, f"sample {sample}", console, nats)
+            describe.show(plan, row, tok, f"sample {sample}", console, batch, nats)
             continue
-        for segment in describe.segments(plan, row, tok, nats):
+        for segment in describe.segments(plan, row, tok, batch, nats):
             record = {"sample": sample, "dataset": str(plan.dataset.directory), **segment.as_json()}
             print(json.dumps(record, ensure_ascii=False))
     return None
@@ -89,6 +89,7 @@ def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarra
 
     from jaxllm.core.batch import Batch
     from jaxllm.locate import locate
+    from jaxllm.models.config import ModelConfig, is_vae
     from jaxllm.recipe import load_recipe
     from jaxllm.training.checkpoint import load_params
     from jaxllm.training.step import token_losses
@@ -97,8 +98,8 @@ def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarra
         raise ValueError(f"--losses needs the model of a run, and {path} is a dataset; give RUN or RUN/checkpoints/K")
     run_dir, step = locate(path)
     recipe = load_recipe(run_dir)
-    if recipe.model.latent is not None:
-        raise ValueError(f"{run_dir} is a VAE, whose loss is of whole texts; leave --losses out")
+    if not isinstance(recipe.model, ModelConfig) or is_vae(recipe.model):
+        raise ValueError(f"{run_dir} does not predict the next token from those before alone; leave --losses out")
     compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
     params, meta = load_params(run_dir, recipe.model, step=step)
     sys.stderr.write(f"losses by the checkpoint of step {meta['step']}\n")

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm import golden
 from jaxllm.core import files
 from jaxllm.core.wording import count
+from jaxllm.data import text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.documents import Message
@@ -32,8 +33,10 @@ from jaxllm.inference.search import Search
 from jaxllm.inference.text import TextStream, cut, finisher
 from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.accounting import param_count
-from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
+from jaxllm.models.build import AnyConfig, Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
 if TYPE_CHECKING:
@@ -280,11 +283,30 @@ def load(
     shardings = None if mesh is None else param_shardings(recipe.model, mesh)
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
     tokenizer = tokenizers.load(run_dir / "tokenizer")
-    if recipe.model.latent is not None:
-        from jaxllm.vae import VAE
-
-        return VAE(recipe.model, params, tokenizer, compute=compute or recipe.compute)
     chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
-    lm = LanguageModel(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
-    golden.check(lm, run_dir)
+    lm = of_run(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
+    if isinstance(lm, LanguageModel):
+        golden.check(lm, run_dir)
     return lm
+
+
+def of_run(
+    config: AnyConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
+    compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (),
+) -> "AnyLanguageModel | VAE":  # fmt: skip
+    """Return what a run has trained as the object that texts are asked of; arguments as of `LanguageModel`."""
+    from jaxllm.encoder import Encoder
+    from jaxllm.encoder_decoder import EncoderDecoder
+    from jaxllm.vae import VAE
+
+    match config:
+        case EncoderConfig():
+            reader = text_pairs.surrounding(tokenizer, bos=True, mask=isinstance(config.head, MaskedLM))
+            return Encoder(config, params, reader, compute=compute)
+        case Seq2SeqConfig():
+            reader = text_pairs.surrounding(tokenizer, bos=False, mask=False)
+            ends = dict.fromkeys((tokenizer.eos_id, *stop_ids))
+            return EncoderDecoder(config, params, reader, stop_ids=tuple(ends), compute=compute)
+        case ModelConfig(latent=None):
+            return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=stop_ids)
+    return VAE(config, params, tokenizer, compute=compute)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jaxllm.core import files
 from jaxllm.core.gguf_file import is_gguf
+from jaxllm.models.config import ModelConfig, is_vae
 
 if TYPE_CHECKING:
     from jaxllm.huggingface import Described
@@ -41,14 +42,17 @@ def is_huggingface(model: str | Path) -> bool:
     return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
 
 
-def look(model: str | Path, *, encoders: bool = False) -> "tuple[AnyConfig, str | Path | Described]":
+def look(
+    model: str | Path, *, encoders: bool = False, vaes: bool = False
+) -> "tuple[AnyConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
     Args:
-      encoders: whether a model that has an encoder will do.
+      encoders: whether a model that has an encoder will do, a VAE too; else it must be one that continues text.
+      vaes: whether a VAE will do.
     Raises:
-      ValueError: MODEL is nothing that `locate` knows, a VAE, or a Hugging Face model that cannot be computed exactly
-        or that writes no text.
+      ValueError: MODEL is nothing that `locate` knows, or has an encoder and must not, or is a Hugging Face model that
+        cannot be computed exactly.
     """
     if is_huggingface(model):
         from jaxllm.huggingface import describe
@@ -58,6 +62,11 @@ def look(model: str | Path, *, encoders: bool = False) -> "tuple[AnyConfig, str 
     from jaxllm.recipe import load_recipe
 
     config = load_recipe(locate(model)[0]).model
-    if config.latent is not None:
-        raise ValueError(f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate")
-    return config, model
+    if encoders or (isinstance(config, ModelConfig) and (vaes or not is_vae(config))):
+        return config, model
+    if is_vae(config):
+        raise ValueError(
+            f"{model} is a VAE and continues no text; jaxllm.load it in Python, and sample or interpolate, or evaluate "
+            "it with --tasks perplexity"
+        )
+    raise ValueError(f"{model} has an encoder; jaxllm.load reads it, but here a model must continue text")

@@ -150,7 +150,7 @@ def _coverage(loader: Loader) -> str:
 
 
 def _start(start_from: str) -> str:
-    config, _ = look(start_from)
+    config, _ = look(start_from, encoders=True)
     return f"{start_from}: {accounting.param_count(config):,} parameters"
 
 

@@ -5,6 +5,7 @@ examples:
   python -m jaxllm.prepare --jsonl news.jsonl:body --jsonl forum.jsonl:post --tokenizer data/books --out data/web
   python -m jaxllm.prepare --chat --jsonl alpaca.jsonl --jsonl math.jsonl:question,answer --tokenizer data/books --out d
   python -m jaxllm.prepare --text 'books/**/*.txt' --split paragraph --compare bpe:8000,bpe:16000,unigram:8000,bytes
+  python -m jaxllm.prepare --warc 'crawl/*.warc.gz' --parquet wiki:text --tfds lm1b:1.1.0:text --out data/mix
   python -m jaxllm.prepare RECIPE.yaml clean.min_chars=200 seed=1
 """
 
@@ -13,6 +14,21 @@ import re
 import sys
 
 from jaxllm.core.command import command, parser
+
+FIELDS = "FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER"
+SOURCES = {  # flag: what it takes, and what it is; each may be given again
+    "text": ("PATH", "text files: a file, 'glob/**', directory, .zip or .tar, also .gz, .zst, gs://...; repeatable"),
+    "markdown": ("PATH", "Markdown files, without the YAML at their beginning"),
+    "html": ("PATH", "web pages; their main content"),
+    "warc": ("PATH", "web archives, WARC or WET"),
+    "jsonl": ("PATH[:FIELDS]", f"JSON lines; {FIELDS}"),
+    "parquet": ("PATH[:FIELDS]", "Parquet files"),
+    "arrayrecord": ("PATH[:FIELDS]", "ArrayRecord files; records are text, or with FIELDS, JSON"),
+    "hf": ("DIR[:FIELDS]", "a directory of save_to_disk of Hugging Face datasets"),
+    "tfds": ("NAME[:VERSION][:FIELDS]", "a prepared TFDS data set; inputs.0.data_dir=DIR, inputs.0.split=SPLIT"),
+}
+CUT = ("text", "markdown")
+NAME_AND_FIELDS = r"((?:\w+://|[A-Za-z]:\\)?[^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?"  # also gs://..., name:1.0.0
 
 
 @command
@@ -52,10 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add = result.add_argument
     switch = {"action": "store_const", "const": True}
     add("-h", "--help", **switch, help="show this text")
-    add("--text", metavar="GLOB", action="append", default=[], help="text files; may be given again")
-    add("--split", choices=("file", "paragraph", "line"), help="what one document of --text is (default: file)")
-    jsonl = "JSON lines; FIELDS: the text's field, or for chat messages, alpaca, instances or PROMPT,ANSWER"
-    add("--jsonl", metavar="FILE[:FIELDS]", action="append", default=[], help=jsonl)
+    for kind, (metavar, text) in SOURCES.items():
+        add(f"--{kind}", metavar=metavar, action="append", default=[], help=text)
+    add("--split", choices=("file", "paragraph", "line"), help="what one document of --text, --markdown is")
     add("--pydocs", **switch, help="documentation of the Python standard library")
     add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")
     add("--chat", **switch, help="conversations: learn the assistant's answers only")
@@ -94,16 +109,20 @@ def _positional(rest: list[str], has_inputs: bool) -> tuple[str | None, list[str
 
 def _inputs(arguments: argparse.Namespace) -> list[str]:
     """The sources given as flags, in the notation of overrides."""
-    inputs = [{"kind": "text", "path": path, "split": arguments.split} for path in arguments.text]
-    for jsonl in arguments.jsonl:
-        path, _, fields = jsonl.partition(":") if jsonl[1:3] != ":\\" else (jsonl, "", "")
-        inputs.append({"kind": "jsonl", "path": path, "fields": fields or None})
+    inputs = []
+    for kind, (form, _) in SOURCES.items():
+        for given in getattr(arguments, kind):
+            parts = re.fullmatch(NAME_AND_FIELDS, given) if "FIELDS" in form else None
+            name, fields = parts.groups() if parts else (given, None)
+            split = arguments.split if kind in CUT else None
+            key = "name" if kind == "tfds" else "path"
+            inputs.append({"kind": kind, key: name, "fields": fields or None, "split": split})
+    if arguments.split and not any(each["kind"] in CUT for each in inputs):
+        raise ValueError("--split says how --text is cut, and there is no --text")
     if arguments.pydocs:
         inputs.append({"kind": "pydocs"})
     if arguments.world is not None:
         inputs.append({"kind": "world", "count": arguments.world, "seed": arguments.seed})
-    if arguments.split and not arguments.text:
-        raise ValueError("--split says how --text is cut, and there is no --text")
     return [
         f"inputs.{i}.{key}={value}" for i, each in enumerate(inputs) for key, value in each.items() if value is not None
     ]
@@ -111,7 +130,7 @@ def _inputs(arguments: argparse.Namespace) -> list[str]:
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
     """All other flags, in the notation of overrides."""
-    own = ("help", "compare", "text", "split", "jsonl", "pydocs", "world", "tokenizer")
+    own = ("help", "compare", *SOURCES, "split", "pydocs", "world", "tokenizer")
     settings = {key: value for key, value in vars(arguments).items() if key not in own}
     settings["out"] = arguments.out or ("nowhere" if arguments.compare else None)  # a comparison writes nothing
     match arguments.tokenizer:

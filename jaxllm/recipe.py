@@ -2,12 +2,12 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
@@ -15,14 +15,36 @@ from jaxllm.core.files import misspelt, named_run, read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.shards import read_manifest
+from jaxllm.layers.config import Experts
 from jaxllm.locate import look
 from jaxllm.models import presets
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
+from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
-from jaxllm.training.config import AdamW, CheckpointConfig, MonitorConfig, OptimConfig, StepConfig
+from jaxllm.training.config import AdamW, CheckpointConfig, Elbo, MonitorConfig, OptimConfig, StepConfig
 
 FILE_NAME = "recipe.yaml"
+
+
+KINDS = {ModelConfig: "decoder-only", EncoderConfig: "encoder-only", Seq2SeqConfig: "encoder-decoder"}
+HALVES = ("encoder", "decoder")
+
+
+def _kind(model: Any) -> str:
+    """Say what a model is, by its type or its fields: an encoder has a `stack`, an encoder-decoder two halves."""
+    if not isinstance(model, Mapping):
+        return KINDS.get(type(model), "decoder-only")
+    words = {"encoder-only": ("stack", "head"), "encoder-decoder": (*HALVES, "both")}
+    return next((kind for kind, own in words.items() if {*own} & {*model}), "decoder-only")
+
+
+AnyModelConfig = Annotated[
+    Annotated[ModelConfig, Tag("decoder-only")] | Annotated[EncoderConfig, Tag("encoder-only")]
+    | Annotated[Seq2SeqConfig, Tag("encoder-decoder")],
+    Discriminator(_kind),
+]  # fmt: skip
 
 
 class Recipe(Config):
@@ -34,7 +56,9 @@ class Recipe(Config):
     )
     seed: int = Field(0, ge=0, description="seed of initial weights and of sampled texts")
     steps: Duration = Field(Duration("1 epoch"), description='length: steps, "2e9 tokens" or "1 epoch"')
-    model: ModelConfig = Field(description="architecture; `model.preset` names a published one")
+    model: AnyModelConfig = Field(
+        description="architecture; `model.preset` names a published one, `model.both` is of encoder and decoder"
+    )
     data: DataConfig = Field(description="what to train on")
     optim: OptimConfig = Field(AdamW(), description="optimizer and learning rate")
     step: StepConfig = Field(StepConfig(), description="accumulation, z-loss, moving average, spike guard")
@@ -48,23 +72,40 @@ class Recipe(Config):
 def _expand(raw: dict[str, Any]) -> dict[str, Any]:
     """Replace `model: {preset: NAME, field: value}` by the preset's fields with the given ones on top.
 
-    A model that is not described at all is the model of `start_from`. Without `vocab_size`, the vocabulary is that of
-    the first dataset, or the preset's if there is no dataset yet.
+    A model that is not described at all, or by its `head` alone, is the model of `start_from`. Without `vocab_size`,
+    the vocabulary is that of the first dataset, or the preset's if there is no dataset yet. `both` is what the two
+    halves of an encoder-decoder have in common.
     """
     model, start_from = raw.get("model") or {}, raw.get("start_from")
     if not isinstance(model, dict):
         return raw  # is refused in a moment, as every value of a wrong type
-    if not model and isinstance(start_from, str) and start_from not in configs.NONE:
-        model = look(start_from)[0].model_dump(mode="json")
+    if not {*model} - {"head"} and isinstance(start_from, str) and start_from not in configs.NONE:
+        model = configs.merge(look(start_from, encoders=True)[0].model_dump(mode="json"), model)
+    both = model.get("both")
+    if isinstance(both, Mapping):
+        own = {half: model.get(half) or {} for half in HALVES}
+        if all(isinstance(each, Mapping) for each in own.values()):
+            halves = {half: configs.merge(both, each) for half, each in own.items()}
+            model = {key: value for key, value in model.items() if key != "both"} | halves
     match raw:
-        case {"data": {"sources": [{"path": str(path)}, *_]}} if "vocab_size" not in model:
-            manifest = Path(path) / "manifest.json"
-            vocabulary = {"vocab_size": read_manifest(path).vocab_size} if manifest.exists() else {}
-            model = {**model, **vocabulary}
+        case {"data": {"sources": [{"path": str(path)}, *_]}} if (Path(path) / "manifest.json").exists():
+            model = _with_vocabulary(model, read_manifest(path).vocab_size)
     if "preset" in model:
         preset = presets.raw(str(model["preset"]))
         model = configs.merge(preset, {key: value for key, value in model.items() if key != "preset"})
     return {**raw, "model": model}
+
+
+def _with_vocabulary(model: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return the fields of a model with the vocabulary of its data, where they say none; encoders have a mask more."""
+    match _kind(model):
+        case "encoder-only":
+            sizes = {"stack": {"vocab_size": size + 1}}
+        case "encoder-decoder":
+            sizes = {half: {"vocab_size": size} for half in HALVES}
+        case _:
+            sizes = {"vocab_size": size}
+    return configs.merge(sizes, model)
 
 
 def shipped(name: str) -> Path:
@@ -128,16 +169,40 @@ def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
     return recipe
 
 
+def _objective_problems(recipe: Recipe) -> Iterator[tuple[bool, str]]:
+    """Yield what `data.objective` and the kind of the model have to say against each other, and whether they do."""
+    model, given = recipe.model, recipe.data.objective
+    needed = {"encoder-decoder": "pairs", "decoder-only": "next_token"}.get(_kind(model))
+    if isinstance(model, EncoderConfig):
+        needed = {"masked_lm": "masked", "classes": "labels"}.get(model.head.kind)
+        yield needed is None, "model.head.kind=embeddings learns nothing here; take masked_lm or classes"
+    yield (
+        needed not in (None, given.kind),
+        f"data.objective.kind={given.kind} is not for this model, which is {_kind(model)}; set it to {needed}",
+    )
+    if needed == given.kind == "labels":
+        head = model.head
+        yield (
+            given.labels != head.labels,
+            f"data.objective.labels={list(given.labels)} are not model.head.labels={list(head.labels)}",
+        )
+        yield head.problem != "single_label_classification", f"model.head.problem={head.problem} has no loss here"
+        yield recipe.step.z_loss > 0, "step.z_loss is for tokens, and not for labels; set it to 0"
+
+
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
     """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
 
     Args:
       vocab_size: ids of the datasets' tokenizer.
     """
-    model, data, monitor = recipe.model, recipe.data, recipe.monitor
+    model, data, monitor, elbo = recipe.model, recipe.data, recipe.monitor, recipe.step.elbo
+    experts = ffn if isinstance(ffn := getattr(model, "ffn", None), Experts) else None
     rows, rest = divmod(data.batch_size, recipe.step.accumulate)
     sizes = axis_sizes(recipe.mesh, n_devices)
     parts, devices = batch_parts(sizes), n_devices // n_processes
+    halves = [model.encoder, model.decoder] if isinstance(model, Seq2SeqConfig) else [model]
+    longest = min(half.max_seq_len for half in halves)
     remedy = (
         f"set it to {vocab_size} or more" if recipe.start_from is None
         else f"prepare the data in the tokens of the model: --tokenizer {recipe.start_from}"
@@ -145,11 +210,23 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     problems = [
         (model.vocab_size < vocab_size,
          f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocab_size}; {remedy}"),
-        (data.packing.seq_len > model.max_seq_len,
-         (f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={model.max_seq_len}; lower "
+        (data.packing.seq_len > longest,
+         (f"data.packing.seq_len={data.packing.seq_len} is longer than model.max_seq_len={longest}; lower "
          "the first or raise the second")),
-        (model.latent is not None and not data.packing.whole,
-         "model.latent learns whole texts; set data.packing.whole=true"),
+        (is_vae(model) and not data.packing.whole, "model.latent learns whole texts; set data.packing.whole=true"),
+        (is_vae(model) and recipe.step.label_smoothing > 0,
+         "step.label_smoothing: the loss of a VAE is a bound, which has no room for it; set it to 0"),
+        *_objective_problems(recipe),
+        (not is_vae(model) and elbo != Elbo(),
+         "step.elbo is for a VAE, and model.latent is not set; leave one out or set the other"),
+        (elbo.period and elbo.period < elbo.warmup,
+         (f"step.elbo.period={elbo.period} ends before step.elbo.warmup={elbo.warmup}, so that the KL term never has "
+          "its whole weight; lower the second")),
+        (experts and experts.top_k == 1 and experts.renormalise,
+         ("model.ffn.top_k=1 with renormalise makes every weight 1, so that the loss teaches the router nothing; set "
+          "model.ffn.renormalise=false")),
+        (not (experts and experts.biased) and recipe.step.router_bias_step != StepConfig().router_bias_step,
+         "step.router_bias_step is for model.ffn.biased, which is not set; leave one out or set the other"),
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
          (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "
@@ -157,7 +234,7 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
         (n_processes > 1 and devices % sizes["tensor"],
          (f"mesh.tensor={recipe.mesh.tensor} spans processes of {devices} devices each, and the rows of a batch cannot "
          "be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher")),
-        (monitor.prompts and monitor.sample_tokens >= model.max_seq_len,
+        (monitor.prompts and monitor.sample_tokens >= model.max_seq_len and not isinstance(model, EncoderConfig),
          f"monitor.sample_tokens={monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"),
     ]  # fmt: skip
     if found := [text for wrong, text in problems if wrong]:

@@ -5,7 +5,7 @@ Here text (data, tokenizer, samples) and training meet.
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,16 @@ from jaxllm.data.chat import encode_chat
 from jaxllm.data.describe import segments
 from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
+from jaxllm.encoder import Encoder
+from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.evaluation.likelihood import evaluate_loss
+from jaxllm.inference.sampling import Sampler
+from jaxllm.language_model import LanguageModel, of_run
 from jaxllm.locate import is_huggingface, locate, look
 from jaxllm.models import accounting
+from jaxllm.models.build import AnyConfig, init_params
+from jaxllm.models.config import ModelConfig, is_vae
+from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
@@ -34,6 +41,7 @@ from jaxllm.training.schedules import warmup_steps
 from jaxllm.training.state import TrainState, init_state, param_shardings
 from jaxllm.training.step import eval_step
 from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
+from jaxllm.vae import VAE
 
 
 class Run:
@@ -60,7 +68,7 @@ class Run:
         processes = jax.process_index(), jax.process_count()
         self._validation = Loader(recipe.data, "validation", *processes) if self._held_out else None
         evaluate = eval_step
-        if recipe.model.latent is not None and self._validation is not None:
+        if is_vae(recipe.model) and self._validation is not None:
             evaluate = functools.partial(elbo_eval_step, texts_per_row=self._validation.texts_per_row)
         self._eval = jax.jit(functools.partial(evaluate, model=recipe.model, compute=self.compute))
 
@@ -71,17 +79,22 @@ class Run:
 
     def _check_prompts(self) -> None:
         """Refuse prompts that leave no room for an answer: now, and not when the first samples are due."""
-        tokenizer, longest = tokenizers.load(self.loader.tokenizer_dir), self.recipe.model.max_seq_len
+        model, tokenizer = self.recipe.model, tokenizers.load(self.loader.tokenizer_dir)
+        longest = model.max_seq_len
+        if not isinstance(model, ModelConfig):
+            _check_sources(of_run(model, {}, tokenizer), self.recipe.monitor.prompts)
+            return
         for number, prompt in enumerate(self.recipe.monitor.prompts):
             asked = [{"role": "user", "content": prompt}]
-            if self.is_chat:
+            vae = is_vae(model)
+            if self.is_chat and not vae:
                 length = len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
             else:
-                length = 1 + len(tokenizer.encode(prompt))  # after bos
-            if length >= longest:
+                length = (1 if vae else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
+            if not 0 < length < longest:
                 raise ValueError(
-                    f"monitor.prompts.{number} has {length} tokens, and model.max_seq_len={longest} must leave room for"
-                    f" an answer; shorten it: {prompt[:60]!r}"
+                    f"monitor.prompts.{number} has {length} tokens; with room for an answer, model.max_seq_len="
+                    f"{longest} takes 1 to {longest - 1}: {prompt[:60]!r}"
                 )
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
@@ -111,9 +124,9 @@ class Run:
     def _starting_params(self) -> Any:
         """Read the parameters of `start_from` straight into their places on the mesh."""
         source, wanted = self.recipe.start_from, self.recipe.model
-        found, opened = look(source)
+        found, opened = look(source, encoders=True)
         run_dir, step = (Path(source), None) if is_huggingface(source) else locate(source)
-        if wanted.model_copy(update={"max_seq_len": found.max_seq_len}) != found:
+        if not _goes_on(found, wanted):
             raise ValueError(f"`model` differs from the model of start_from={source}; leave `model` out of the recipe")
         if tokenizers.load(run_dir).fingerprint != self.loader.tokenizer_fingerprint:
             raise ValueError(
@@ -123,8 +136,13 @@ class Run:
         if is_huggingface(source):
             from jaxllm import huggingface
 
-            return huggingface.load(opened, mesh=self.mesh, dtype="float32").params
-        return load_params(run_dir, wanted, step=step, shardings=param_shardings(wanted, self.mesh))[0]
+            params = huggingface.load(opened, mesh=self.mesh, dtype="float32").params
+        else:
+            params = load_params(run_dir, found, step=step, shardings=param_shardings(found, self.mesh))[0]
+        if isinstance(wanted, EncoderConfig) and wanted.head != found.head:  # a new one on top of what reads
+            fresh = jax.jit(init_params, static_argnums=(0, 1), out_shardings=param_shardings(wanted, self.mesh))
+            params = {**fresh(wanted, self.recipe.seed), **{name: params[name] for name in params if name != "head"}}
+        return params
 
     def _fingerprints(self) -> dict[str, str]:
         """What a resumed run may not change because its state, or its place in the data, would mean something else."""
@@ -170,29 +188,19 @@ class Run:
         validation.set_state({"sample": 0})
         found = evaluate_loss(validation, sums, validation.bytes_per_token, self.recipe.monitor.evaluate_batches)
         self.val_loss = found.nats_per_token
-        values = {"val_loss": found.nats_per_token, "val_bits_per_byte": found.bits_per_byte}
-        if self.recipe.model.latent is not None:
+        values = {"val_loss": found.nats_per_token}
+        if not isinstance(self.recipe.model, EncoderConfig):  # which tells a few tokens, or labels, and not the text
+            values["val_bits_per_byte"] = found.bits_per_byte
+        if is_vae(self.recipe.model):
             values |= {f"val_{name}": value for name, value in vae_eval_metrics(all_sums).items()}
         self.log.evaluation(step, values)
 
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
-        from jaxllm.inference.sampling import Sampler
-        from jaxllm.language_model import LanguageModel
-        from jaxllm.vae import VAE
-
         parts = self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer")
-        monitor = self.recipe.monitor
-        if self.recipe.model.latent is not None:
-            vae = VAE(*parts)
-            texts = vae.decode(vae.encode(monitor.prompts).mean, max_new_tokens=monitor.sample_tokens)
-            for prompt, text in zip(monitor.prompts, texts, strict=True):
-                self.log.sample(step, prompt, text)
-            return
-        model = LanguageModel(*parts, chat=self.is_chat)
-        for prompt in monitor.prompts:
-            answer = model.respond(prompt, max_new_tokens=monitor.sample_tokens, sampler=Sampler(temperature=0.0))
-            self.log.sample(step, prompt, answer.text)
+        model = of_run(*parts, chat=self.is_chat, compute=self.recipe.compute)
+        for prompt in self.recipe.monitor.prompts:
+            self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))
 
     def documents(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield what update `step` learned from: of each document in its rows the place and the text in the row."""
@@ -200,7 +208,7 @@ class Run:
         for sample in range(self.begin.at(step - 1), min(self.begin.at(step), self.loader.n_samples or sys.maxsize)):
             source, row = self.loader.locate(sample)
             plan = self.loader.plans[source]
-            for segment in segments(plan, row, tokenizer):
+            for segment in segments(plan, row, tokenizer, self.loader.row(sample)):
                 text = "".join(token.text for token in segment.tokens)
                 yield {
                     "sample": sample, "dataset": str(plan.dataset.directory), "document": segment.document,
@@ -290,6 +298,48 @@ class Run:
                 f"note: the learning rate rises over {'all ' if rise == steps else f'{rise:g} of the '}{steps} steps "
                 f"(optim.schedule.warmup={schedule.warmup:g}); 0.05, which is a share of them, leaves time for its fall"
             )
+
+
+def _goes_on(found: AnyConfig, wanted: AnyConfig) -> bool:
+    """Whether the parameters of one model, all but the head of an encoder, can be those of another."""
+    if type(found) is not type(wanted):
+        return False
+    match wanted:
+        case ModelConfig():
+            return wanted.model_copy(update={"max_seq_len": found.max_seq_len}) == found
+        case EncoderConfig():
+            return wanted.model_copy(update={"head": found.head}) == found
+    return wanted == found
+
+
+def _check_sources(model: Encoder | EncoderDecoder, prompts: Sequence[str]) -> None:
+    """Refuse prompts that are too long, or do not have the one mask that is to be filled."""
+    encoder = isinstance(model, Encoder)
+    longest = model.config.max_seq_len if encoder else model.config.encoder.max_seq_len
+    fills = encoder and isinstance(model.config.head, MaskedLM)
+    for number, prompt in enumerate(prompts):
+        [(ids, _)] = model.tokenizer.encode([prompt], longest, truncate=True, special=fills)
+        if len(ids) == longest:
+            raise ValueError(f"monitor.prompts.{number} is longer than the {longest} tokens of model.max_seq_len")
+        if fills and ids.count(model.tokenizer.mask_id) != 1:
+            raise ValueError(
+                f"monitor.prompts.{number} must have {model.tokenizer.mask} once, for what is to be guessed: {prompt!r}"
+            )
+
+
+def _said(model: LanguageModel | Encoder | EncoderDecoder | VAE, prompt: str, length: int) -> str:
+    """Return what a model makes of a prompt, in at most `length` tokens."""
+    match model:
+        case Encoder() if isinstance(model.config.head, MaskedLM):
+            return ", ".join(f"{each.token} {each.probability:.2f}" for each in model.fill(prompt))
+        case Encoder():
+            [found] = model.classify(prompt)
+            return f"{found.label} {found.probability:.2f}"
+        case EncoderDecoder():
+            return model.generate(prompt, max_new_tokens=length)[0].text
+        case VAE():
+            return model.decode(model.encode(prompt).mean, max_new_tokens=length)[0]
+    return model.respond(prompt, max_new_tokens=length, sampler=Sampler(temperature=0.0)).text
 
 
 def _best_params(state: TrainState) -> Any:

@@ -5,7 +5,7 @@ vae.interpolate("A man is riding a bike.", "Two dogs play in the snow.")
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import jax
@@ -53,7 +53,7 @@ class VAE:
         texts = [texts] if isinstance(texts, str) else texts
         if not texts:
             raise ValueError("no texts; give at least one")
-        rows = [[*self.tokenizer.prefix, *self.tokenizer.encode(text)] for text in texts]
+        rows = [[self.tokenizer.bos_id, *self.tokenizer.encode(text)] for text in texts]
         longest = self.config.max_seq_len
         for index, row in enumerate(rows):
             if not 0 < len(row) <= longest:
@@ -62,14 +62,8 @@ class VAE:
         segments = np.zeros_like(tokens)
         for index, row in enumerate(rows):
             tokens[index, : len(row)], segments[index, : len(row)] = row, 1
-        return Posterior(*(np.asarray(each[:, 0]) for each in self._posterior(self.params, tokens, segments)))
-
-    @cached_property
-    def _posterior(self) -> Callable[..., Posterior]:
-        graphdef, _ = graph(self.config, self.compute)
-        positions = lambda tokens: jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        run = lambda params, tokens, segments: bind(graphdef, params).posterior(tokens, segments, positions(tokens), 1)
-        return on_mesh_of(self.params, jax.jit(run))
+        found = on_mesh_of(self.params, _posterior(self.config, self.compute))(self.params, tokens, segments)
+        return Posterior(*(np.asarray(each[:, 0]) for each in found))
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -83,7 +77,8 @@ class VAE:
         """Return the text of each latent: the likeliest token at each place, or one drawn at `temperature`."""
         most = self.config.max_seq_len if max_new_tokens is None else max_new_tokens
         limits = Limits(most, (self.tokenizer.eos_id,))
-        requests = [Request(self.tokenizer.prefix, source=latent) for latent in np.asarray(latents, np.float32)]
+        begin = (self.tokenizer.bos_id,)  # as every row of our data, with or without a prefix of the tokenizer's own
+        requests = [Request(begin, source=latent) for latent in np.asarray(latents, np.float32)]
         found = self.decoder.generate(requests, Sampler(temperature=temperature, seed=seed), limits)
         return [self.tokenizer.decode(each.tokens) for each in found]
 
@@ -108,3 +103,13 @@ class VAE:
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `jaxllm.load` reads: recipe, tokenizer, one checkpoint."""
         save_run(directory, self, {})
+
+
+@cache
+def _posterior(config: ModelConfig, compute: ComputeConfig) -> Callable[..., Posterior]:
+    """Return q of rows of one text each, compiled once: a run makes a VAE of its state whenever samples are due."""
+    graphdef, _ = graph(config, compute)
+    positions = lambda tokens: jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return jax.jit(
+        lambda params, tokens, segments: bind(graphdef, params).posterior(tokens, segments, positions(tokens), 1)
+    )

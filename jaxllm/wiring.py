@@ -96,7 +96,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
             for note in run.notes(steps):
                 log.say(note)
             chats = [str(each.directory) for each in loader.datasets if each.kind == "chat"]
-            if name == "train" and chats and not done:
+            if name == "train" and chats and not done and recipe.data.objective.kind == "next_token":
                 log.say(f"note: of the conversations in {' and '.join(chats)} only the answers are learned, as in tune")
             if steps == done:
                 more = f"; to go on: python -m jaxllm.train {run_dir} steps=N" * goes_on

@@ -11,7 +11,7 @@ import pytest
 
 from jaxllm.core import config as configs
 from jaxllm.core import files
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig
 from jaxllm.huggingface import words_for
 from jaxllm.layers.norms import LayerNorm
@@ -60,7 +60,13 @@ def step_shapes(recipe: Recipe) -> tuple[TrainState, TrainState, dict]:
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, ema, scalar)
     shape = (recipe.data.batch_size, recipe.data.packing.seq_len)
     integers = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch = Batch(integers, integers, jax.ShapeDtypeStruct(shape, jnp.float32), integers, integers)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = Batch(integers, integers, weights, integers, integers)
+    if recipe.data.objective.kind == "pairs":
+        batch = TextPairs(integers, integers, integers, weights, integers)
+    elif recipe.data.objective.kind == "labels":
+        of_rows = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[:1], leaf.dtype)
+        batch = LabelledTexts(integers, integers, of_rows(integers), of_rows(weights))
     step = functools.partial(
         train_step, model=recipe.model, compute=recipe.compute.resolve("tpu", recipe.model.n_layers),
         optim=recipe.optim, step=recipe.step,

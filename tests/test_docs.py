@@ -85,6 +85,12 @@ def test_command_is_accepted(module, arguments):
         _check_recipe(module, arguments)
 
 
+STACK = (
+    "{vocab_size: 9, d_model: 8, n_layers: 1, n_heads: 1, d_ff: 8, max_seq_len: 8, norm: {kind: layer}, "
+    "norm_placement: post, embed_norm: true, positions: {kind: learned}}"
+)
+
+
 def _check_recipe(module: str, arguments: tuple[str, ...]) -> None:
     """Every key=value is a key; with a recipe of ours, the two together are valid."""
     overrides = [word for word in arguments if OVERRIDE.fullmatch(word)]
@@ -97,8 +103,11 @@ def _check_recipe(module: str, arguments: tuple[str, ...]) -> None:
         return
     if module == "jaxllm.prepare":
         configs.load(PrepareConfig, recipe, overrides)
-    else:  # a preset, because the run that it starts from is not here
-        load_recipe(recipe, ["model.preset=tiny", *overrides])
+    else:  # a preset, or an encoder for a head, because the run that it starts from is not here
+        here = configs.read(recipe).get("model", {})
+        known = {"head": ["start_from=none", f"model.stack={STACK}"], "both": [], "stack": []}
+        made = next((known[key] for key in ("stack", "both", "head") if key in here), ["model.preset=tiny"])
+        load_recipe(recipe, [*made, *overrides])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -147,7 +156,7 @@ def test_conversations_in_the_documents_are_read(tmp_path):
         for number, body in enumerate(rows):
             path = tmp_path / f"{page.name}-{number}.jsonl"
             path.write_text(body, encoding="utf-8")
-            found = list(sources.conversations(sources.JsonLines(path=str(path)), Problems("error")))
+            found = list(sources.conversations(sources.RowFiles(path=str(path)), Problems("error")))
             instances = sum(len(json.loads(line).get("instances", [0])) for line in body.splitlines())
             assert len(found) == instances
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import sentencepiece
 
 import jaxllm
+from jaxllm import sample
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder_decoder import EncoderDecoder
@@ -163,8 +165,129 @@ def test_bart_begins_with_its_forced_token(t5_files, tmp_path):
     assert answer == [int(logits[0, 1].argmax())]
 
 
+ASKED = {
+    "num_beams": 3, "length_penalty": 0.6, "early_stopping": True, "no_repeat_ngram_size": 2, "max_length": 14,
+    "min_length": 4, "bad_words_ids": [[3], [4, 5]], "renormalize_logits": True, "use_cache": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def asking(lm, tmp_path_factory):
+    """Return the directory of a model whose generation_config.json asks for a search, and the model."""
+    path = tmp_path_factory.mktemp("asking") / "hf"
+    eos = lm.tokenizer.eos_id
+    asked = ASKED | {"forced_eos_token_id": eos, "forced_bos_token_id": 6}
+    jaxllm.export(
+        EncoderDecoder(lm.config, lm.params, lm.tokenizer, stop_ids=[eos], forced=[6], asked=asked), path
+    )  # fmt: skip
+    return path, jaxllm.load(path)
+
+
+def test_what_a_checkpoint_asks_for_is_what_transformers_does_with_it(asking):
+    transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
+    torch = pytest.importorskip("torch", reason="pip install 'jaxllm[parity]' compares with torch")
+    path, lm = asking
+    assert lm.asked.items() >= ASKED.items()
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(path).eval()
+    found = lm.generate(TEXTS, num_samples=3)
+    assert [(each.prompt, each.sample) for each in found] == [(p, i) for p in (0, 1) for i in range(3)]
+    for index, text in enumerate(TEXTS):
+        ids = torch.tensor([lm.tokenizer.encode([text], 99)[0].ids])
+        written = theirs.generate(ids, num_return_sequences=3, pad_token_id=lm.tokenizer.pad_id).tolist()
+        for row, each in zip(written, found[3 * index :], strict=False):
+            whole = [lm.config.start_token, 6, *each.tokens]
+            assert whole == row[: len(whole)]
+            assert set(row[len(whole) :]) <= {lm.tokenizer.pad_id, lm.tokenizer.eos_id}
+        wider = theirs.generate(ids, num_beams=5, length_penalty=2.0)[0].tolist()
+        assert lm.generate(text, num_beams=5, length_penalty=2.0)[0].tokens == wider[2:]
+        greedy = theirs.generate(ids, num_beams=1, early_stopping=False)[0].tolist()
+        assert lm.generate(text, num_beams=1)[0].tokens == greedy[2:]
+
+
+def run(capsys, *argv):
+    status = sample.main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_command_line_says_what_python_says(asking, capsys, tmp_path, monkeypatch):
+    path, lm = asking
+    best = [each.text for each in lm.generate(TEXTS)]
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    _, out, _ = run(capsys, path, "--prompts", tmp_path / "texts.txt", "--json")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == best
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXTS[0].encode())))
+    assert run(capsys, path)[1] == best[0] + "\n"
+    assert run(capsys, path, "--prompt", TEXTS[0], "--stream")[1] == best[0] + "\n"
+    wide = lm.generate(TEXTS[0], num_beams=5, length_penalty=2.0)[0].text
+    assert run(capsys, path, "--prompt", TEXTS[0], "--num-beams", 5, "--length-penalty", 2)[1] == wide + "\n"
+    greedy = lm.generate(TEXTS[0], num_beams=1)[0].text
+    for flags in ([], ["--stream"]):
+        assert run(capsys, path, "--prompt", TEXTS[0], "--num-beams", 1, *flags)[1] == greedy + "\n"
+    drawn = lm.generate(TEXTS[0], sampler=Sampler(temperature=1.5, top_k=9, seed=3), num_samples=2)
+    flags = ["--temperature", 1.5, "--top-k", 9, "--seed", 3, "--num-samples", 2, "--json"]
+    _, out, _ = run(capsys, path, "--prompt", TEXTS[0], *flags)
+    assert [json.loads(line)["text"] for line in out.splitlines()] == [each.text for each in drawn]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chat"], "holds no conversation; leave out --chat"),
+        (["--prompt", "a", "--system", "b"], "knows no system message; leave out --system"),
+        (["--prompt", "a", "--num-beams", "4", "--temperature", "1"], "num_beams=4 looks for the likeliest answer"),
+        (["--prompt", "a", "--num-beams", "0"], "num_beams=0: should be greater than or equal to 1"),
+        (["--prompt", "a", "--num-beams", "2", "--stream"], "--stream shows tokens as they come"),
+        (["--prompt", "a", "--num-beams", "1", "--length-penalty", "2"], "--length-penalty counts in a search alone"),
+        (["--prompt", "a", "--num-samples", "4"], "num_samples=4 must be at least 1 and at most num_beams=3"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(asking, capsys, flags, message):
+    status, out, err = run(capsys, asking[0], *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_text_that_is_too_long_is_named_by_its_line(asking, capsys, tmp_path):
+    longest = asking[1].config.encoder.max_seq_len
+    (tmp_path / "texts.txt").write_text("a\n" + "the cat " * longest)
+    _, _, err = run(capsys, asking[0], "--prompts", tmp_path / "texts.txt")
+    assert "texts.txt, line 2 has" in err
+    assert f"the model takes at most {longest}" in err
+
+
+def test_what_a_checkpoint_asks_for_and_nothing_computes_is_refused(asking):
+    _, lm = asking
+    other = EncoderDecoder(lm.config, lm.params, lm.tokenizer, stop_ids=lm.stop_ids, asked={"num_beam_groups": 2})
+    with pytest.raises(ValueError, match="asks for num_beam_groups=2, which is not computed here"):
+        other.generate(TEXTS)
+    other.search, other.sampler = lm.search, lm.sampler
+    assert other.generate(TEXTS[0], num_beams=1, max_new_tokens=2)
+
+
+def test_only_without_a_generation_config_its_words_in_config_json_count(asking, tmp_path):
+    path, _ = asking
+    copied = shutil.copytree(path, tmp_path / "hf")
+    raw = json.loads((copied / "config.json").read_text()) | {"num_beams": 2, "max_length": 9}
+    (copied / "config.json").write_text(json.dumps(raw))
+    assert jaxllm.load(copied).search.num_beams == 3
+    (copied / "generation_config.json").unlink()
+    again = jaxllm.load(copied)
+    assert (again.search.num_beams, again.search.max_new_tokens, again.forced) == (2, 8, ())
+
+
+def test_a_streamed_target_and_one_that_is_stopped_are_the_beginning_of_the_whole(lm):
+    sampler = Sampler(temperature=1.0, seed=5)
+    whole = lm.generate(TEXTS[0], max_new_tokens=20, sampler=sampler)[0].text
+    assert "".join(lm.stream(TEXTS[0], max_new_tokens=20, sampler=sampler)) == whole
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    cut = lm.generate(TEXTS[0], max_new_tokens=20, sampler=sampler, stop=[stop])[0]
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert "".join(lm.stream(TEXTS[0], max_new_tokens=20, sampler=sampler, stop=[stop])) == cut.text
+
+
 def test_what_cannot_be_read_is_a_clear_error(lm, tmp_path):
-    with pytest.raises(ValueError, match="0 texts, num_samples=1"):
+    with pytest.raises(ValueError, match="no texts; give at least one"):
         lm.generate([])
     with pytest.raises(ValueError, match="text 0 is a pair"):
         lm.tokenizer.encode([("a", "b")], 9)

@@ -1,8 +1,11 @@
+import gzip
 import json
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from jaxllm import inspect, prepare, train
 from jaxllm.data.shards import Dataset
@@ -108,13 +111,62 @@ def test_user_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypa
 def test_help_lists_flags_and_keys_and_stays_light(capsys):
     assert prepare.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "--jsonl FILE[:FIELDS]" in out
+    assert "--jsonl PATH[:FIELDS]" in out
     assert "tokenizer.vocab_size" in out
     code = (
         "import sys; from jaxllm import inspect, prepare; prepare.main(['--help']); "
         "sys.exit(any(name in sys.modules for name in ('jax', 'grain', 'orbax', 'sentencepiece', 'jinja2')))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_sources_of_many_kinds_from_flags_and_from_a_recipe(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = b"".join(json.dumps({"body": f"row {n} of the file", "id": n}).encode() + b"\n" for n in range(3))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows + b"{"))
+    parquet.write_table(pa.table({"text": ["one of parquet"], "url": ["http://x"]}), "a.parquet")
+    (tmp_path / "a.md").write_text("---\ntitle: A\n---\n# The head\n\nand a text\n")
+    flags = ["--jsonl", "a.jsonl.gz:body", "--parquet", "a.parquet", "--markdown", ".", "--split", "paragraph"]
+    flags += ["--errors", "skip", "--tokenizer", "bytes", "--validation", "0", "--out"]
+    assert prepare.main([*flags, "d", "--world", "1"]) is None
+    assert "a.jsonl.gz:4: not JSON" in capsys.readouterr().out.replace("\n", "")
+    data = Dataset.open("d")
+    assert [data.origin(n) for n in range(7)] == [
+        {"source": "./a.md", "location": "line 4", "offset": 17},
+        {"source": "./a.md", "location": "line 6", "offset": 29},
+        {"source": "a.jsonl.gz", "location": "line 1", "offset": 0, "id": "0"},
+        {"source": "a.jsonl.gz", "location": "line 2", "offset": 39, "id": "1"},
+        {"source": "a.jsonl.gz", "location": "line 3", "offset": 78, "id": "2"},
+        {"source": "a.parquet", "location": "row 0", "id": "http://x"},
+        {"source": "world", "location": "seed 0, document 0"},
+    ]
+    assert inspect.main(["d", "--rows", "1", "--seq-len", "400"]) is None
+    assert "document 5, a.parquet, row 0, id http://x" in capsys.readouterr().out
+    (tmp_path / "r.yaml").write_text(
+        "inputs: [{kind: markdown, path: ., split: paragraph}, {kind: jsonl, path: a.jsonl.gz, fields: body},"
+        "{kind: parquet, path: a.parquet}, {kind: world, count: 1}]\n"
+        "errors: skip\ntokenizer: {kind: bytes}\nvalidation: 0\nout: e\n"
+    )
+    assert prepare.main(["r.yaml"]) is None
+    assert Dataset.open("e").fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "expected"),
+    [
+        ("jsonl", "gs://b/a.jsonl:f", {"path": "gs://b/a.jsonl", "fields": "f"}),
+        ("jsonl", "gs://b/a.jsonl", {"path": "gs://b/a.jsonl", "fields": None}),
+        ("parquet", r"C:\a.parquet:p,a", {"path": r"C:\a.parquet", "fields": "p,a"}),
+        ("html", "odd:name.html", {"path": "odd:name.html"}),
+        ("tfds", "a/b:1.0.0:f", {"name": "a/b:1.0.0", "fields": "f"}),
+        ("tfds", "a:1.0.0", {"name": "a:1.0.0", "fields": None}),
+        ("tfds", "a:f", {"name": "a", "fields": "f"}),
+    ],
+)
+def test_names_and_fields_in_flags(flag, given, expected):
+    expected = {"kind": flag, **expected}
+    found = prepare._inputs(prepare._parser().parse_args([f"--{flag}", given]))
+    assert found == [f"inputs.0.{key}={value}" for key, value in expected.items() if value]
 
 
 def test_inspect_shows_a_dataset(text, tmp_path, capsys):

@@ -16,6 +16,7 @@ TINY = (
     "out=x", "data.sources.0.path=y", "model.preset=tiny", "model.max_seq_len=32", "model.vocab_size=300",
     "data.packing.seq_len=32", "data.batch_size=24",
 )  # fmt: skip
+EXPERTS = ("model.ffn.kind=experts", "model.ffn.number=4", "model.ffn.top_k=2")
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -112,3 +113,46 @@ def test_a_run_on_the_micro_world_is_known_by_its_data(tmp_path, monkeypatch):
         assert knows_world("run") is known
         assert knows_world("run/checkpoints/7") is known
     assert not knows_world("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["step.elbo.free_bits=0.5"], "step.elbo is for a VAE, and model.latent is not set; leave one out"),
+        (["step.router_bias_step=1e-2"], "step.router_bias_step is for model.ffn.biased, which is not set"),
+        ([*EXPERTS, "step.router_bias_step=0"], "step.router_bias_step is for model.ffn.biased, which is not set"),
+        (["model.latent.size=4", "data.packing.whole=true", "step.elbo.period=500"],
+         "step.elbo.period=500 ends before step.elbo.warmup=1000, so that the KL term never has its whole weight"),
+    ],
+)  # fmt: skip
+def test_options_that_nothing_reads_are_refused(overrides, said):
+    [problem] = problems(recipe(*overrides))
+    assert problem.startswith(said)
+
+
+def test_a_router_that_would_learn_nothing_is_refused():
+    [problem] = problems(recipe(*EXPERTS, "model.ffn.top_k=1"))
+    assert problem.startswith("model.ffn.top_k=1 with renormalise makes every weight 1")
+    check(recipe(*EXPERTS, "model.ffn.top_k=1", "model.ffn.renormalise=false"), vocab_size=300, n_devices=1)
+
+
+def test_options_of_a_part_that_is_there_are_accepted():
+    for overrides in (
+        ["model.latent.size=4", "data.packing.whole=true", "step.elbo.period=500", "step.elbo.warmup=500"],
+        [*EXPERTS, "model.ffn.biased=true", "step.router_bias_step=0"],
+    ):
+        check(recipe(*overrides), vocab_size=300, n_devices=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.ffn.shared=1"], "no shared experts beside them; leave out shared=1"),
+        (["model.ffn.activation=gelu"], "and activation=gelu"),
+        (["model.dense.number=1", "model.dense.d_ff=8"], "dense layers have no clamped gates"),
+    ],
+)
+def test_parts_that_would_be_computed_without_a_clamped_gate_are_refused(overrides, said):
+    recipe(*EXPERTS, "model.ffn.clamped.limit=5")
+    with pytest.raises(ValueError, match=said):
+        recipe(*EXPERTS, "model.ffn.clamped.limit=5", *overrides)

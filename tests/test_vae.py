@@ -1,5 +1,6 @@
 """A VAE as a user meets it: trained by the command's loop, resumed, loaded, asked for texts, saved."""
 
+import copy
 import json
 import shutil
 
@@ -10,7 +11,8 @@ import pytest
 import jaxllm
 from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
 from jaxllm.data.shards import Dataset
-from jaxllm.data.sources import JsonLines
+from jaxllm.data.sources import RowFiles
+from jaxllm.evaluate import main as evaluate
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.locate import look
@@ -46,7 +48,7 @@ def run(tmp_path_factory):
         patch.chdir(path)
         lines = [*SENTENCES, "two men play"]
         (path / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-        source = JsonLines(path="texts.jsonl", fields="text")
+        source = RowFiles(path="texts.jsonl", fields="text")
         prepare(PrepareConfig(inputs=(source,), out="data", tokenizer=BytesTokenizer(), validation=1, seq_len=24))
         (path / "recipe.yaml").write_text(RECIPE)
         train(load_recipe("recipe.yaml"))
@@ -127,6 +129,22 @@ def test_the_ends_of_a_line_are_the_reconstructions(vae, run):
         vae.interpolate(one, other, 1)
 
 
+def test_evaluate_measures_the_bound_of_the_run_with_its_parts_and_nothing_else(run, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    for data in ([], ["--data", "data", "--seq-len", "24"]):
+        flags = ["--tasks", "perplexity", "--batch-size", "8", *data]
+        assert evaluate(["run", *flags, "--out", "found.json"]) is None
+        found = json.loads((run.parent / "found.json").read_text())["perplexity"]
+        last = [line for line in read(run / "metrics.jsonl") if "val_loss" in line][-1]
+        assert found["nats_per_token"] == pytest.approx(last["val_loss"], rel=1e-4)
+        assert {key: found[key] for key in ("kl", "reconstruction", "accuracy", "active_units")} == pytest.approx(
+            {key: last[f"val_{key}"] for key in ("kl", "reconstruction", "accuracy", "active_units")}, rel=1e-4
+        )
+    assert "nats of latent per text" in capsys.readouterr().out
+    assert evaluate(["run", "--tasks", "qa"]) == 2
+    assert "is a VAE and continues no text" in capsys.readouterr().err
+
+
 def test_what_is_no_vae_and_what_a_vae_is_not_are_refused(vae, run, monkeypatch):
     with pytest.raises(ValueError, match="this is no VAE"):
         jaxllm.VAE(vae.config.model_copy(update={"latent": None}), vae.params, vae.tokenizer)
@@ -139,3 +157,28 @@ def test_what_is_no_vae_and_what_a_vae_is_not_are_refused(vae, run, monkeypatch)
     monkeypatch.chdir(run.parent)
     with pytest.raises(ValueError, match=r"model\.latent learns whole texts; set data\.packing\.whole=true"):
         check(load_recipe("recipe.yaml", ["data.packing.whole=false"]), vocab_size=262, n_devices=8)
+
+
+def test_a_tokenizer_without_a_prefix_reads_and_writes_the_same(vae):
+    """As Qwen's, whose texts begin with nothing; rows of our data begin with bos whatever the tokenizer."""
+    bare = jaxllm.VAE(vae.config, vae.params, copy.copy(vae.tokenizer))
+    bare.tokenizer.prefix = ()
+    np.testing.assert_array_equal(bare.encode(["a man runs", ""]).mean, vae.encode(["a man runs", ""]).mean)
+    assert bare.sample(2, seed=1) == vae.sample(2, seed=1)
+
+
+def test_a_second_vae_of_the_same_kind_compiles_nothing(vae, caplog):
+    """A run makes one whenever samples are due."""
+    expected = vae.reconstruct("a man runs")
+    other = jaxllm.VAE(vae.config, vae.params, vae.tokenizer, compute=vae.compute)
+    with jax.log_compiles():
+        assert other.reconstruct("a man runs") == expected
+    assert not [record.message for record in caplog.records if record.message.startswith("Compiling")]
+
+
+@pytest.mark.parametrize("prompt", ["x" * 32, "x" * 31])
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_compiled(prompt, run, monkeypatch, caplog):
+    monkeypatch.chdir(run.parent)
+    with jax.log_compiles(), pytest.raises(ValueError, match=r"monitor\.prompts\.0 has 3[23] tokens"):
+        train(load_recipe("recipe.yaml", ["out=long", f"monitor.prompts=[{prompt}]"]))
+    assert not [record.message for record in caplog.records if record.message.startswith("Compiling")]

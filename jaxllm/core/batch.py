@@ -1,10 +1,13 @@
-"""The unit of data between text and loss: what the loader yields and the training step consumes."""
+"""The unit of data between text and loss: what the loader yields and the training step consumes.
+
+Fields are NumPy in the loader, JAX in the step, and rows of a batch lie along the first axis of each.
+"""
 
 from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """Packed token rows with next-token targets; every field has shape [B, T] (NumPy in the loader, JAX in the step).
+    """Packed token rows with next-token targets; every field has shape [B, T].
 
     Attributes:
       tokens: int32, model input ids.
@@ -27,3 +30,39 @@ class Batch(NamedTuple):
     weights: Any
     segments: Any
     positions: Any
+
+
+class TextPairs(NamedTuple):
+    """Sources and their targets, packed: a target reads the source of its segment's number.
+
+    Attributes:
+      sources: int32 [B, S]; source_segments: int32 [B, S], 1, 2, ... per text, 0 = padding.
+      targets: int32 [B, T]; what the decoder reads are these, one place later, behind the model's start token.
+      weights: float32 [B, T], loss weight of each target; 0 = not trained (padding).
+      segments: int32 [B, T], of `targets`.
+
+    Example, the pairs (7 8 2 -> 4 2) and (9 2 -> 5 6 2), where 2 is the end:
+
+        sources 7 8 2 9 2 0   source_segments 1 1 1 2 2 0
+        targets 4 2 5 6 2 0   segments        1 1 2 2 2 0   weights 1 1 1 1 1 0
+    """
+
+    sources: Any
+    source_segments: Any
+    targets: Any
+    weights: Any
+    segments: Any
+
+
+class LabelledTexts(NamedTuple):
+    """One text per row, and which label is right.
+
+    Attributes:
+      tokens: int32 [B, T]; segments: int32 [B, T], 1 = token, 0 = padding, on either side of a row.
+      labels: int32 [B]; weights: float32 [B], 0 = not trained (a row that fills up a batch).
+    """
+
+    tokens: Any
+    segments: Any
+    labels: Any
+    weights: Any

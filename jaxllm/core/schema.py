@@ -28,11 +28,13 @@ def sections(above: Section) -> Iterator[Section]:
     for name, field in above.model.model_fields.items():
         default = _default(above, name)
         found = models(field.annotation)
-        kinds = tuple(model.model_fields[KIND].default for model in found if KIND in model.model_fields)
+        kinds = tuple(kind for model in found for kind in own_kinds(model))
         full_name = f"{above.name}.{name}".lstrip(".") + (".0" if get_origin(field.annotation) is tuple else "")
         for model in sorted(found, key=lambda model: not isinstance(default, model)):
             given = default if isinstance(default, model) else None
-            yield from sections(Section(full_name, model, field.description or "", given, kinds))
+            summary = (model.__doc__ or "").split("\n\n")[0] if kinds or len(found) > 1 else ""
+            text = " ".join(f"{field.description or ''}; {summary}".strip("; ").split())
+            yield from sections(Section(full_name, model, text, given, kinds))
 
 
 def models(annotation: Any) -> list[type[BaseModel]]:
@@ -48,16 +50,27 @@ def keys(schema: type[BaseModel]) -> dict[str, list[str]]:
     for section in sections(Section("", schema)):
         for name in section.model.model_fields:
             owners = found.setdefault(f"{section.name}.{name}".lstrip("."), [])
-            if KIND in section.model.model_fields:
-                owners.append(section.model.model_fields[KIND].default)
+            owners.extend(own_kinds(section.model))
     return found
+
+
+def own_kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the kinds that a config class stands for, if it is one of a choice."""
+    return get_args(model.model_fields[KIND].annotation) if KIND in model.model_fields else ()
 
 
 def describe(schema: type[BaseModel]) -> str:
     """Return a text that lists every key with its meaning, type and default: a box per section and kind of section."""
     boxes: dict[tuple[str, type], str] = {}  # two optimizers have the same schedules: shown once, under the first
+    first: dict[type, str] = {}
+    repeated: list[str] = []  # sections like earlier ones elsewhere: one line each, and nothing of what is below them
     for section in sections(Section("", schema)):
-        if (section.name, section.model) not in boxes:
+        known = first.setdefault(section.model, section.name)
+        if known != section.name:
+            if not section.name.startswith(tuple(f"{name}." for name in repeated)):
+                repeated.append(section.name)
+                boxes[section.name, section.model] = f"{section.name}: {section.text}; its keys are those of {known}\n"
+        elif (section.name, section.model) not in boxes:
             boxes[section.name, section.model] = _box(section)
     return "".join(boxes.values())
 
@@ -70,16 +83,14 @@ def _box(section: Section) -> str:
     for name, field in section.model.model_fields.items():
         default = _default(section, name)
         if name == KIND:
-            kinds = section.kinds if section.default else (default,)
+            kinds = section.kinds if section.default else own_kinds(section.model)
             fields[name] = (Literal[kinds], Field(default if section.default else ..., description="which kind it is"))
         elif isinstance(default, RootModel):
             fields[name] = (str, Field(str(default.root), description=field.description))
         elif not models(field.annotation):
             fields[name] = (field.annotation, Field(default, description=field.description))
     if section.name:
-        summary = (section.model.__doc__ or "").split("\n\n")[0] if section.kinds else ""
-        text = " ".join(f"{section.text}; {summary}".strip("; ").split())
-        fields = {section.name: (create_model("Section", **fields), Field(description=text))}
+        fields = {section.name: (create_model("Section", **fields), Field(description=section.text))}
     out = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding)  # tyro draws what this can show
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         config = (tyro.conf.FlagConversionOff,)

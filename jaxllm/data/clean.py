@@ -136,7 +136,7 @@ class Cleaner:
         text = json.dumps([{message.role: message.content} for message in messages], ensure_ascii=False)
         if self._is_copy(text, text[:60], conversation):
             return None
-        return Conversation(tuple(messages), conversation.source, conversation.location)
+        return replace(conversation, messages=tuple(messages))
 
     def _text(self, text: str, owner: Document | Conversation, but: str = "") -> str | None:
         for name, rule in self._rules.items():

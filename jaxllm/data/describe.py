@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxllm.core.wording import count
+from jaxllm.data.loader import AnyBatch
 from jaxllm.data.packing import Plan
+from jaxllm.data.pairs import LabelPlan, PairPlan
 from jaxllm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,14 +39,15 @@ class Segment(NamedTuple):
     """One document, or the part of it that lies in a row: `n_tokens` positions, `tokens` one more."""
 
     document: int
-    origin: dict[str, str]
+    origin: dict[str, str | int]
     n_tokens: int
     tokens: tuple[Token, ...]
 
     @property
     def place(self) -> str:
         """Which document, for a person to find it again."""
-        return f"document {self.document}, {', '.join(map(str, self.origin.values()))}"
+        name = f", id {self.origin['id']}" if "id" in self.origin else ""
+        return f"document {self.document}, {self.origin['source']}, {self.origin['location']}{name}"
 
     @property
     def spans(self) -> list[tuple[str, bool]]:
@@ -65,17 +68,25 @@ class Segment(NamedTuple):
 _learned = lambda token: token.learned
 
 
-def segments(plan: Plan, index: int, tokenizer: Tokenizer, nats: np.ndarray | None = None) -> Iterator[Segment]:
-    """Yield the segments of row `index`: of each its first input, then the targets with their weights.
+def segments(
+    plan: Plan, index: int, tokenizer: Tokenizer, row: AnyBatch | None = None, nats: np.ndarray | None = None
+) -> Iterator[Segment]:
+    """Yield the segments of row `index`: of each what is only read first, then the targets with their weights.
 
     Args:
-      nats: [T] of the row's targets, by some model.
+      row: the row as the loader gives it, with hidden tokens; None: as the plan does.
+      nats: [T] of the row's targets, by some model that predicts the next token.
     """
-    batch = plan.row(index)
+    row = plan.row(index) if row is None else row
     for number, document in enumerate(plan.documents(index).tolist(), start=1):
-        [where] = np.nonzero(batch.segments == number)
-        ids = [int(batch.tokens[where[0]]), *batch.targets[where].tolist()]
-        trained = [False, *(batch.weights[where] > 0).tolist()]
+        [where] = np.nonzero(row.segments == number)
+        if isinstance(plan, PairPlan | LabelPlan):
+            source, target = plan.sides.of(document)
+            ids, trained = [*source.tolist(), *target.tolist()], [False] * len(source) + [True] * len(target)
+        else:
+            first = row.tokens[where[: plan.shift]].tolist()  # hidden tokens are targets where they stand
+            ids = [*first, *row.targets[where].tolist()]
+            trained = [*[False] * len(first), *(row.weights[where] > 0).tolist()]
         losses = [None] * len(ids) if nats is None else [None, *nats[where].tolist()]
         tokens = map(Token, _pieces(ids, tokenizer), trained, losses)
         yield Segment(document, plan.dataset.origin(document), len(where), tuple(tokens))
@@ -90,7 +101,13 @@ def _pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def show(
-    plan: Plan, index: int, tokenizer: Tokenizer, title: str, console: "Console", nats: np.ndarray | None = None
+    plan: Plan,
+    index: int,
+    tokenizer: Tokenizer,
+    title: str,
+    console: "Console",
+    row: AnyBatch | None = None,
+    nats: np.ndarray | None = None,
 ) -> None:
     """Print a row: learned tokens green (in brackets without colour), context dim, the provenance before each segment.
 
@@ -103,7 +120,7 @@ def show(
     before, after = ("", "") if _has_colors(console) else BRACKETS
     console.rule(f"[bold]{escape(title)}: {escape(str(plan.dataset.directory))}, row {index}", align="left")
     padding = plan.seq_len
-    for number, segment in enumerate(segments(plan, index, tokenizer, nats), start=1):
+    for number, segment in enumerate(segments(plan, index, tokenizer, row, nats), start=1):
         padding -= segment.n_tokens
         loss = "" if segment.nats is None else f", {segment.nats:.2f} nats per token"
         origin = f"-- segment {number}, {count(segment.n_tokens, 'token')}{loss}: {segment.place}"

@@ -12,13 +12,18 @@ class Document:
     Attributes:
       text: any Unicode text.
       source: where the collection comes from: a path, "pydocs", "world".
-      location: which part of the source, for a person to find it again: "line 12", "textwrap.dedent".
+      location: which part of the source, for a person to find it again: "line 12", "textwrap.dedent". Lines count from
+        1, rows, records and examples from 0.
+      offset: where it starts in the file as it is unpacked, in bytes, where that is known.
+      id: how the source itself calls it: the id or URL of a row, the id of a WARC record. Not always unique.
       language: ISO 639 code, once it was looked for (`clean.languages`); "" if there is none.
     """
 
     text: str
     source: str
     location: str
+    offset: int | None = None
+    id: str | None = None
     language: str | None = None
 
 
@@ -32,11 +37,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order; only what the assistant says is learned. `source` and `location` as in `Document`."""
+    """Messages in order; only what the assistant says is learned. Where it comes from, as in `Document`."""
 
     messages: tuple[Message, ...]
     source: str
     location: str
+    offset: int | None = None
+    id: str | None = None
 
     @classmethod
     def pair(cls, prompt: str, answer: str, source: str, location: str) -> "Conversation":
@@ -59,3 +66,8 @@ def parse_messages(value: object) -> tuple[Message, ...]:
             raise ValueError(f"message {index} must have a string role and content, found {as_json(entry, 80)}")
         messages.append(Message(role, content))
     return tuple(messages)
+
+
+def provenance(item: Document | Conversation) -> dict[str, str | int]:
+    """Return what is known of where `item` comes from besides source and location: offset, id."""
+    return {name: value for name in ("offset", "id") if (value := getattr(item, name)) is not None}

@@ -58,13 +58,19 @@ def compose(
         {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": token in special} for token, text in added.items()
     ]  # fmt: skip
+    around = surrounded(before, after)
+    description = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens}
+    description |= {"normalizer": None, "pre_tokenizer": None, "decoder": None, "model": None} | parts
+    return json.dumps(description | {"post_processor": around}, ensure_ascii=False)
+
+
+def surrounded(before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
+    """Return the post-processor that puts (token, id) around each text; None: nothing."""
     first, last = ([{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in side] for side in (before, after))
     one, other = ([*first, {"Sequence": {"id": name, "type_id": 0}}, *last] for name in "AB")
     named = {text: {"id": text, "ids": [token], "tokens": [text]} for text, token in (*before, *after)}
     around = {"type": "TemplateProcessing", "single": one, "pair": one + other, "special_tokens": named}
-    description = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens}
-    description |= {"normalizer": None, "pre_tokenizer": None, "decoder": None, "model": None} | parts
-    return json.dumps(description | {"post_processor": around if named else None}, ensure_ascii=False)
+    return around if named else None
 
 
 def _model(pieces: BytePieces | SentencePieces, special: dict[str, int]) -> dict[str, Any]:

@@ -13,11 +13,17 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from jaxllm.core import files
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.core.config import Config
+from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.masking import MaskRule, mask_tokens
 from jaxllm.data.mixture import Mixture
-from jaxllm.data.packing import ChatPlan, PackingConfig, plan
+from jaxllm.data.objectives import HiddenTokens, NextToken, Objective
+from jaxllm.data.packing import PackingConfig, WholePlan
+from jaxllm.data.pairs import plan_of
 from jaxllm.data.shards import Dataset
+
+AnyBatch = Batch | TextPairs | LabelledTexts
 
 
 class DataExhausted(ValueError):
@@ -48,10 +54,11 @@ class DataConfig(Config):
     sources: tuple[Source, ...] = Field(
         min_length=1, description="datasets; one pass over the first (of the last stage) is an epoch, the others repeat"
     )
+    objective: Objective = Field(NextToken(), description="what is learned; it goes with the kind of model")
     stages: tuple[Stage, ...] = Field((), description="a curriculum: mixtures that follow one another; none = one")
     packing: PackingConfig = Field(PackingConfig(), description="how documents become rows")
     batch_size: int = Field(16, ge=1, description="rows per step, over all processes")
-    seed: int = Field(0, ge=0, description="decides the order of the samples, and nothing else")
+    seed: int = Field(0, ge=0, description="decides the order of the samples, and which tokens are hidden")
     epochs: int | None = Field(
         None, ge=1, description="stop with an error after so many epochs; empty: repeat for ever, reshuffled"
     )
@@ -79,8 +86,10 @@ class DataConfig(Config):
         return cls(sources=(Source(path=dataset),), packing=packing, batch_size=batch_size)
 
 
-class Loader(Iterator[Batch]):
+class Loader(Iterator[AnyBatch]):
     """Iterator over host-local batches, NumPy arrays [batch_size / process_count, T].
+
+    What a batch is follows from `config.objective`: pairs are `TextPairs`, texts with labels `LabelledTexts`.
 
     Joining the batches of processes 0, 1, ... gives the global batch, the same for every process count. The last batch
     of a finite order is filled up with rows of weight 0.
@@ -91,6 +100,7 @@ class Loader(Iterator[Batch]):
     Attributes:
       samples_per_epoch: rows that one pass over the first source takes, with the rows mixed in; for validation, all.
       n_samples: until the data is exhausted; None: never.
+      vocab_size: ids that batches may have: of the tokenizer, and the mask where tokens are hidden.
 
     Raises:
       ValueError: the sources differ in tokenizer, batch_size does not divide, or the split is empty.
@@ -121,7 +131,16 @@ class Loader(Iterator[Batch]):
                     f"{dataset.directory} was tokenised with {dataset.tokenizer_fingerprint}, {first.directory} with "
                     f"{first.tokenizer_fingerprint}; prepare both with the same --tokenizer"
                 )
-        self.plans = [plan(dataset, config.packing) for dataset in self.datasets]
+        self.tokenizer_dir, self.tokenizer_fingerprint = first.tokenizer_dir, first.tokenizer_fingerprint
+        self.vocab_size = first.vocab_size
+        objective, tokenizer = config.objective, tokenizers.load(self.tokenizer_dir)
+        self.plans = [plan_of(objective, dataset, config.packing, tokenizer) for dataset in self.datasets]
+        self._rule: MaskRule | None = None
+        if isinstance(objective, HiddenTokens):
+            drawn = self.vocab_size  # what stands in for others is never the mask behind them
+            self.vocab_size = max(drawn, tokenizer.mask_id + 1)
+            self._rule = MaskRule(tokenizer.mask_id, drawn, objective.rate, objective.hidden, objective.random)
+            self._kept = np.array(sorted(tokenizer.special.values()))
         sizes = [len(each) for each in self.plans]
         if not sum(sizes) or (split == "train" and not all(sizes)):
             paths = ", ".join(source.path for source in config.sources)
@@ -135,12 +154,10 @@ class Loader(Iterator[Batch]):
         else:
             self._order = Mixture.in_sequence(sizes)
         self.n_samples, self.samples_per_epoch = self._order.n_samples, self._order.samples_per_epoch
-        self.tokenizer_dir, self.tokenizer_fingerprint = first.tokenizer_dir, first.tokenizer_fingerprint
-        self.vocab_size = first.vocab_size
         self._sample = 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[AnyBatch] | None = None
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         total = self.n_samples
         if total is not None and self._sample >= total:
             if self.split == "validation":
@@ -182,16 +199,17 @@ class Loader(Iterator[Batch]):
     @property
     def texts_per_row(self) -> int:
         """Most texts of a row; 1 where rows cut texts."""
-        return max(each.texts_per_row if isinstance(each, ChatPlan) else 1 for each in self.plans)
+        return max(each.texts_per_row if isinstance(each, WholePlan) else 1 for each in self.plans)
 
     @property
     def fingerprint(self) -> str:
         """Identity of the sample order: data, tokenizer, packing, mixture, seed; not batch size or processes."""
         contents = [(each.fingerprint, source.weight) for each, source in zip(self.datasets, self.sources, strict=True)]
         contents += [stage.model_dump_json() for stage in self.config.stages]
-        return files.fingerprint(
-            repr(contents), self.config.packing.model_dump_json(), self.split, str(self.config.seed)
-        )
+        parts = [repr(contents), self.config.packing.model_dump_json(), self.split, str(self.config.seed)]
+        if not isinstance(self.config.objective, NextToken):
+            parts.append(self.config.objective.model_dump_json())
+        return files.fingerprint(*parts)
 
     @property
     def bytes_per_token(self) -> float:
@@ -211,14 +229,19 @@ class Loader(Iterator[Batch]):
         """(source, row of its plan) of a global sample."""
         return self._order[sample]
 
-    def row(self, sample: int) -> Batch:
+    def row(self, sample: int) -> AnyBatch:
         """Row [T] of a global sample; past the end, a row of padding."""
         if self.n_samples is not None and sample >= self.n_samples:
-            return Batch(*(np.zeros_like(array) for array in self.plans[0].row(0)))
-        source, row = self._order[sample]
-        return self.plans[source].row(row)
+            row = self.plans[0].row(0)
+            return type(row)(*(np.zeros_like(array) for array in row))
+        source, index = self._order[sample]
+        row = self.plans[source].row(index)
+        if self._rule is None:
+            return row
+        maskable = (row.segments > 0) & ~np.isin(row.tokens, self._kept)
+        return row._replace(**mask_tokens(row.tokens, maskable, self._rule, self.config.seed, sample)._asdict())
 
-    def _read_from(self, start: int) -> Iterator[Batch]:
+    def _read_from(self, start: int) -> Iterator[AnyBatch]:
         import grain  # here, because it takes seconds and imports jax
 
         options = grain.ReadOptions(
@@ -228,8 +251,9 @@ class Loader(Iterator[Batch]):
         count = 1 << 62 if self.n_samples is None else -(-(self.n_samples - start) // size)
         first = start + self._first_row
 
-        def batch(index: int) -> Batch:
+        def batch(index: int) -> AnyBatch:
             samples = range(first + index * size, first + index * size + self._local_rows)
-            return Batch(*(np.stack(arrays) for arrays in zip(*map(self.row, samples), strict=True)))
+            rows = [self.row(sample) for sample in samples]
+            return type(rows[0])(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
         return iter(grain.MapDataset.range(count).map(batch).to_iter_dataset(options))

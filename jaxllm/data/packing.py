@@ -1,8 +1,8 @@
 """Packing: which tokens make up row i of T positions, planned from document lengths alone.
 
 A position holds an input token and its target, the next token of the same document: n tokens fill n - 1 positions.
-Text is cut wherever a row ends, unless it is to stay whole; conversations are never cut. Segments and positions
-restart in every row.
+Where tokens are hidden and guessed, the target is the token itself, and n tokens fill n. Text is cut wherever a row
+ends, unless it is to stay whole; conversations are never cut. Segments and positions restart in every row.
 """
 
 from typing import Literal
@@ -27,14 +27,12 @@ class PackingConfig(Config):
     whole: bool = Field(False, description="do not cut texts where a row ends either (a VAE learns whole ones)")
 
 
-class _Rows:
-    @property
-    def waste(self) -> float:
-        """Share of positions that are padding."""
-        return 1 - self.n_targets / (len(self) * self.seq_len) if len(self) else 0.0
+def _waste(plan: "Plan") -> float:
+    """Share of positions that are padding."""
+    return 1 - plan.n_targets / (len(plan) * plan.seq_len) if len(plan) else 0.0
 
 
-class TextPlan(_Rows):
+class TextPlan:
     """Concatenate and chunk: every token of the split is a target exactly once, except the first of each document.
 
     Example, documents (1 7 8 2) and (1 9 2) at T = 4; 0 is padding:
@@ -44,11 +42,13 @@ class TextPlan(_Rows):
     """
 
     dropped = 0
+    waste = property(_waste)
 
-    def __init__(self, dataset: Dataset, seq_len: int):
+    def __init__(self, dataset: Dataset, seq_len: int, shift: int = 1):
         self.dataset = dataset
         self.seq_len = seq_len
-        self._ends = np.cumsum(dataset.lengths - 1)  # positions used up to and with each document
+        self.shift = shift
+        self._ends = np.cumsum(dataset.lengths - shift)  # positions used up to and with each document
         self.n_targets = int(self._ends[-1]) if len(self._ends) else 0
 
     def __len__(self) -> int:
@@ -62,11 +62,11 @@ class TextPlan(_Rows):
         counts = np.diff(ends, prepend=0)
         local = np.repeat(np.arange(last - first + 1), counts)  # which of the row's documents, [n]
         # The last token of each document is no input, so the stream runs ahead by one with every document.
-        where = np.arange(n) + local
-        tokens = self.dataset.stream(start + int(first), stop + int(last) + 1)
+        where = np.arange(n) + local * self.shift
+        tokens = self.dataset.stream(start + int(first) * self.shift, stop + (int(last) + 1) * self.shift)
         batch = _blank(self.seq_len)
         batch.tokens[:n] = tokens[where]
-        batch.targets[:n] = tokens[where + 1]
+        batch.targets[:n] = tokens[where + self.shift]
         batch.weights[:n] = 1
         batch.segments[:n] = local + 1
         batch.positions[:n] = np.arange(n) - np.repeat(ends - counts, counts)
@@ -84,22 +84,25 @@ class TextPlan(_Rows):
         return start, stop, int(first), int(last)
 
 
-class ChatPlan(_Rows):
-    """Best-fit decreasing: whole conversations, or texts, each into the fullest row that still has room for it.
+class WholePlan:
+    """Best-fit decreasing: whole documents, each into the fullest row that still has room for it.
 
+    Args:
+      sizes: positions that each document fills. what: a document is called.
     Attributes:
-      dropped: those longer than seq_len, left out. what: "conversation" or "text".
+      dropped: those longer than seq_len, left out.
     Raises:
-      ValueError: there are such conversations and `config.long` is "error", or nothing fits.
+      ValueError: there are such documents and `config.long` is "error", or nothing fits.
     """
 
-    def __init__(self, dataset: Dataset, config: PackingConfig):
+    waste = property(_waste)
+
+    def __init__(self, dataset: Dataset, config: PackingConfig, sizes: Int[np.ndarray, "n"], what: str):
         self.dataset = dataset
         self.seq_len = config.seq_len
-        sizes = dataset.lengths - 1
+        self.what = what
         long = sizes > self.seq_len
         self.dropped = int(long.sum())
-        what = self.what = "conversation" if dataset.kind == "chat" else "text"
         if self.dropped and config.long == "error":
             raise ValueError(
                 f"{dataset.directory}: {self.dropped} of {len(dataset)} {dataset.split} {what}s do not fit "
@@ -119,29 +122,6 @@ class ChatPlan(_Rows):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def row(self, index: int) -> Batch:
-        """Return row `index` as a Batch of arrays [T]; weight 1 exactly on the answers' tokens.
-
-        Raises:
-          ValueError: no token of the row is trained.
-        """
-        batch = _blank(self.seq_len)
-        at = 0
-        for segment, document in enumerate(self.documents(index).tolist(), start=1):
-            tokens, trained = self.dataset.tokens(document), self.dataset.trained(document)
-            end = at + len(tokens) - 1
-            batch.tokens[at:end] = tokens[:-1]
-            batch.targets[at:end] = tokens[1:]
-            batch.weights[at:end] = trained[1:]
-            batch.segments[at:end] = segment
-            batch.positions[at:end] = np.arange(end - at)
-            at = end
-        if not batch.weights.any():
-            raise ValueError(
-                f"{self.dataset.directory}: row {index} has no trained token; the data was not written by this version"
-            )
-        return batch
-
     @property
     def texts_per_row(self) -> int:
         """Documents of the row that has most of them."""
@@ -152,13 +132,46 @@ class ChatPlan(_Rows):
         return self._documents[self._starts[index] : self._starts[index + 1]]
 
 
-Plan = TextPlan | ChatPlan
+class ChatPlan(WholePlan):
+    """Whole conversations, or texts; `shift` places from an input to its target."""
+
+    def __init__(self, dataset: Dataset, config: PackingConfig, shift: int = 1):
+        self.shift = shift
+        what = "conversation" if dataset.kind == "chat" else "text"
+        super().__init__(dataset, config, dataset.lengths - shift, what)
+
+    def row(self, index: int) -> Batch:
+        """Return row `index` as a Batch of arrays [T]; weight 1 exactly on the answers' tokens.
+
+        Raises:
+          ValueError: no token of the row is trained.
+        """
+        batch = _blank(self.seq_len)
+        at = 0
+        for segment, document in enumerate(self.documents(index).tolist(), start=1):
+            tokens, trained = self.dataset.tokens(document), self.dataset.trained(document)
+            end = at + len(tokens) - self.shift
+            batch.tokens[at:end] = tokens[: end - at]
+            batch.targets[at:end] = tokens[self.shift :]
+            batch.weights[at:end] = trained[self.shift :]
+            batch.segments[at:end] = segment
+            batch.positions[at:end] = np.arange(end - at)
+            at = end
+        if not batch.weights.any():
+            raise ValueError(
+                f"{self.dataset.directory}: row {index} has no trained token; the data was not written by this version"
+            )
+        return batch
 
 
-def plan(dataset: Dataset, config: PackingConfig) -> Plan:
+Plan = TextPlan | WholePlan
+
+
+def plan(dataset: Dataset, config: PackingConfig, shift: int = 1) -> Plan:
     """Return the packing that the dataset's kind asks for: the same dataset and config give the same rows."""
-    whole = config.whole or dataset.kind == "chat"
-    return ChatPlan(dataset, config) if whole else TextPlan(dataset, config.seq_len)
+    if config.whole or dataset.kind == "chat":
+        return ChatPlan(dataset, config, shift)
+    return TextPlan(dataset, config.seq_len, shift)
 
 
 def best_fit(sizes: list[int], capacity: int) -> list[int]:

@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -15,12 +15,12 @@ from jaxllm.core.wording import count
 from jaxllm.data import sources, tokenizer
 from jaxllm.data.chat import TemplateError, encode_chat, template_of
 from jaxllm.data.clean import CleanConfig, Cleaner
-from jaxllm.data.documents import Conversation, Document
+from jaxllm.data.documents import Conversation, Document, provenance
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy, Problems
 from jaxllm.data.report import PackingReport, PrepareReport, Progress, SplitReport
-from jaxllm.data.shard_writer import DatasetWriter, check_out
+from jaxllm.data.shard_writer import NOTHING, DatasetWriter, check_out
 from jaxllm.data.shards import SPLITS, Dataset, Kind
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -77,6 +77,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     trained: list[bool]
     size_bytes: int
+    more: Mapping[str, str | int] = NOTHING  # as `documents.provenance`
 
 
 class Reader:
@@ -138,9 +139,9 @@ def _write(reader: Reader, writer: DatasetWriter, start: float) -> PrepareReport
     with writer:
         for split, item in assign_splits(_encode(reader, writer.tokenizer), config.validation, config.seed):
             if config.chat:
-                writer.add_chat(split, item.ids, item.trained, item.source, item.location)
+                writer.add_chat(split, item.ids, item.trained, item.source, item.location, item.more)
             else:
-                writer.add_text(split, item.ids, item.source, item.location, item.size_bytes)
+                writer.add_text(split, item.ids, item.source, item.location, item.size_bytes, item.more)
         if not reader.n_kept:
             raise ValueError(_why_empty(reader))
         directory = writer.seal()
@@ -207,14 +208,14 @@ def _encode(reader: Reader, tok: Tokenizer) -> Iterator[Encoded]:
             except ValueError as error:
                 reader.reject(item, error)
             else:
-                yield Encoded(item.source, item.location, ids, trained, _size(item))
+                yield Encoded(item.source, item.location, ids, trained, _size(item), provenance(item))
             continue
         if item is not None:
             batch.append(item)
             size += len(item.text)
         if item is None or size >= BATCH_CHARS:
             for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
-                yield Encoded(each.source, each.location, ids, [], _size(each))
+                yield Encoded(each.source, each.location, ids, [], _size(each), provenance(each))
             batch, size = [], 0
 
 
@@ -267,6 +268,7 @@ def _report(reader: Reader, tok: Tokenizer, datasets: dict[str, Dataset], start:
 
 
 def _notes(reader: Reader, tok: Tokenizer, n_train: int, n_validation: int) -> Iterator[str]:
+    yield from (text if n == 1 else f"{text} ({n} times)" for text, n in reader.problems.notes.items())
     asked, size = reader.config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
         alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least

@@ -1,13 +1,20 @@
 """What to do with unreadable input: stop, or leave it out and count it. Never silent."""
 
 import json
-from collections.abc import Callable
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 Policy = Literal["error", "skip", "replace"]
 N_EXAMPLES = 5
 T = TypeVar("T")
+# What the readers of compressed files, archives and records raise; the last also for a ZIP that has a password.
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
 
 
 @dataclass
@@ -19,11 +26,18 @@ class Problems:
         that are not UTF-8, and leaves out what cannot be repaired.
       count: how many there were.
       examples: the first few messages.
+      notes: what was left out although nothing is wrong with it, and how often.
     """
 
     policy: Policy = "error"
     count: int = 0
     examples: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: "Problems") -> "Problems":
+        """Return what two readers, one after the other, could not read."""
+        examples = (self.examples + other.examples)[:N_EXAMPLES]
+        return Problems(self.policy, self.count + other.count, examples, self.notes + other.notes)
 
     def report(self, message: str, replaceable: bool = False) -> None:
         """Count one problem; `replaceable`: the policy "replace" repairs it.
@@ -57,6 +71,14 @@ class Problems:
         except ValueError as error:
             self.report(f"{place}: {error}")
         return None
+
+    def guard(self, place: str, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`; what breaks the file they come from is reported, and they end there."""
+        try:
+            yield from items
+        except BROKEN as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+            self.report(f"{place}: {why}; what follows cannot be read")
 
 
 def as_json(value: object, limit: int) -> str:

@@ -4,8 +4,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxllm.core import files
 from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
 from jaxllm.data.tokenizer import Tokenizer
 
+NOTHING: Mapping = MappingProxyType({})
 # All that this module and `Tokenizer.save` write, by its path inside a dataset.
 _OWN = re.compile(
     r"(manifest|report)\.json|tokenizer(/(tokenizer\.json|huggingface\.json|spm\.model|chat_template\.jinja))?|"
@@ -92,18 +94,27 @@ class DatasetWriter:
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def add_text(self, split: str, ids: list[int], source: str, location: str, text_bytes: int) -> None:
-        """Store one document as [bos] + ids + [eos]; `text_bytes` is the UTF-8 length of its text."""
+    def add_text(
+        self, split: str, ids: list[int], source: str, location: str, text_bytes: int, more: Mapping = NOTHING
+    ) -> None:
+        """Store one document as [bos] + ids + [eos].
+
+        Args:
+          text_bytes: the UTF-8 length of its text.
+          more: of where it comes from: offset, id.
+        """
         tokens = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
         trained = [False] + [True] * (len(ids) + 1)
-        self._splits[split].add(tokens, trained, {"source": source, "location": location}, text_bytes)
+        self._splits[split].add(tokens, trained, {"source": source, "location": location, **more}, text_bytes)
 
-    def add_chat(self, split: str, ids: list[int], trained: list[bool], source: str, location: str) -> None:
-        """Store one encoded conversation."""
+    def add_chat(
+        self, split: str, ids: list[int], trained: list[bool], source: str, location: str, more: Mapping = NOTHING
+    ) -> None:
+        """Store one encoded conversation; `more` as in `add_text`."""
         text_bytes = sum(
             len(self.tokenizer.token_bytes(token)) for token, learn in zip(ids, trained, strict=True) if learn
         )
-        self._splits[split].add(ids, trained, {"source": source, "location": location}, text_bytes)
+        self._splits[split].add(ids, trained, {"source": source, "location": location, **more}, text_bytes)
 
     def seal(self) -> Path:
         """Write the rest, the tokenizer and the manifest; return the directory, complete but not yet in its place.
@@ -154,7 +165,7 @@ class _SplitWriter:
         self._origins: list[str] = []
         self._size = 0
 
-    def add(self, tokens: list[int], trained: list[bool], origin: dict[str, str], text_bytes: int) -> None:
+    def add(self, tokens: list[int], trained: list[bool], origin: dict[str, str | int], text_bytes: int) -> None:
         if self._size and self._size + len(tokens) > self.shard_tokens:
             self._flush()
         self._tokens.append(np.array(tokens, self.dtype))

@@ -4,7 +4,7 @@
     train/shard-00000.tokens.npy    uint16 or uint32 [n_tokens]: documents one after the other
     train/shard-00000.offsets.npy   int64 [n_documents + 1]: document d is tokens[offsets[d]:offsets[d + 1]]
     train/shard-00000.trained.npy   bool [n_tokens], chat only: True = part of an answer
-    train/shard-00000.origins.jsonl one line per document: source and location
+    train/shard-00000.origins.jsonl one line per document: source, location; offset and id if known
     validation/...
 
 The directory appears whole or not at all. Sizes and checksums are recorded, so a damaged file is found when the dataset
@@ -126,15 +126,19 @@ class Dataset:
     def trained(self, document: int) -> Bool[np.ndarray, "T"]:
         """For chat, which of those tokens belong to an answer; for text, all but the first token of the document."""
         if self.kind == "chat":
-            return self._read(self._trained, int(self.starts[document]), int(self.starts[document + 1]))
+            return self.marks(int(self.starts[document]), int(self.starts[document + 1]))
         return np.arange(self.lengths[document]) > 0
 
     def stream(self, start: int, stop: int) -> Int[np.ndarray, "T"]:
         """Tokens [start, stop) of all documents in a row, across shards; a view where one shard holds them."""
         return self._read(self._tokens, start, stop)
 
-    def origin(self, document: int) -> dict[str, str]:
-        """{"source", "location"} of one document."""
+    def marks(self, start: int, stop: int) -> Bool[np.ndarray, "T"]:
+        """Which of the tokens of `stream`, of conversations, belong to an answer."""
+        return self._read(self._trained, start, stop)
+
+    def origin(self, document: int) -> dict[str, str | int]:
+        """{"source", "location"} of one document, and where it has them, "offset" and "id"."""
         for shard in self._shards:
             if document < shard.n_documents:
                 break

@@ -1,46 +1,67 @@
-"""Sources of documents and conversations: text files, JSON lines, the Python standard library, the micro-world.
+"""Sources of documents and conversations: files of many kinds, data sets, the Python library, the micro-world.
 
 Everything is read as a stream and in a fixed order, so memory does not grow with the corpus and a second pass sees the
 same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, which `str.splitlines` would cut at.
 """
 
-import glob
-import json
-import os
 from collections.abc import Iterator
-from itertools import chain
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from jaxllm.core.config import Config
-from jaxllm.data import pydocs
+from jaxllm.data import input_files, pydocs, rows, texts
 from jaxllm.data.documents import Conversation, Document, Message, parse_messages
 from jaxllm.data.problems import Problems, as_json
 
 FORMS = ("messages", "alpaca", "instances")  # of rows that are conversations, apart from a field each
+IDS = ("id", "url")  # fields that say what a row is called, the first that is there
+MAX_BYTES = 1 << 27
+PATH = "file, glob pattern (** matches any depth), archive (.zip, .tar, .tar.gz), or directory; also gs://..."
+FIELDS = (
+    "text: name of the field with the text (default: text); chat: messages, alpaca, instances or PROMPT,ANSWER (names "
+    "of two fields; default: as the row looks)"
+)
+LONGEST = "longest document or line that is read, in bytes; a longer one is a problem"
 
 
 class TextFiles(Config):
-    """Plain text files in UTF-8."""
+    """Plain text or Markdown in UTF-8; the YAML at the beginning of Markdown is left out."""
 
-    kind: Literal["text"] = "text"
-    path: str = Field(description="file, or glob pattern; ** matches any depth")
+    kind: Literal["text", "markdown"] = "text"
+    path: str = Field(description=PATH)
     split: Literal["file", "paragraph", "line"] = Field(
         "file", description="what one document is: a whole file, text between blank lines, a line"
     )
+    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
 
 
-class JsonLines(Config):
-    """One JSON object per line."""
+class WebPages(Config):
+    """Web pages: HTML files, or the responses and converted texts of web archives (WARC, WET)."""
 
-    kind: Literal["jsonl"] = "jsonl"
-    path: str = Field(description="file, or glob pattern")
-    fields: str | None = Field(
-        None,
-        description="text: name of the field with the text (default: text); chat: messages, alpaca, instances or "
-        "PROMPT,ANSWER (names of two fields; default: as the row looks)",
-    )
+    kind: Literal["html", "warc"] = "html"
+    path: str = Field(description=PATH)
+    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
+
+
+class RowFiles(Config):
+    """Rows with named fields: JSON lines, Parquet, ArrayRecord (JSON or text), a directory of Hugging Face datasets."""
+
+    kind: Literal["jsonl", "parquet", "arrayrecord", "hf"] = "jsonl"
+    path: str = Field(description=PATH)
+    fields: str | None = Field(None, description=f"{FIELDS}; without it, records of ArrayRecord are text, not JSON")
+    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
+
+
+class Tfds(Config):
+    """A prepared data set of TensorFlow Datasets, read without TensorFlow; its files must be ArrayRecord or Parquet."""
+
+    kind: Literal["tfds"] = "tfds"
+    name: str = Field(description="name, name:1.0.0 or name/config:1.0.0")
+    split: str = Field("train", description="split, or a part of it: train[:10%]")
+    data_dir: str | None = Field(None, description="where it is prepared; also gs://... (default: that of TFDS)")
+    fields: str | None = Field(None, description=FIELDS)
+    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
 
 
 class PyDocs(Config):
@@ -57,67 +78,41 @@ class World(Config):
     seed: int = Field(0, ge=0, description="another seed gives another sample of the same world")
 
 
-Input = Annotated[TextFiles | JsonLines | PyDocs | World, Field(discriminator="kind")]
+FileInput = TextFiles | WebPages | RowFiles
+Input = Annotated[FileInput | Tfds | PyDocs | World, Field(discriminator="kind")]
 
 
-def documents(source: Input, problems: Problems) -> Iterator[Document]:
-    """Yield the running text of a source.
+class Part(NamedTuple):
+    """What one worker reads alone: one file, or a stretch of a data set.
+
+    Attributes:
+      path: the file, or what the source is called.
+      size: of the file when it was found, in bytes; what is appended later is not read. None: unknown.
+      first, stop: rows of a data set.
+    """
+
+    source: Input
+    path: str
+    size: int | None = None
+    first: int = 0
+    stop: int = 0
+
+
+def parts(source: Input) -> list[Part]:
+    """Return the parts of a source, in the order of its documents.
 
     Raises:
       FileNotFoundError: no file matches.
-      ValueError: unreadable input under the policy "error": file, place and what is wrong.
+      ValueError: a data set that is not there.
     """
     match source:
-        case TextFiles():
-            for path, number, offset, data in _cut(source):
-                text = problems.decode(data, path, offset)
-                if text is not None:
-                    place = "whole file" if source.split == "file" else f"line {number}"
-                    yield Document(text.removeprefix("\ufeff"), path, place)
-        case JsonLines():
-            for path, number, row in _rows(source.path, problems):
-                text = problems.attempt(f"{path}:{number}", _field, row, source.fields or "text")
-                if text is not None:
-                    yield Document(text, path, f"line {number}")
-        case PyDocs():
-            yield from pydocs.documents()
-        case World():
-            from jaxllm.data import world
-
-            yield from world.documents(source.count, source.seed)
-
-
-def conversations(source: Input, problems: Problems) -> Iterator[Conversation]:
-    """Yield the conversations of a source: of a row one, or one per entry of `instances`.
-
-    Source: Wang et al. 2023, Self-Instruct.
-
-    Raises:
-      FileNotFoundError: no file matches.
-      ValueError: a text source, which has none; `fields` that are none; unreadable input under the policy "error".
-    """
-    match source:
-        case TextFiles():
-            raise ValueError(f"--text {source.path} has no conversations; use --jsonl for them, or leave out --chat")
-        case JsonLines():
-            names = (source.fields or "messages").split(",")
-            if names[0] not in FORMS and not (len(names) == 2 and all(names)):
-                raise ValueError(
-                    f"--jsonl {source.path}:{source.fields}: a conversation has two fields, PROMPT,ANSWER (or the form "
-                    f"{', '.join(FORMS)})"
-                )
-            for path, number, row in _rows(source.path, problems):
-                place = f"{path}:{number}"
-                for each, form in problems.attempt(place, _instances, row, source.fields) or ():
-                    messages = problems.attempt(place, _messages, each, form)
-                    if messages is not None:
-                        yield Conversation(messages, path, f"line {number}")
-        case PyDocs():
-            yield from pydocs.conversations()
-        case World():
-            from jaxllm.data import world
-
-            yield from world.conversations(source.count, source.seed)
+        case Tfds():
+            count, step = len(rows.tfds_data(source)), rows.EXAMPLES
+            name = f"{source.name}[{source.split}]"
+            return [Part(source, name, None, at, min(at + step, count)) for at in range(0, count, step)]
+        case PyDocs() | World():
+            return [Part(source, source.kind)]
+    return [Part(source, path, input_files.length(path)) for path in paths(source)]
 
 
 def paths(source: Input) -> list[str]:
@@ -126,84 +121,104 @@ def paths(source: Input) -> list[str]:
     Raises:
       FileNotFoundError: no file matches.
     """
-    return _files(source.path) if isinstance(source, TextFiles | JsonLines) else []
+    if not isinstance(source, FileInput):
+        return []
+    return rows.arrow_files(source.path) if source.kind == "hf" else input_files.find(source.path, source.kind)
 
 
-def _files(pattern: str) -> list[str]:
-    """The file of this name, which may look like a pattern ("[x]1.txt"), or else the files that match the pattern."""
-    if os.path.isdir(pattern):
-        raise FileNotFoundError(f"{pattern!r} is a directory; name its files: '{os.path.join(pattern, '**', '*')}'")
-    if os.path.exists(pattern):
-        return [pattern]
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
-    if not paths:
-        raise FileNotFoundError(
-            f"no file matches {pattern!r}; quote the pattern, so that the shell does not expand it, and check the path"
-        )
-    return paths
+def documents(source: Input | Part, problems: Problems) -> Iterator[Document]:
+    """Yield the running text of a source, or of one part of it.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: unreadable input under the policy "error": file, place and what is wrong.
+    """
+    for part in [source] if isinstance(source, Part) else parts(source):
+        match part.source:
+            case TextFiles() | WebPages():
+                yield from texts.read(part, problems)
+            case RowFiles() | Tfds():
+                yield from _row_documents(part, problems)
+            case PyDocs():
+                yield from pydocs.documents()
+            case World(count=count, seed=seed):
+                from jaxllm.data import world
+
+                yield from world.documents(count, seed)
 
 
-def _cut(source: TextFiles) -> Iterator[tuple[str, int, int, bytes]]:
-    """(path, first line number, byte offset, content) of each document."""
-    for path in _files(source.path):
-        if source.split == "file":
-            with open(path, "rb") as file:
-                yield path, 1, 0, file.read()
-            continue
-        held: list[bytes] = []
-        first = (1, 0)
-        for number, offset, line in chain(_lines(path), [(0, 0, b"")]):
-            if line.strip():
-                first = first if held else (number, offset)
-                held.append(line)
-            if held and (source.split == "line" or not line.strip()):
-                yield path, *first, b"".join(held).rstrip(b"\r\n")
-                held = []
+def _row_documents(part: Part, problems: Problems) -> Iterator[Document]:
+    name = part.source.fields or "text"
+    for row in rows.read(part, problems, [name, *IDS]):
+        value = row.values.get(name)
+        if isinstance(value, bytes):
+            row.values[name] = value = problems.decode(value, row.place, 0)
+            if value is None:
+                continue
+        text = problems.attempt(row.place, _field, row.values, name, part.source.max_bytes)
+        if text is not None:
+            yield Document(text, part.path, row.location, row.offset, _id(row.values))
 
 
-def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, line with its newline); a binary file is cut at newlines only."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield number, offset, line
-            offset += len(line)
+def conversations(source: Input | Part, problems: Problems) -> Iterator[Conversation]:
+    """Yield the conversations of a source or part: of a row one, or one per entry of `instances`.
+
+    Source: Wang et al. 2023, Self-Instruct.
+
+    Raises:
+      FileNotFoundError: no file matches.
+      ValueError: a text source, which has none; `fields` that are none; unreadable input under the policy "error".
+    """
+    whole = source.source if isinstance(source, Part) else source
+    if isinstance(whole, TextFiles | WebPages):
+        raise ValueError(f"--{whole.kind} {whole.path} has no conversations; use --jsonl for them, or leave out --chat")
+    if isinstance(whole, RowFiles | Tfds):
+        names = (whole.fields or "messages").split(",")
+        if names[0] not in FORMS and not (len(names) == 2 and all(names)):
+            raise ValueError(
+                f"--{whole.kind} {whole.name if isinstance(whole, Tfds) else whole.path}:{whole.fields}: "
+                f"a conversation has two fields, PROMPT,ANSWER (or the form {', '.join(FORMS)})"
+            )
+    for part in [source] if isinstance(source, Part) else parts(source):
+        match part.source:
+            case PyDocs():
+                yield from pydocs.conversations()
+            case World(count=count, seed=seed):
+                from jaxllm.data import world
+
+                yield from world.conversations(count, seed)
+            case _:
+                yield from _row_conversations(part, problems)
 
 
-def _rows(pattern: str, problems: Problems) -> Iterator[tuple[str, int, dict]]:
-    """(path, line number, row) of each line that is a JSON object."""
-    for path in _files(pattern):
-        for number, offset, line in _lines(path):
-            text = problems.decode(line, f"{path}:{number}", offset)
-            if text is not None and text.strip():
-                row = problems.attempt(f"{path}:{number}", _row, text.removeprefix("\ufeff"))
-                if row is not None:
-                    yield path, number, row
+def _row_conversations(part: Part, problems: Problems) -> Iterator[Conversation]:
+    for row in rows.read(part, problems, None):
+        for each, form in problems.attempt(row.place, _instances, row.values, part.source.fields) or ():
+            messages = problems.attempt(row.place, _messages, each, form)
+            if messages is not None:
+                yield Conversation(messages, part.path, row.location, row.offset, _id(row.values))
 
 
-def _row(text: str) -> dict:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, found {type(row).__name__}")
-    return row
+def _id(row: dict) -> str | None:
+    """What the row is called, if it says so."""
+    found = next((row[name] for name in IDS if row.get(name) not in (None, "")), None)
+    return found.decode("utf-8", "replace") if isinstance(found, bytes) else None if found is None else str(found)[:256]
 
 
-def _field(row: dict, name: str) -> str:
+def _field(row: dict, name: str, max_bytes: int = MAX_BYTES) -> str:
     """A string field of a row."""
     value = row.get(name)
+    value = value.decode("utf-8") if isinstance(value, bytes) else value
     if not isinstance(value, str):
         found = f"it is {type(value).__name__}" if name in row else f"the row has {_names(row)}"
         raise ValueError(f"no text in field {name!r}: {found}")
-    return _encodable(value)
+    return _encodable(value, max_bytes)
 
 
-def _encodable(text: str) -> str:
-    text.encode("utf-8")  # or it raises
+def _encodable(text: str, max_bytes: int = MAX_BYTES) -> str:
+    size = len(text.encode("utf-8"))  # or it raises
+    if size > max_bytes:
+        raise ValueError(f"a text of {size:,} bytes, and max_bytes of this input is {max_bytes:,}")
     return text
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.core import files
+from jaxllm.data.fast_export import surrounded, to_json
+from jaxllm.data.tokenizer import MASKS, Tokenizer
 
 Text = str | tuple[str, str]
 ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
@@ -99,6 +101,29 @@ class PairTokenizer:
         """Write tokenizer.json and tokenizer_config.json."""
         files.write_text(Path(directory) / "tokenizer.json", self.source)
         files.write_json(Path(directory) / "tokenizer_config.json", self.settings)
+
+
+def surrounding(tokenizer: Tokenizer, *, bos: bool, mask: bool) -> PairTokenizer:
+    """Return the tokenizer of a run as one that ends each text with eos.
+
+    Args:
+      bos: put bos before each text as well, as in documents. mask: the model has one (`Tokenizer.mask_id`).
+    Raises:
+      ValueError: as of `fast_export.to_json`.
+    """
+    names = {token: name for name, token in tokenizer.special.items()}
+    named = lambda token: (names[token], token)
+    source = json.loads(to_json(tokenizer))
+    source["post_processor"] = surrounded([named(tokenizer.bos_id)] * bos, [named(tokenizer.eos_id)])
+    settings = {"pad_token": names[tokenizer.pad_id], "eos_token": names[tokenizer.eos_id]}
+    settings |= {"bos_token": names[tokenizer.bos_id]} if bos else {}
+    if mask:
+        settings["mask_token"] = names.get(tokenizer.mask_id, MASKS[1])
+        if tokenizer.mask_id not in names:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            source["added_tokens"].append({"id": tokenizer.mask_id, "content": MASKS[1], **flags, "special": True})
+    settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return PairTokenizer(json.dumps(source, ensure_ascii=False), settings)
 
 
 def load(directory: str | Path) -> PairTokenizer:

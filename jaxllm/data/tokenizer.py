@@ -19,6 +19,7 @@ from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
 
 PAD = "<pad>"
+MASKS = ("[MASK]", "<mask>")  # what checkpoints of others call it
 VERSION = 1
 
 
@@ -52,6 +53,11 @@ class Tokenizer:
         model = self.pieces.file[1] if self.pieces.file else b""
         template = self.chat.source if self.chat else ""
         return files.fingerprint(self.pieces.kind, model, repr(sorted(self.special.items())), template)
+
+    @property
+    def mask_id(self) -> int:
+        """Id that stands for a hidden token: of the mask, or where there is none the one behind all others."""
+        return next((self.special[name] for name in MASKS if name in self.special), self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, no special token even if `text` spells one."""
@@ -231,7 +237,9 @@ def _from_fast(pieces: FastPieces, config: Mapping[str, Any], origin: Path) -> T
         eos = next((token for name, token in pieces.special.items() if name in usual), None)
     if eos is None:
         raise ValueError(f"{origin} names no eos_token among the special tokens")
-    ids = (eos if pad is None else pad, eos if bos is None else bos, eos)
+    if bos is None:
+        bos = pieces.prefix[0] if pieces.prefix else eos  # BERT's [CLS]
+    ids = (eos if pad is None else pad, bos, eos)
     return Tokenizer(pieces, pieces.special, ids, _chat(_template(config), pieces.special, bos, eos))
 
 

@@ -1,7 +1,8 @@
-"""Weights from a checkpoint into sharded arrays, and back: one tensor on the host at a time."""
+"""Weights from a checkpoint into sharded arrays, and back: a few tensors on the host at a time."""
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +14,10 @@ from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.hf.checkpoint import Tensors, Writer
 from jaxllm.hf.rows import sizes_of
 from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
-from jaxllm.models.build import AnyConfig, Params, abstract_params
+from jaxllm.models.build import EXACT, AnyConfig, Params, abstract_params
+
+THREADS = 4  # that read and turn tensors, each one at a time
+TURNED = 16  # columns of a matrix that are turned together: rows of as many lines stay in the nearest cache
 
 
 def match(checkpoint: Tensors, rows: list[Row], config: AnyConfig) -> None:
@@ -49,11 +53,12 @@ def read_params(
     """Read all parameters, each straight into its place on the mesh.
 
     A stacked parameter is filled in its place, by layer and expert: beside the parameters, the host holds one tensor of
-    the checkpoint at a time.
+    the checkpoint for each thread.
 
     Args:
       shardings: tree of the parameters; None: one device.
-      dtype: of the parameters; None: as stored.
+      dtype: of the parameters; None: as stored. Those of `EXACT` are never narrowed: two experts that score alike would
+        change places.
     """
     match(checkpoint, rows, config)
     by_name, sizes = {row.ours: row for row in rows}, sizes_of(config)
@@ -63,14 +68,14 @@ def read_params(
         row, sharding = by_name[name], places.get(name)
         tensors = names(row, sizes)
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
-        wanted = dtype or checkpoint.stored[tensors[0]].dtype
+        kept = checkpoint.stored[tensors[0]].dtype
+        wanted = jnp.promote_types(dtype or kept, kept) if name.endswith(EXACT) else dtype or kept
         if not stacked(row):
-            return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted)), sharding)
+            return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted, copy=False)), sharding)
         indices = np.ndindex(leaf.shape[: stacked(row)])
         if sharding is None and jax.local_devices()[0].platform == "cpu":  # the memory of the device is this one
             whole = _aligned(leaf.shape, np.dtype(wanted))
-            for index, theirs in zip(indices, tensors, strict=True):
-                whole[index] = get(theirs)
+            list(pool.map(lambda index, theirs: _fill(whole[index], get(theirs)), indices, tensors))
             return jax.device_put(whole, may_alias=True)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
         for index, theirs in zip(indices, tensors, strict=True):
@@ -79,7 +84,21 @@ def read_params(
             stack = _set(stack, np.ascontiguousarray(part[(None,) * len(index)]), start)
         return stack
 
-    return map_named(read, abstract_params(config))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return map_named(read, abstract_params(config))
+
+
+def _fill(into: np.ndarray, tensor: np.ndarray) -> None:
+    """Copy a tensor, which may be a view that is turned: by blocks, or each number would come from another page."""
+    near = int(np.argmin(tensor.strides))
+    if near == tensor.ndim - 1:
+        into[...] = tensor
+        return
+    for index in np.ndindex(tensor.shape[near + 1 : -1]):
+        rest = (slice(None),) * (near + 1) + index
+        for start in range(0, tensor.shape[-1], TURNED):
+            block = (*rest, slice(start, start + TURNED))
+            into[block] = tensor[block]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -81,7 +81,7 @@ def beam_search(
     cache, history, logits = read_prompts(model, prompts, lengths, sources, slots)
     batch = len(prompts)
     zeros = jnp.zeros((batch, n), jnp.int32)
-    alone = jnp.where(jnp.arange(n) == 0, zeros, NEVER)
+    alone = jnp.where(jnp.arange(n)[None, :] == 0, zeros, NEVER)
     lines = Lines(alone, zeros, jnp.repeat(history[:, None], n, axis=1), jnp.zeros((batch, n, new_slots), jnp.float32))
     nothing = lines._replace(scores=jnp.full((batch, n), -jnp.inf))
     each = jnp.repeat(jnp.arange(batch), n)
@@ -111,15 +111,16 @@ def _extend(beams: Beams, logits: Float[Array, "R V"], rows: Rows, ranking: Rank
     beam, token = index // vocab_size, index % vocab_size
 
     taken = _take(beams.open, beam)
-    written = jnp.arange(taken.history.shape[-1]) == (beams.position + 1)[:, None, None]
+    written = jnp.arange(taken.history.shape[-1])[None, None, :] == (beams.position + 1)[:, None, None]
+    newest = jnp.arange(taken.logprobs.shape[-1])[None, None, :] == beams.step
     chosen = jnp.take_along_axis(logprobs.reshape(batch, -1), index, axis=1)
     taken = Lines(
         best, jnp.full_like(beam, count), jnp.where(written, token[..., None], taken.history),
-        jnp.where(jnp.arange(taken.logprobs.shape[-1]) == beams.step, chosen[..., None], taken.logprobs),
+        jnp.where(newest, chosen[..., None], taken.logprobs),
     )  # fmt: skip
-    ends = jnp.any(token[..., None] == rows.stop_ids, axis=-1) | at_limit[:, None]
+    ends = jnp.any(token[..., None] == rows.stop_ids[None, None, :], axis=-1) | at_limit[:, None]
     # An end counts where it is among the n best, and as long as the row is not done.
-    counts = ends & (jnp.arange(ends.shape[1]) < n) & ~beams.done[:, None]
+    counts = ends & (jnp.arange(ends.shape[1]) < n)[None, :] & ~beams.done[:, None]
     whole = taken._replace(scores=jnp.where(counts, best / ranking.norms[count], -jnp.inf))
     ended = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), beams.ended, whole)
     ended = _take(ended, jax.lax.top_k(ended.scores, n)[1])
@@ -150,7 +151,7 @@ def _scores(
     scores = logprobs
     if rows.settings.repetition_penalty is not None:
         scores = penalise(scores, seen(text, vocab_size), rows.settings.repetition_penalty)
-    barred = banned(rows.rules, text, rows.stop_ids, vocab_size) | (jnp.arange(vocab_size) >= rows.vocab_size)
+    barred = banned(rows.rules, text, rows.stop_ids, vocab_size) | (jnp.arange(vocab_size) >= rows.vocab_size)[None, :]
     scores = jnp.where(barred, -jnp.inf, scores)
     if rows.rules.ends is not None:  # a forced end costs nothing
         scores = jnp.where(text.last[:, None] & ~barred, 0.0, scores)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.models.build import STACKS, Params, unstack
+from jaxllm.models.build import EXACT, STACKS, Params, unstack
 from jaxllm.models.config import ComputeConfig
 
-EXACT = ("router", "relative/table")  # matrices that a model reads in float32 whatever it computes in
 MAX_WIDENED = 0.4  # of the host's memory: a copy in float32 may take so much
+MAX_TURNED = 256 * 2**20  # bytes of a float32 table that is held a second time, turned; a larger one is read as it is
 
 
 class Layout(NamedTuple):
@@ -28,7 +28,8 @@ def choose_layout(params: Params, compute: ComputeConfig) -> Layout:
     """Choose how to hold `params` where they are; `compute` is resolved.
 
     Layers are cut, because a loop over a stacked array copies the weights per token. Only where a float32 copy of
-    narrow weights takes most of a CPU's memory, they stay stacked and packed.
+    narrow weights takes most of a CPU's memory, they stay stacked and packed; then the cache is copied per token, which
+    is little beside widening all weights unless a text is very long.
     """
     if not _one_cpu(params) or compute.dtype != "float32":
         return Layout()
@@ -36,7 +37,8 @@ def choose_layout(params: Params, compute: ComputeConfig) -> Layout:
     narrow = {str(leaf.dtype) for leaf in matrices} & {"bfloat16", "float16"}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if len(narrow) != 1 or 4 * sum(leaf.size for leaf in matrices) < MAX_WIDENED * memory:
-        return Layout(columns=True)
+        table = _output_table(params.get("decoder", params))
+        return Layout(columns=table.dtype != "float32" or table.nbytes <= MAX_TURNED)  # a narrow one is copied anyway
     return Layout(stacked=True, packed=narrow.pop())
 
 
@@ -51,7 +53,9 @@ def prepare(params: Params, layout: Layout, dtype: str) -> Params:
         return params | {name: _share(jax.tree.map(bits, _host(params[name]))) for name in STACKS if name in params}
     params = _turn(params) if layout.columns else params
     stay = lambda tree: all(_stays(name, leaf, dtype) for name, leaf in named_leaves(tree).items())
-    same = {name: part for name, part in params.items() if name not in (*STACKS, "decoder") and stay({name: part})}
+    looked_up = ("embed",) if layout.columns else ()  # rows are cast when they are read
+    uncut = {name: part for name, part in params.items() if name not in (*STACKS, "decoder")}
+    same = {name: part for name, part in uncut.items() if name in looked_up or stay({name: part})}
     rest = {name: part for name, part in params.items() if name not in same}
     if _one_cpu(params) and stay(rest):
         return _share(unstack(_host(rest))) | same
@@ -85,6 +89,9 @@ def _turn(params: Params) -> Params:
     """Hold the output table as `columns`, beside the input table if they are one."""
     if "decoder" in params:
         return {**params, "decoder": _turn(params["decoder"])}
-    table = params["head"] if "head" in params else params["embed"]["table"]
     rest = {name: part for name, part in params.items() if name != "head"}
-    return {**rest, "columns": {"kernel": jnp.asarray(table, jnp.float32).T}}
+    return {**rest, "columns": {"kernel": jnp.asarray(_output_table(params), jnp.float32).T}}
+
+
+def _output_table(params: Params) -> jax.Array:
+    return params["head"] if "head" in params else params["embed"]["table"]

@@ -39,7 +39,7 @@ class Text(NamedTuple):
 
 def seen(text: Text, vocab_size: int) -> Bool[Array, "R V"]:
     """Return which tokens the rows have."""
-    return _marks(text.history, jnp.arange(text.history.shape[1]) <= text.position[:, None], vocab_size)
+    return _marks(text.history, jnp.arange(text.history.shape[1])[None, :] <= text.position[:, None], vocab_size)
 
 
 def banned(rules: Rules, text: Text, stop_ids: Int[Array, "I"], vocab_size: int) -> Bool[Array, "R V"]:
@@ -49,23 +49,23 @@ def banned(rules: Rules, text: Text, stop_ids: Int[Array, "I"], vocab_size: int)
     """
     history, position, counts, last = text
     result = jnp.zeros((len(history), vocab_size), bool)
-    among = lambda ids: jnp.any(jnp.arange(vocab_size)[:, None] == ids, axis=-1)
+    among = lambda ids: jnp.any(jnp.arange(vocab_size)[:, None] == ids[None, :], axis=-1)
     if rules.ngram is not None:
-        places = jnp.arange(history.shape[1])
+        places = jnp.arange(history.shape[1])[None, :]
         tail = lambda back: jnp.take_along_axis(history, (position + 1 - back)[:, None], axis=1)
         same = lambda back, found: found & (jnp.roll(history, back, axis=1) == tail(back))  # so many tokens before it
         start = (places >= rules.ngram - 1) & (places <= position[:, None])
         result |= _marks(history, jax.lax.fori_loop(1, rules.ngram, same, start), vocab_size)
     if rules.words is not None:
         before, end = rules.words[:, :-1], rules.words[:, -1]
-        places = position[:, None] + 1 + jnp.arange(-before.shape[1], 0)
+        places = position[:, None] + 1 + jnp.arange(-before.shape[1], 0)[None, :]
         tail = jnp.where(places < 0, -2, jnp.take_along_axis(history, jnp.maximum(places, 0), axis=1))
-        found = jnp.all((before == -1) | (before == tail[:, None, :]), axis=-1)
-        result |= _marks(jnp.broadcast_to(end, found.shape), found, vocab_size)
+        found = jnp.all((before == -1)[None] | (before[None] == tail[:, None, :]), axis=-1)
+        result |= _marks(jnp.broadcast_to(end[None, :], found.shape), found, vocab_size)
     if rules.shortest is not None:
-        result |= (counts < rules.shortest)[:, None] & among(stop_ids)
+        result |= (counts < rules.shortest)[:, None] & among(stop_ids)[None, :]
     if rules.ends is not None:  # above all others
-        result = jnp.where(last[:, None], ~among(rules.ends), result)
+        result = jnp.where(last[:, None], ~among(rules.ends)[None, :], result)
     return result
 
 

@@ -201,6 +201,11 @@ class Experts(Config):
     def _check(self) -> Self:
         if self.top_k > self.number:
             raise ValueError(f"top_k={self.top_k} is more than number={self.number} experts; lower top_k")
+        if self.clamped and (self.shared or self.activation != "silu"):
+            raise ValueError(
+                f"clamped gates have a nonlinearity of their own, and no shared experts beside them; leave out "
+                f"shared={self.shared} and activation={self.activation}"
+            )
         if self.groups:
             size, rest = divmod(self.number, self.groups.number)
             if rest or size < 2 or not self.top_k <= size * self.groups.top_k <= self.number:

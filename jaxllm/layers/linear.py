@@ -103,5 +103,7 @@ class Embed(nnx.Module):
         self.table = param(rngs, (size, d_model), (axis, "embed"), std)
 
     def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            return self.table[...][ids].astype(dtype)
         # The width is gathered first: a lookup in a table sharded by width would move activations instead of weights.
         return constrain(self.table[...].astype(dtype), self.axis, None)[ids]

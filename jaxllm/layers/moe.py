@@ -1,6 +1,6 @@
 """Mixture of experts: a feed-forward layer of which each token uses a few parts, chosen by a router.
 
-Dropless: the rows of a batch are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that an
+Dropless: the rows of a batch are sorted by expert and multiplied group by group (`grouped_product`), so that an
 expert takes whatever number of tokens comes, and what a token gets does not depend on the others. One token of a decode
 step and a whole batch run the same function.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.layers.config import ClampedGate, Experts, Gated, Groups
 from jaxllm.layers.ffn import ACTIVATIONS, Ffn
+from jaxllm.layers.grouped import grouped_product
 from jaxllm.layers.linear import PRODUCT, constant, param
 from jaxllm.sharding.rules import partition_spec
 
@@ -209,7 +210,7 @@ def _mix(
     inside = (jnp.arange(len(owner)) < jnp.sum(sizes))[:, None]
     clean = lambda y: jnp.where(inside, y, jnp.zeros_like(y)) if some else y
     rows = clean(rows)
-    product = lambda x, kernel: checkpoint_name(jax.lax.ragged_dot(x, kernel, sizes), PRODUCT)
+    product = lambda x, kernel: checkpoint_name(grouped_product(x, kernel, sizes), PRODUCT)
     gate, up = product(rows, kernels.gate), product(rows, kernels.up)
     if kernels.up_bias is not None:  # by a product, whose gradient is one; that of a lookup would scatter
         member = member[order].astype(x.dtype)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from jaxllm.core.tree import named_leaves
 from jaxllm.layers.config import Experts, Plain
 from jaxllm.layers.kernels import query_blocks
-from jaxllm.models.build import abstract_params
+from jaxllm.models.build import AnyConfig, abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 # Dense bfloat16 peak of one device, FLOP/s, by the start of JAX's device_kind; from the makers' data sheets.
 PEAK_FLOPS = {
@@ -22,40 +24,54 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
-def param_count(config: ModelConfig) -> int:
+def _halves(config: AnyConfig) -> list[tuple[ModelConfig, int]]:
+    """Return the stacks of blocks, and how many halves of a square the attention of a layer is: causal 1, full 2."""
+    match config:
+        case EncoderConfig(stack=stack):
+            return [(stack, 2)]
+        case Seq2SeqConfig(encoder=encoder, decoder=decoder):
+            return [(encoder, 2), (decoder, 3)]
+    return [(config, 1)]
+
+
+def param_count(config: AnyConfig) -> int:
     """Return the number of parameters; a tied matrix counts once."""
     return sum(math.prod(leaf.shape) for leaf in named_leaves(abstract_params(config)).values())
 
 
-def active_param_count(config: ModelConfig) -> int:
+def active_param_count(config: AnyConfig) -> int:
     """Return the number of parameters that one token uses: of the experts, those it is sent to."""
     return sum(_active(config).values())
 
 
-def _active(config: ModelConfig) -> dict[str, int]:
+def _active(config: AnyConfig) -> dict[str, int]:
     """Return the parameters that one token uses, by name."""
     sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(abstract_params(config)).items()}
-    if isinstance(config.ffn, Experts):
+    if isinstance(config, ModelConfig) and isinstance(config.ffn, Experts):
         used = lambda size: size // config.ffn.number * config.ffn.top_k
         sizes = {name: used(size) if "/experts/" in name else size for name, size in sizes.items()}
     return sizes
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: AnyConfig, seq_len: int) -> float:
     """Return the model FLOPs of training on one token (forward and backward, no recomputation).
 
     6 N + 3 L T N_heads (H + U), with N the active parameters in matrix products (all but token and position tables), U
-    the width of values (H, for most), and causal attention counted half (twice that would be the full square).
+    the width of values (H, for most), and causal attention counted half (twice that is the full square, as encoders and
+    cross-attention have it). Of an encoder-decoder, a token is one of the source and one of the target.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    lookups = ("position_embed/table",) if config.tie_embeddings else ("position_embed/table", "embed/table")
+    lookups = ("position_embed/table", "type_embed/table", *["embed/table"] * (not config.tie_embeddings))
     multiplied = sum(size for name, size in _active(config).items() if not name.endswith(lookups))
-    attention = 3 * config.depth * seq_len * config.n_heads * (config.head_width + config.value_width)
+    attention = sum(
+        3 * squares * half.depth * seq_len * half.n_heads * (half.head_width + half.value_width)
+        for half, squares in _halves(config)
+    )
     return 6.0 * multiplied + attention
 
 
 def training_bytes(
-    config: ModelConfig, compute: ComputeConfig, rows: int, seq_len: int, copies: float = 2
+    config: AnyConfig, compute: ComputeConfig, rows: int, seq_len: int, copies: float = 2
 ) -> dict[str, int]:
     """Estimate the bytes that training holds at its peak on one device, before any sharding, by category.
 
@@ -70,15 +86,18 @@ def training_bytes(
     """
     count = param_count(config)
     width = 2 if compute.dtype == "bfloat16" else 4
-    stacks = config.stacks()
-    kept = sum(len(stack.layers) * _kept_bytes(stack.config, compute.remat, width, rows, seq_len) for stack in stacks)
-    working = max(layer_bytes(stack.config, width, rows, seq_len) for stack in stacks)
+    kept = working = 0.0
+    for half, _ in _halves(config):
+        stacks, shape = half.stacks(), (width, rows, seq_len)
+        of_half = sum(len(stack.layers) * _kept_bytes(stack.config, compute.remat, *shape) for stack in stacks)
+        kept += of_half * half.depth / half.n_layers
+        working = max(working, *(layer_bytes(stack.config, *shape) for stack in stacks))
     return {
         "parameters": 4 * count,
         "optimizer": 4 * count * copies,
         "gradients": 4 * count,
         # The backward pass works on one whole layer.
-        "activations": kept * config.depth // config.n_layers + working,
+        "activations": int(kept + working),
         "logits": rows * min(seq_len, compute.loss_chunk) * config.vocab_size * (4 + width),
     }
 

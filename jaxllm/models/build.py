@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxllm.core import rng
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.decoder import Transformer
 from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import EncoderConfig
@@ -21,12 +21,12 @@ AnyConfig = ModelConfig | EncoderConfig | Seq2SeqConfig
 AnyModel = Transformer | TransformerEncoder | Seq2Seq | TransformerVae
 Params = dict[str, Any]  # nested plain dict of arrays, float32, blocks stacked on L
 STACKS = ("dense_blocks", "blocks")  # names in it, by `ModelConfig.stacks`
+EXACT = ("router", "choice_bias", "relative/table")  # parameters that are read in float32, whatever a model computes in
 _CLASSES = {ModelConfig: Transformer, EncoderConfig: TransformerEncoder, Seq2SeqConfig: Seq2Seq}
 
 
 def _class(config: AnyConfig) -> type[AnyModel]:
-    is_vae = isinstance(config, ModelConfig) and config.latent is not None
-    return TransformerVae if is_vae else _CLASSES[type(config)]
+    return TransformerVae if is_vae(config) else _CLASSES[type(config)]
 
 
 def check_vocabulary(tokenizer_size: int, vocab_size: int) -> None:

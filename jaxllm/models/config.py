@@ -107,6 +107,8 @@ class ModelConfig(Config):
             raise ValueError("latent: a VAE has no experts, windows, parallel layers or mla; leave them out")
         if self.dense and not (isinstance(self.ffn, Experts) and self.dense.number < self.n_layers):
             raise ValueError(f"dense is for the first of n_layers={self.n_layers} layers with experts; leave it out")
+        if self.dense and self.ffn.clamped:
+            raise ValueError("dense layers have no clamped gates; leave ffn.clamped out, or dense")
         if self.mla:
             if self.head_width <= self.mla.rotated:
                 raise ValueError(f"head_dim={self.head_width} must be more than mla.rotated={self.mla.rotated}")
@@ -175,6 +177,11 @@ class ModelConfig(Config):
     def value_width(self) -> int:
         """Width of one head of values, U."""
         return self.mla.value_dim if self.mla else self.head_width
+
+
+def is_vae(config: Config) -> bool:
+    """Whether the configuration of a model is that of a variational autoencoder."""
+    return isinstance(config, ModelConfig) and config.latent is not None
 
 
 class ComputeConfig(Config):

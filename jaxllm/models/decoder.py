@@ -37,7 +37,8 @@ class Transformer(nnx.Module):
 
     Args:
       stacked: False holds the blocks one by one, for decoding.
-      columns: hold the output table turned, [D, V]: a CPU multiplies a single row with it 1.4 times as fast.
+      columns: hold the output table turned, [D, V]: a CPU multiplies 2 to 16 rows with it 1.3 to 1.9 times as fast, for
+        tables of 4 to 260 MB.
       packed: this type, whose bits the blocks' matrices are given as (uint16). A CPU multiplies by float32 alone, and
         XLA would widen all layers at one time if it saw that they are numbers.
       part: "encoder" has no tables of tokens, "decoder" attends to a source as well.

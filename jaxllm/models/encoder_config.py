@@ -64,6 +64,16 @@ class EncoderConfig(Config):
         return self
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the table of tokens."""
+        return self.stack.vocab_size
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.stack.n_layers
+
+    @property
     def max_seq_len(self) -> int:
         """Longest sequence, tokens."""
         return self.stack.max_seq_len

@@ -33,11 +33,8 @@ class MaskedLMHead(nnx.Module):
     def linear(
         self, hidden: Float[Array, "B T D"], table: Float[Array, "V D"]
     ) -> tuple[Float[Array, "B T D+1"], Float[Array, "V D+1"]]:
-        """Return (states, table) whose product alone is the logits, for losses that take no bias: [s, 1] [E, c]^T."""
-        states = self.states(hidden)
-        ones = jnp.ones((*states.shape[:-1], 1), states.dtype)
-        bias = jnp.expand_dims(self.bias[...], -1).astype(table.dtype)
-        return jnp.concatenate([states, ones], axis=-1), jnp.concatenate([table, bias], axis=-1)
+        """Return (states, table) whose product alone is the logits; see `joined`."""
+        return joined(self.states(hidden), table, self.bias[...])
 
 
 class Pooler(nnx.Module):
@@ -61,6 +58,15 @@ class ClassHead(nnx.Module):
     def __call__(self, first: Float[Array, "B 1 D"]) -> Float[Array, "B C"]:
         """Return float32 scores of the labels."""
         return self.out(self.pooler(first))[:, 0].astype(jnp.float32)
+
+
+def joined(
+    states: Float[Array, "B T D"], table: Float[Array, "V D"], bias: Float[Array, "V"]
+) -> tuple[Float[Array, "B T D+1"], Float[Array, "V D+1"]]:
+    """Return (states, table) whose product has the bias in it, for losses that take none: [s, 1] [E, c]^T."""
+    ones = jnp.ones((*states.shape[:-1], 1), states.dtype)
+    column = jnp.expand_dims(bias, -1).astype(table.dtype)
+    return jnp.concatenate([states, ones], axis=-1), jnp.concatenate([table, column], axis=-1)
 
 
 def make_head(rngs: nnx.Rngs, config: HeadConfig, stack: ModelConfig) -> MaskedLMHead | ClassHead | Pooler | None:

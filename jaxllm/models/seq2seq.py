@@ -10,6 +10,7 @@ from jaxllm.layers.linear import constant
 from jaxllm.layers.masks import CausalMask, FullMask
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.decoder import Transformer
+from jaxllm.models.heads import joined
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 
@@ -52,10 +53,18 @@ class Seq2Seq(nnx.Module):
         x = self.decoder.embedded(self._lookup(targets), positions)
         return self.decoder.run(x, positions, CausalMask(target_segments), memory=memory)[0]
 
+    def linear(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D+"], Float[Array, "V D+"]]:
+        """Return (states, table) whose product alone is the logits, for losses that take no scale and no bias."""
+        states, table = self._scaled(hidden), self.decoder.output_table()
+        return (states, table) if self.logit_bias is None else joined(states, table, self.logit_bias[...])
+
+    def _scaled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        scale = self.config.logit_scale
+        return hidden if scale is None else hidden * jnp.asarray(scale, hidden.dtype)
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Return float32 logits of hidden states."""
-        scale = self.config.logit_scale
-        logits = self.decoder.logits(hidden if scale is None else hidden * jnp.asarray(scale, hidden.dtype))
+        logits = self.decoder.logits(self._scaled(hidden))
         return logits if self.logit_bias is None else logits + self.logit_bias[...][None, None, :]
 
     def __call__(

@@ -31,10 +31,10 @@ class Seq2SeqConfig(Config):
             raise ValueError(f"start_token={self.start_token} is not below decoder.vocab_size={self.vocab_size}")
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             kinds = isinstance(stack.ffn, Experts) or isinstance(stack.positions, Rope)
-            if kinds or stack.window or stack.parallel or stack.mla or stack.latent:
+            if kinds or stack.window or stack.parallel or stack.mla or stack.latent or stack.logit_softcap:
                 raise ValueError(
-                    f"{name}: experts, rotary positions, windows, parallel layers, mla and latent are for decoder-only "
-                    "models; leave them out"
+                    f"{name}: experts, rotary positions, windows, parallel layers, mla, latent and logit_softcap are "
+                    "for decoder-only models; leave them out"
                 )
         return self
 
@@ -42,6 +42,11 @@ class Seq2SeqConfig(Config):
     def vocab_size(self) -> int:
         """Rows of the table of tokens."""
         return self.decoder.vocab_size
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the deeper half."""
+        return max(self.encoder.n_layers, self.decoder.n_layers)
 
     @property
     def max_seq_len(self) -> int:

@@ -22,8 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as managers
 
-from jaxllm.models.build import Params, abstract_params
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.build import AnyConfig, Params, abstract_params
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
 
@@ -231,7 +230,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def load_params(
-    run_dir: str | Path, model: ModelConfig, *, step: int | None = None, shardings: Any = None
+    run_dir: str | Path, model: AnyConfig, *, step: int | None = None, shardings: Any = None
 ) -> tuple[Params, dict[str, Any]]:
     """Read the parameters alone (the moving average where the run kept one), on one device or as `shardings` says.
 

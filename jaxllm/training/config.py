@@ -53,6 +53,9 @@ class StepConfig(Config):
 
     accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary (Vaswani et al.: 0.1)"
+    )
     elbo: Elbo = Field(Elbo(), description="the loss of a VAE (model.latent)")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="decay of a moving average of parameters, shorter at first; none = off"

@@ -52,7 +52,7 @@ class Feed:
 
 
 def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
-    """Join the rows [B / processes, T] of every process to one global array [B, T], rows over the batch axes."""
+    """Join the rows [B / processes, ...] of every process to one global array [B, ...], rows over the batch axes."""
     shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
-    sharding = named_sharding(mesh, ("batch", "length"), shape)
+    sharding = named_sharding(mesh, ("batch", "length")[: len(shape)], shape)
     return jax.make_array_from_process_local_data(sharding, local, shape)

@@ -12,14 +12,15 @@ from jaxllm.sharding.rules import constrain
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"], z: float, chunk: int, cap: float | None = None,
+    weights: Float[Array, "B T"], z: float, chunk: int, cap: float | None = None, smoothing: float = 0.0,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats), both summed over tokens: divide after summing over microbatches and devices, never before.
 
-    nats = sum_bt w_bt (log_z_bt - logits_bt[target_bt]),  loss = nats + z sum_bt w_bt log_z_bt^2,
+    nats = sum_bt w_bt (log_z_bt - logits_bt[target_bt]),
+    loss = (1 - e) nats + e / V sum_btv w_bt (log_z_bt - logits_bt[v]) + z sum_bt w_bt log_z_bt^2, for a smoothing e,
     with logits = hidden table^T, bent by `soft_cap` if there is a cap, and log_z = logsumexp over V.
 
     Only the logits of `chunk` positions exist at a time. The gradient is taken in the forward pass, while a chunk's
@@ -31,13 +32,15 @@ def cross_entropy(
       weights: >= 0; zero drops the token (padding, prompt, last of its segment).
       z: weight of the squared log-partition term. Source: PaLM, Chowdhery et al. 2022, section 5 (1e-4).
       chunk: most positions of a row per chunk; a row is cut into equal chunks.
+      smoothing: share of the right answer that is spread over the vocabulary, in [0, 1). Source: Szegedy et al. 2016,
+        section 7; Vaswani et al. 2017, section 5.4 (0.1).
     """
     table = constrain(table, "vocab", None)  # gathered once here, not once per chunk
 
     def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
         hidden, targets, weights = inputs
         logits, log_z = _logits(hidden, table, cap)
-        return _add(sums, logits, log_z, targets, weights, z), None
+        return _add(sums, logits, log_z, targets, weights, z, smoothing), None
 
     return jax.lax.scan(body, _zeros(), chunks((hidden, targets, weights), chunk))[0]
 
@@ -56,7 +59,7 @@ def token_nats(
     return nats.reshape(nats.shape[0], -1)[:, : targets.shape[1]]
 
 
-def _forward(hidden, table, targets, weights, z, chunk, cap):
+def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):
     """The sums, with the gradients of `loss` as residuals."""
     full_table = constrain(table, "vocab", None)
 
@@ -64,11 +67,13 @@ def _forward(hidden, table, targets, weights, z, chunk, cap):
         sums, table_gradient = carry
         hidden, targets, weights = inputs
         logits, log_z = _logits(hidden, full_table, cap)
-        sums = _add(sums, logits, log_z, targets, weights, z)
+        sums = _add(sums, logits, log_z, targets, weights, z, smoothing)
         probs = jnp.exp(logits - log_z[..., None])
         hit = jnp.arange(logits.shape[-1])[None, None, :] == targets[..., None]
         slope = weights * (1.0 + 2.0 * z * log_z)
-        gradient = probs * slope[..., None] - jnp.where(hit, weights[..., None], 0.0)
+        gradient = probs * slope[..., None] - jnp.where(hit, (1.0 - smoothing) * weights[..., None], 0.0)
+        if smoothing:
+            gradient -= smoothing / logits.shape[-1] * weights[..., None]
         if cap is not None:
             gradient *= 1.0 - (logits / cap) ** 2
         gradient = gradient.astype(hidden.dtype)
@@ -84,7 +89,7 @@ def _forward(hidden, table, targets, weights, z, chunk, cap):
     return sums, (hidden_gradient, table_gradient.T.astype(table.dtype))
 
 
-def _backward(z, chunk, cap, gradients, cotangents):
+def _backward(z, chunk, cap, smoothing, gradients, cotangents):
     hidden, table = (gradient * cotangents[0].astype(gradient.dtype) for gradient in gradients)
     return hidden, table, None, None
 
@@ -118,9 +123,11 @@ def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"], cap: floa
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
 
-def _add(sums: Sums, logits: Array, log_z: Array, targets: Array, weights: Array, z: float) -> Sums:
-    nats = jnp.sum(weights * (log_z - _chosen(logits, targets)))
-    return sums[0] + nats + z * jnp.sum(weights * log_z**2), sums[1] + nats
+def _add(sums: Sums, logits: Array, log_z: Array, targets: Array, weights: Array, z: float, smoothing: float) -> Sums:
+    loss = nats = jnp.sum(weights * (log_z - _chosen(logits, targets)))
+    if smoothing:
+        loss = (1.0 - smoothing) * nats + smoothing * jnp.sum(weights * (log_z - jnp.mean(logits, axis=-1)))
+    return sums[0] + loss + z * jnp.sum(weights * log_z**2), sums[1] + nats
 
 
 def _chosen(logits: Array, targets: Array) -> Array:

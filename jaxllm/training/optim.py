@@ -12,8 +12,9 @@ def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
     """Return the transformation from gradients to updates at learning rate one (already negated)."""
     clip = optax.clip_by_global_norm(config.clip)
     if isinstance(config, AdamW):
-        # Weight decay is for matrices: never for biases and norm scales.
-        decayed = lambda params: map_named(lambda name, _: not name.endswith(("bias", "/scale", "/sinks")), params)
+        # Weight decay is for matrices: never for biases, norm scales and the gates of ReZero.
+        exempt = ("bias", "/scale", "/sinks", "_gate")
+        decayed = lambda params: map_named(lambda name, _: not name.endswith(exempt), params)
         return optax.chain(
             clip,
             optax.scale_by_adam(config.b1, config.b2, config.eps),

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.models.build import AnyConfig, Params, abstract_params, init_params, logical_axes
-from jaxllm.models.config import ModelConfig
 from jaxllm.sharding.rules import named_sharding
 
 
@@ -68,7 +67,7 @@ def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> Named
 
 
 def init_state(
-    config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool = False,
+    config: AnyConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool = False,
     params: Params | None = None,
 ) -> tuple[TrainState, TrainState]:  # fmt: skip
     """Return (state, its shardings), born sharded: no device and no host ever holds all of it.

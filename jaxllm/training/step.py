@@ -9,41 +9,65 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.models.balance import move_biases, router_loss, router_metrics
-from jaxllm.models.build import Params, bind, graph
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.build import AnyConfig, Params, bind, graph
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
+from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.rules import constrain
 from jaxllm.training.config import AdamW, Muon, StepConfig
+from jaxllm.training.encoder_losses import class_sums, masked_lm_sums, target_sums
 from jaxllm.training.losses import cross_entropy, token_nats
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
 from jaxllm.training.vae_losses import Texts, draw, elbo_sums, vae_metrics
 
 Metrics = dict[str, Array]
+AnyBatch = Batch | TextPairs | LabelledTexts  # what the loader makes for the model that learns from it
 NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradient norms
 
 
-def loss_sums(params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float = 0.0) -> tuple:
-    """Return (loss, (nats, router sums)), summed over the weighted tokens of `batch`; see `losses.cross_entropy`.
+def loss_sums(
+    params: Params, batch: AnyBatch, model: AnyConfig, compute: ComputeConfig, z: float = 0.0, smoothing: float = 0.0
+) -> tuple:
+    """Return (loss, (nats, router sums)), summed over the weights of `batch`; see `losses.cross_entropy`.
 
     Experts add their `balance.router_loss`, times the weights, to the loss; the router sums of other models are None.
     """
+    match model, batch:
+        case EncoderConfig(), LabelledTexts():
+            loss, nats = class_sums(params, batch, model, compute, smoothing=smoothing)
+        case EncoderConfig(), _:
+            loss, nats = masked_lm_sums(params, batch, model, compute, z=z, smoothing=smoothing)
+        case Seq2SeqConfig(), _:
+            loss, nats = target_sums(params, batch, model, compute, z, smoothing)
+        case _:
+            return _next_token_sums(params, batch, model, compute, z, smoothing)
+    return loss, (nats, None)
+
+
+def _next_token_sums(
+    params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float, smoothing: float
+) -> tuple:
     module = bind(graph(model, compute)[0], params)
     hidden, routers = module.routed_states(batch.tokens, batch.segments, batch.positions)
     with jax.named_scope("loss"):
         table, cap = module.output_table(), model.logit_softcap
-        loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap)
+        loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap, smoothing)
         if routers is not None:
             loss += router_loss(routers, model.ffn) * jnp.sum(batch.weights)
         return loss, (nats, routers)
 
 
 def gradient_sums(
-    params: Params, batch: Batch | Texts, model: ModelConfig, compute: ComputeConfig, step: StepConfig
+    params: Params, batch: AnyBatch | Texts, model: AnyConfig, compute: ComputeConfig, step: StepConfig
 ) -> tuple[Params, Float[Array, ""], tuple]:
     """Return (gradient of the loss sum, loss sum, (nats sum, other sums)), in `step.accumulate` microbatches."""
-    loss_of = functools.partial(elbo_sums, free_bits=step.elbo.free_bits) if isinstance(batch, Texts) else loss_sums
+    loss_of = (
+        functools.partial(elbo_sums, free_bits=step.elbo.free_bits) if isinstance(batch, Texts)
+        else functools.partial(loss_sums, smoothing=step.label_smoothing)
+    )  # fmt: skip
     both = jax.value_and_grad(functools.partial(loss_of, model=model, compute=compute, z=step.z_loss), has_aux=True)
 
     def split(x: Array) -> Array:
@@ -51,7 +75,7 @@ def gradient_sums(
         x = jnp.swapaxes(x.reshape(x.shape[0] // step.accumulate, step.accumulate, *x.shape[1:]), 0, 1)
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
-    def add(carry: tuple, microbatch: Batch | Texts) -> tuple[tuple, None]:
+    def add(carry: tuple, microbatch: AnyBatch | Texts) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, carry, both(params, microbatch)), None
 
     if step.accumulate == 1:
@@ -65,7 +89,7 @@ def gradient_sums(
 
 
 def train_step(
-    state: TrainState, batch: Batch, lr: Float[Array, ""], *, model: ModelConfig, compute: ComputeConfig,
+    state: TrainState, batch: AnyBatch, lr: Float[Array, ""], *, model: AnyConfig, compute: ComputeConfig,
     optim: AdamW | Muon, step: StepConfig, texts_per_row: int = 1,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Return the state after one update on `batch`, and the step's metrics.
@@ -77,14 +101,14 @@ def train_step(
       lr: learning rate of this update; `schedules.learning_rate` of the step.
       texts_per_row: the most of a row, at least; read by a VAE alone.
     Returns:
-      metrics: loss (mean nats per weighted token), objective (with z-loss and what routers add), grad_norm, lr, tokens
-      (sum of weights), skipped, and `balance.router_metrics` of a model with experts; float32 scalars. The loss of a
-      VAE is -ELBO, with `vae_losses.vae_metrics` and kl_weight beside it.
+      metrics: loss (mean nats per weighted token, or text that has a label), objective (with smoothing, z-loss and what
+      routers add), grad_norm, lr, tokens (sum of weights), skipped, and `balance.router_metrics` of a model with
+      experts; float32 scalars. The loss of a VAE is -ELBO, with `vae_losses.vae_metrics` and kl_weight beside it.
     """
-    latent = model.latent
-    rows = batch if latent is None else draw(batch, step.elbo, latent.size, state.step, texts_per_row)
+    vae = is_vae(model)
+    rows = draw(batch, step.elbo, model.latent.size, state.step, texts_per_row) if vae else batch
     gradient, loss, (nats, sums) = gradient_sums(state.params, rows, model, compute, step)
-    routers = sums if latent is None else None
+    routers = None if vae else sums
     with jax.named_scope("update"):
         tokens = jnp.sum(batch.weights)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
@@ -112,14 +136,14 @@ def train_step(
         "loss": nats * scale, "objective": loss * scale, "grad_norm": norm, "lr": lr, "tokens": tokens,
         "skipped": 1.0 - good.astype(jnp.float32),
     }  # fmt: skip
-    if latent is not None:
+    if vae:
         metrics |= {**vae_metrics(sums, tokens), "kl_weight": rows.kl_weight[0]}
     elif routers is not None:
         metrics |= router_metrics(routers, model.ffn)
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
 
-def eval_step(params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig) -> Metrics:
+def eval_step(params: Params, batch: AnyBatch, *, model: AnyConfig, compute: ComputeConfig) -> Metrics:
     """Return the summed nats and weights of `batch`: add over batches, then divide."""
     _, (nats, _) = loss_sums(params, batch, model, compute)
     return {"nats": nats, "tokens": jnp.sum(batch.weights)}
@@ -133,9 +157,9 @@ def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: C
 
 
 def compile_step(
-    model: ModelConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
+    model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
     texts_per_row: int = 1,
-) -> Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]:  # fmt: skip
+) -> Callable[[TrainState, AnyBatch, float], tuple[TrainState, Metrics]]:  # fmt: skip
     """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
     function = functools.partial(
         train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row

@@ -84,5 +84,8 @@ def test_help_of_train_is_light_and_complete():
     )
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     listed = set(re.findall(r"^. +([\w.]+) ", text, re.MULTILINE))
-    missing = {key for key in keys(Recipe) if not any(each.startswith(key) for each in listed)}
-    assert not missing
+    halves = ("model.stack", "model.encoder", "model.decoder")
+    for half in halves:
+        assert re.search(rf"(?m)^{half}: .*; its keys are those of model$", text)
+    own = {key for key in keys(Recipe) if not key.startswith(halves)}
+    assert not {key for key in own if not any(each.startswith(key) for each in listed)}

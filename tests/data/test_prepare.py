@@ -15,7 +15,7 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare import BytesTokenizer, Encoded, ExistingTokenizer, PrepareConfig, assign_splits, prepare
 from jaxllm.data.shards import Dataset
-from jaxllm.data.sources import JsonLines, TextFiles, World
+from jaxllm.data.sources import RowFiles, TextFiles, World
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_conversations_without_answers_stop(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     config = PrepareConfig(
-        inputs=(JsonLines(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer()
+        inputs=(RowFiles(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer()
     )
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no token of this conversation is learned"):
         prepare(config)
@@ -133,7 +133,7 @@ def test_a_template_that_cannot_be_learned_from_is_named_whatever_the_policy(tmp
     turn = '{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}'
     (tmp_path / "a.jsonl").write_text(f'{{"messages": [{turn}, {turn}]}}\n')
     config = PrepareConfig(
-        inputs=(JsonLines(path=str(tmp_path / "a.jsonl")),), chat=True, out=str(tmp_path / "d"), errors="skip",
+        inputs=(RowFiles(path=str(tmp_path / "a.jsonl")),), chat=True, out=str(tmp_path / "d"), errors="skip",
         tokenizer=ExistingTokenizer(path=str(tmp_path / "their")),
     )  # fmt: skip
     with pytest.raises(ValueError, match=rf"^the chat template of {tmp_path}/their begins an answer .*generation %"):
@@ -146,7 +146,7 @@ def test_bad_conversations_are_left_out_and_counted(tmp_path):
     good = talk(("system", ""), ("user", "q"), ("assistant", "a?"))
     path.write_text(good + talk(("robot", "q"), ("assistant", "a")) + talk(("user", "nothing is answered")))
     config = PrepareConfig(
-        inputs=(JsonLines(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer(),
+        inputs=(RowFiles(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer(),
         errors="replace",
     )  # fmt: skip
     made = prepare(config)
@@ -163,7 +163,7 @@ def test_the_report_of_clean_data_has_no_table_of_losses_and_counts_in_plain_eng
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n')
     made = prepare(
-        PrepareConfig(inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
+        PrepareConfig(inputs=(RowFiles(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
     )
     shown = show(made)
     assert "nothing was left out or changed" in shown and "examples" not in shown
@@ -177,7 +177,7 @@ def test_the_table_of_losses_has_only_those_and_shows_the_line_number_on_a_narro
     path.write_text('{"text": "one"}\n{bad\n')
     made = prepare(
         PrepareConfig(
-            inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer(), errors="skip"
+            inputs=(RowFiles(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer(), errors="skip"
         )
     )
     out = io.StringIO()
@@ -214,7 +214,7 @@ def test_progress(tmp_path, monkeypatch, terminal):
 def test_unreadable_rows_are_in_the_report(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{bad\n{"text": "two"}\n')
-    config = PrepareConfig(inputs=(JsonLines(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
+    config = PrepareConfig(inputs=(RowFiles(path=str(path)),), out=str(tmp_path / "d"), tokenizer=BytesTokenizer())
     with pytest.raises(ValueError, match=r"a\.jsonl:2: not JSON .*--errors skip \(leave it out and count it\)$"):
         prepare(config)
     made = prepare(config.model_copy(update={"errors": "skip"}))
@@ -270,7 +270,7 @@ def test_dropped_conversations_are_shown_as_json(tmp_path):
     path.write_text(row * 2 + '{"messages": [{"role": "user"}]}\n{"messages": {"a": [1, true]}}\n', encoding="utf-8")
     made = prepare(
         PrepareConfig(
-            inputs=(JsonLines(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer(),
+            inputs=(RowFiles(path=str(path)),), chat=True, out=str(tmp_path / "d"), tokenizer=BytesTokenizer(),
             errors="skip",
         )
     )  # fmt: skip

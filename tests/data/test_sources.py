@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from jaxllm.data import pydocs
 from jaxllm.data.documents import Conversation, Document, Message
 from jaxllm.data.problems import Problems
-from jaxllm.data.sources import JsonLines, PyDocs, TextFiles, World, conversations, documents
+from jaxllm.data.sources import PyDocs, RowFiles, TextFiles, World, conversations, documents
 
 SEPARATORS = "a\u2028b\u2029c\u0085d"
 
@@ -24,16 +25,16 @@ def rows(path, *values):
 @pytest.mark.parametrize(
     ("split", "expected"),
     [
-        ("file", [("one\ntwo\n\n\nthree\n", "whole file")]),
-        ("paragraph", [("one\ntwo", "line 1"), ("three", "line 5")]),
-        ("line", [("one", "line 1"), ("two", "line 2"), ("three", "line 5")]),
+        ("file", [("one\ntwo\n\n\nthree\n", "whole file", None)]),
+        ("paragraph", [("one\ntwo", "line 1", 0), ("three", "line 5", 10)]),
+        ("line", [("one", "line 1", 0), ("two", "line 2", 4), ("three", "line 5", 10)]),
     ],
 )
 def test_splits(tmp_path, split, expected):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\n\n\nthree\n")
     assert read(TextFiles(path=str(path), split=split)) == [
-        Document(text, str(path), place) for text, place in expected
+        Document(text, str(path), place, offset) for text, place, offset in expected
     ]
 
 
@@ -45,7 +46,7 @@ def test_only_newlines_end_a_line(tmp_path, split):
     row = rows(
         tmp_path / "a.jsonl", {"text": SEPARATORS}, json.dumps({"text": SEPARATORS}, ensure_ascii=False).encode()
     )
-    assert [document.text for document in read(JsonLines(path=row))] == [SEPARATORS] * 2
+    assert [document.text for document in read(RowFiles(path=row))] == [SEPARATORS] * 2
 
 
 def test_globs_are_sorted_and_deep(tmp_path):
@@ -63,8 +64,11 @@ def test_globs_are_sorted_and_deep(tmp_path):
     (tmp_path / "odd[1].txt").write_text("literal")
     (tmp_path / "odd1.txt").write_text("what the pattern would match")
     assert [document.text for document in read(TextFiles(path=f"{tmp_path}/odd[1].txt"))] == ["literal"]
-    with pytest.raises(FileNotFoundError, match=r"sub' is a directory; name its files: '.*sub/\*\*/\*'"):
-        read(TextFiles(path=f"{tmp_path}/sub"))
+    assert [document.text for document in read(TextFiles(path=f"{tmp_path}/sub"))] == ["sub/a.txt"]
+    with pytest.raises(
+        FileNotFoundError, match=r"named as --jsonl demands; its 6 files end in \.md, \.txt; .*/\*\*/\*'"
+    ):
+        read(RowFiles(path=str(tmp_path)))
 
 
 def test_windows_files(tmp_path):
@@ -113,11 +117,11 @@ def test_bad_bytes_name_file_and_offset(tmp_path):
 def test_broken_rows_stop_or_are_counted(tmp_path, row, message):
     path = rows(tmp_path / "a.jsonl", {"text": "one"}, row, b"", {"text": "three"})
     with pytest.raises(ValueError, match=message) as error:
-        read(JsonLines(path=path))
+        read(RowFiles(path=path))
     can_be_replaced = "not UTF-8" in message
     assert str(error.value).endswith("or --errors replace" if can_be_replaced else "(leave it out and count it)")
     problems = Problems("skip")
-    assert [(d.text, d.location) for d in read(JsonLines(path=path), problems)] == [
+    assert [(d.text, d.location) for d in read(RowFiles(path=path), problems)] == [
         ("one", "line 1"),
         ("three", "line 4"),
     ]
@@ -133,7 +137,7 @@ def test_problem_examples_are_few():
 
 def test_named_field(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"body": "x", "text": "no"})
-    assert [document.text for document in read(JsonLines(path=path, fields="body"))] == ["x"]
+    assert [document.text for document in read(RowFiles(path=path, fields="body"))] == ["x"]
 
 
 def test_conversation_formats(tmp_path):
@@ -149,8 +153,8 @@ def test_conversation_formats(tmp_path):
             ]
         },
     )
-    found = list(conversations(JsonLines(path=path), Problems()))
-    assert found == [
+    found = list(conversations(RowFiles(path=path), Problems()))
+    assert [replace(each, offset=None) for each in found] == [
         Conversation.pair("Add.\n\n1 2", "3", path, "line 1"),
         Conversation.pair("Hi", "Hello", path, "line 2"),
         Conversation((Message("system", "S"), Message("user", "q"), Message("assistant", "a")), path, "line 3"),
@@ -159,13 +163,14 @@ def test_conversation_formats(tmp_path):
         tmp_path / "c.jsonl",
         {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}, {"input": "", "output": "?"}]},
     )
-    assert list(conversations(JsonLines(path=seeds), Problems())) == [
+    found = list(conversations(RowFiles(path=seeds), Problems()))
+    assert [replace(each, offset=None) for each in found] == [
         Conversation.pair("Add.\n\n1 2", "3", seeds, "line 1"),
         Conversation.pair("Add.", "?", seeds, "line 1"),
     ]
     pairs = rows(tmp_path / "b.jsonl", {"question": "q", "answer": "a"})
-    [pair] = conversations(JsonLines(path=pairs, fields="question,answer"), Problems())
-    assert pair == Conversation.pair("q", "a", pairs, "line 1")
+    [pair] = conversations(RowFiles(path=pairs, fields="question,answer"), Problems())
+    assert pair == replace(Conversation.pair("q", "a", pairs, "line 1"), offset=0)
 
 
 @pytest.mark.parametrize(
@@ -189,16 +194,16 @@ def test_conversation_formats(tmp_path):
 def test_what_is_no_conversation(tmp_path, row, fields, message):
     path = rows(tmp_path / "a.jsonl", row)
     with pytest.raises(ValueError, match=rf"a\.jsonl:1: .*{message}"):
-        list(conversations(JsonLines(path=path, fields=fields), Problems()))
+        list(conversations(RowFiles(path=path, fields=fields), Problems()))
     problems = Problems("skip")
-    assert not list(conversations(JsonLines(path=path, fields=fields), problems))
+    assert not list(conversations(RowFiles(path=path, fields=fields), problems))
     assert problems.count == 1
 
 
 def test_half_a_surrogate_pair_in_a_message_is_left_out(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "a\ud800b"}]})
     problems = Problems("replace")
-    assert not list(conversations(JsonLines(path=path), problems))
+    assert not list(conversations(RowFiles(path=path), problems))
     assert problems.examples == [f"{path}:1: lone surrogate \\ud800 at character 1"]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, LabelledTexts
 from jaxllm.core.tree import named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.encoders import ENCODERS
@@ -17,7 +17,7 @@ from jaxllm.huggingface import words_for
 from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder_config import Embeddings
-from jaxllm.training.encoder_losses import LabelledTexts, class_sums, masked_lm_sums
+from jaxllm.training.encoder_losses import class_sums, masked_lm_sums
 
 WHY = "pip install 'jaxllm[parity]' compares with transformers and torch"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -137,7 +137,8 @@ def test_loss_and_gradients(pair):
 
     def loss(params):
         if config.head.kind == "classes":
-            return class_sums(params, LabelledTexts(tokens, mask, labels, types), config, COMPUTE) / 2
+            rows = LabelledTexts(tokens, mask, labels, np.ones(2, np.float32))
+            return class_sums(params, rows, config, COMPUTE, types)[0] / 2
         rows = Batch(tokens, targets, weights.astype(np.float32), mask, positions(mask))
         return masked_lm_sums(params, rows, config, COMPUTE, types)[0] / weights.sum()
 

@@ -134,8 +134,8 @@ PLAIN = [
     for penalty in (0.0, 1.0, 2.0, -0.5)
 ]
 RULED = [
-    {"no_repeat_ngram_size": 2, "bad_words_ids": [[138], [30, 31], [263, 5]], "min_length": 6, "repetition_penalty": 1.3,
-     "renormalize_logits": renormalise, "early_stopping": early, "length_penalty": 0.8}
+    {"no_repeat_ngram_size": 2, "bad_words_ids": [[138], [30, 31], [263, 5]], "min_length": 6,
+     "repetition_penalty": 1.3, "renormalize_logits": renormalise, "early_stopping": early, "length_penalty": 0.8}
     for early in (False, True) for renormalise in (False, True)
 ]  # fmt: skip
 FORCED = [{"forced_bos_token_id": 9, "forced_eos_token_id": 2, "length_penalty": 2.0, "early_stopping": True}]
@@ -159,10 +159,10 @@ def test_beams_are_those_of_transformers_alone_and_in_a_batch(pair, asked):
         for source, answers in zip(sources, found, strict=True):
             written = model.generate(
                 torch.tensor([source]), do_sample=False, num_return_sequences=4, eos_token_id=stops,
-                pad_token_id=0, **asks,
+                pad_token_id=3, **asks,
             )  # fmt: skip
             mine = [[config.start_token, *forced, *answer.tokens] for answer in answers]
-            padded = [row + [0] * (written.shape[1] - len(row)) for row in mine]
+            padded = [row + [3] * (written.shape[1] - len(row)) for row in mine]
             assert padded == written.tolist(), asks
             lengths |= {len(row) for row in mine}
         alone = decoder.answer(requests[1:2], 4, sampler, limits, search, len(forced))[0]

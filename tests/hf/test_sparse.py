@@ -214,6 +214,23 @@ def test_gpt_oss_without_a_word_on_positions_has_those_of_its_class():
     assert parse(raw).positions == presets.get("gpt-oss-20b").positions
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_experts_are_chosen_by_is_never_narrowed(devices, tmp_path):
+    """As transformers keeps e_score_correction_bias and gate.weight of DeepSeek-V3."""
+    rows, params = FAMILIES["deepseek_v3"].rows(DEEPSEEK), init_params(DEEPSEEK, 0)
+    noise = jax.random.normal(jax.random.key(0), (2, 4))
+    params["blocks"]["ffn"]["choice_bias"] = noise
+    writer = Writer(tmp_path)
+    write_params(params, rows, DEEPSEEK, writer)
+    writer.close()
+    shardings = None if devices == 1 else param_shardings(DEEPSEEK, make_mesh(MeshConfig(expert=2, fsdp=4)))
+    again = named_leaves(read_params(Checkpoint(tmp_path), rows, DEEPSEEK, shardings, "bfloat16"))
+    exact = {name for name, leaf in again.items() if leaf.dtype == "float32"}
+    assert exact == {"blocks/ffn/choice_bias", "blocks/ffn/router"}
+    assert {str(leaf.dtype) for leaf in again.values()} == {"float32", "bfloat16"}
+    np.testing.assert_array_equal(again["blocks/ffn/choice_bias"], noise)
+
+
 @pytest.mark.parametrize("model_type", list(CONFIGS))
 def test_experts_are_read_onto_the_devices_that_own_them(model_type, tmp_path):
     config = CONFIGS[model_type]

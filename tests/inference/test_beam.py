@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from conftest import COMPUTE, CONFIG
 
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.rules import Rules, Text, banned
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.search import Search
+from jaxllm.models.config import ComputeConfig
 
 PROMPTS = [[7, 3, 9], [50], [4, 4, 8, 30, 21, 12]]
 STOPS = (11, 17, 29, 40, 52)
@@ -30,8 +30,10 @@ def naive(forward, prompt, search, limit, stops):
         ended = sorted(ended, key=lambda each: -each[0])[:n]
         opened = [each for each in found if not over(each[1])][:n]
         counted = limit if search.early_stopping == "never" and power > 0 else length
-        if len(ended) == n and opened and (
-            search.early_stopping is True or opened[0][0] / counted**power <= ended[-1][0]
+        if (
+            len(ended) == n
+            and opened
+            and (search.early_stopping is True or opened[0][0] / counted**power <= ended[-1][0])
         ):
             break
     return ended
@@ -71,7 +73,7 @@ def test_searches_end_at_different_lengths_and_differ_from_greedy(decoder, oracl
 
 
 def test_a_row_ends_where_the_model_does_while_others_go_on(decoder, forward):
-    long = list(np.random.default_rng(0).integers(0, 61, CONFIG.max_seq_len - 3))
+    long = list(np.random.default_rng(0).integers(0, 61, decoder.config.max_seq_len - 3))
     search = Search(num_beams=2)
     found = answers(decoder, [long, PROMPTS[0]], search, stops=())
     assert [len(each.tokens) for each in (*found[0], *found[1])] == [3, 3, 9, 9]
@@ -81,7 +83,7 @@ def test_a_row_ends_where_the_model_does_while_others_go_on(decoder, forward):
 
 def test_more_searches_than_fit_are_taken_in_turns(decoder, params):
     search = Search(num_beams=3)
-    small = Decoder(CONFIG, params, COMPUTE, max_rows=4)
+    small = Decoder(decoder.config, params, ComputeConfig(dtype="float32", layers="unroll"), max_rows=4)
     tokens = lambda found: [[each.tokens for each in answers] for answers in found]
     assert tokens(answers(small, PROMPTS, search)) == tokens(answers(decoder, PROMPTS, search))
 

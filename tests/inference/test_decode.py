@@ -207,3 +207,19 @@ def test_a_router_is_exact_whatever_the_model_computes_in():
     config = CONFIG.model_copy(update={"ffn": Experts(number=4, top_k=2)})
     half = Decoder(config, init_params(config, 0), COMPUTE.model_copy(update={"dtype": "bfloat16"})).params["blocks"][1]
     assert (half["ffn"]["router"].dtype, half["ffn"]["experts"]["up"].dtype) == ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_table_is_in_memory_once_and_a_narrow_one_is_widened_once(tied, monkeypatch):
+    config = CONFIG.model_copy(update={"tie_embeddings": tied})
+    params = jax.jit(lambda: jax.tree.map(lambda leaf: 6 * leaf, init_params(config, 3)))()
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.ndim > 1 else leaf, params)
+    turned = Decoder(config, params, COMPUTE)
+    monkeypatch.setattr("jaxllm.inference.layout.MAX_TURNED", 0)
+    plain, narrow = Decoder(config, params, COMPUTE), Decoder(config, half, COMPUTE)
+    assert ("columns" in turned.params, "columns" in plain.params, "columns" in narrow.params) == (True, False, True)
+    assert plain.params["embed"] is params["embed"] and plain.params.get("head") is params.get("head")
+    assert narrow.params["embed"] is half["embed"] and narrow.params["columns"]["kernel"].dtype == "float32"
+    assert tokens_of(plain, PROMPTS, GREEDY, 12) == tokens_of(turned, PROMPTS, GREEDY, 12)
+    exact = jax.tree.map(lambda leaf: leaf.astype("float32"), half)
+    assert tokens_of(narrow, PROMPTS, GREEDY, 12) == tokens_of(Decoder(config, exact, COMPUTE), PROMPTS, GREEDY, 12)

@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.core.batch import Batch
+from jaxllm.core.batch import Batch, LabelledTexts
 from jaxllm.core.tree import map_named
 from jaxllm.layers.config import LayerNorm, Learned, Plain
 from jaxllm.models.build import abstract_params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
-from jaxllm.training.encoder_losses import LabelledTexts, class_sums, masked_lm_sums
+from jaxllm.training.encoder_losses import class_sums, masked_lm_sums
 
 STACK = ModelConfig(
     vocab_size=31, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=10, norm=LayerNorm(), embed_norm=True,
@@ -45,12 +45,15 @@ def test_the_masked_lm_loss_is_the_cross_entropy_of_the_logits_with_their_bias()
     np.testing.assert_allclose([loss, nats], [-(weights * chosen).sum()] * 2, rtol=1e-5)
 
 
-def test_the_loss_of_labels():
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_labels(smoothing):
     config, params = built(LABEL_HEAD)
-    labels = np.array([2, 0, 1])
-    loss = jax.jit(lambda params: class_sums(params, LabelledTexts(TOKENS, MASK * 1, labels, TYPES), config, COMPUTE))
-    chosen = log_probs(config, params)[np.arange(3), labels]
-    np.testing.assert_allclose(loss(params), -chosen.sum(), rtol=1e-5)
+    batch = LabelledTexts(TOKENS, MASK * 1, np.array([2, 0, 1]), np.array([1, 1, 0.5], np.float32))
+    loss = jax.jit(lambda params: class_sums(params, batch, config, COMPUTE, TYPES, smoothing=smoothing))
+    right = np.eye(3)[batch.labels] * batch.weights[:, None]
+    chosen = -(right * log_probs(config, params)).sum()
+    spread = -(batch.weights[:, None] / 3 * log_probs(config, params)).sum()
+    np.testing.assert_allclose(loss(params), [(1 - smoothing) * chosen + smoothing * spread, chosen], rtol=1e-5)
 
 
 def test_heads_that_do_not_fit():

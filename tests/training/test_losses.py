@@ -12,25 +12,26 @@ TARGETS = GENERATOR.integers(0, 31, (2, 12))
 WEIGHTS = (GENERATOR.random((2, 12)) < 0.6).astype(np.float32) * 0.5
 
 
-def plain(hidden, table, z):
+def plain(hidden, table, z, smoothing=0.0):
     targets, weights = TARGETS[:, : hidden.shape[1]], WEIGHTS[:, : hidden.shape[1]]
     logits = hidden @ table.T
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nats = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * (nats + z * log_z**2)), jnp.sum(weights * nats)
+    loss = (1 - smoothing) * nats + smoothing * (log_z - jnp.mean(logits, axis=-1)) + z * log_z**2
+    return jnp.sum(weights * loss), jnp.sum(weights * nats)
 
 
 @pytest.mark.parametrize(
     ("length", "chunk"), [(12, 1), (12, 4), (12, 5), (12, 12), (12, 512), (11, 2), (11, 4), (7, 6)]
 )
-@pytest.mark.parametrize("z", [0.0, 0.01])
-def test_value_and_gradients_equal_the_formula(length, chunk, z):
-    hidden = HIDDEN[:, :length]
-    chunked = lambda h, m: cross_entropy(h, m, TARGETS[:, :length], WEIGHTS[:, :length], z, chunk)
+@pytest.mark.parametrize(("z", "smoothing"), [(0.0, 0.0), (0.01, 0.0), (0.01, 0.1)])
+def test_value_and_gradients_equal_the_formula(length, chunk, z, smoothing):
+    hidden, rows = HIDDEN[:, :length], (TARGETS[:, :length], WEIGHTS[:, :length])
+    chunked = lambda h, m: cross_entropy(h, m, *rows, z, chunk, None, smoothing)
     ours = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(hidden, TABLE)
-    expected = jax.value_and_grad(lambda h, m: plain(h, m, z), (0, 1), has_aux=True)(hidden, TABLE)
+    expected = jax.value_and_grad(lambda h, m: plain(h, m, z, smoothing), (0, 1), has_aux=True)(hidden, TABLE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
-    np.testing.assert_allclose(jax.jit(chunked)(hidden, TABLE), plain(hidden, TABLE, z), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(hidden, TABLE), plain(hidden, TABLE, z, smoothing), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "count", "size"), [(1024, 2, 512), (1021, 2, 511), (1025, 3, 342), (100, 1, 100)])

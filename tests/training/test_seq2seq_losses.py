@@ -6,13 +6,14 @@ import numpy as np
 import optax
 import pytest
 
+from jaxllm.core.batch import TextPairs
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import LayerNorm, Plain, Sinusoids
 from jaxllm.models.build import bind, graph, init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.training.encoder_losses import TextPairs, target_sums
+from jaxllm.training.encoder_losses import shifted, target_sums
 
 # Vaswani et al. 2017, small: sinusoids, post-norm, ReLU, one table for both halves and the output.
 STACK = ModelConfig(
@@ -28,21 +29,22 @@ def reversed_pairs(seed, rows=16, length=5):
     """Return texts and the same texts backwards, with 0 as the end."""
     texts = np.random.default_rng(seed).integers(2, 16, (rows, length)).astype(np.int32)
     targets = np.concatenate([texts[:, ::-1], np.zeros((rows, 1), np.int32)], 1)
-    inputs = np.concatenate([np.ones((rows, 1), np.int32), targets[:, :-1]], 1)
-    ones = np.ones_like(inputs)
-    return TextPairs(texts, np.ones_like(texts), inputs, targets, ones.astype(np.float32), ones)
+    ones = np.ones_like(targets)
+    return TextPairs(texts, np.ones_like(texts), targets, ones.astype(np.float32), ones)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_formula_whatever_the_chunk(smoothing):
     params, batch = init_params(ORIGINAL, 0), reversed_pairs(0)
     batch = batch._replace(weights=batch.weights * np.linspace(0, 1, 6, dtype=np.float32)[None])
-    loss, nats = target_sums(params, batch, ORIGINAL, COMPUTE, smoothing)
+    loss, nats = target_sums(params, batch, ORIGINAL, COMPUTE, smoothing=smoothing)
     model = bind(graph(ORIGINAL, COMPUTE)[0], params)
-    log_probs = np.asarray(jax.nn.log_softmax(model(batch.sources, batch.inputs), axis=-1), np.float64)
+    inputs = np.concatenate([np.ones((16, 1), np.int32), batch.targets[:, :-1]], 1)
+    log_probs = np.asarray(jax.nn.log_softmax(model(batch.sources, inputs), axis=-1), np.float64)
     right = np.eye(16)[batch.targets] * (1 - smoothing) + smoothing / 16
     np.testing.assert_allclose(loss, -(batch.weights[..., None] * right * log_probs).sum(), rtol=1e-5)
-    whole = target_sums(params, batch, ORIGINAL, COMPUTE.model_copy(update={"loss_chunk": 100}), smoothing)
+    one_chunk = COMPUTE.model_copy(update={"loss_chunk": 100})
+    whole = target_sums(params, batch, ORIGINAL, one_chunk, smoothing=smoothing)
     np.testing.assert_allclose(whole, (loss, nats), rtol=1e-6)
 
 
@@ -50,14 +52,24 @@ def test_packed_pairs_have_the_loss_of_single_ones():
     params, batch = init_params(ORIGINAL, 0), reversed_pairs(0, rows=2)
     joined = TextPairs(*(x.reshape(1, -1) for x in batch))
     numbered = lambda x: np.repeat([[1, 2]], x.shape[1] // 2, axis=1)
-    packed = joined._replace(source_segments=numbered(joined.sources), segments=numbered(joined.inputs))
-    single = target_sums(params, batch, ORIGINAL, COMPUTE, 0.1)
-    np.testing.assert_allclose(target_sums(params, packed, ORIGINAL, COMPUTE, 0.1), single, rtol=1e-5)
+    packed = joined._replace(source_segments=numbered(joined.sources), segments=numbered(joined.targets))
+    single = target_sums(params, batch, ORIGINAL, COMPUTE, smoothing=0.1)
+    np.testing.assert_allclose(target_sums(params, packed, ORIGINAL, COMPUTE, smoothing=0.1), single, rtol=1e-5)
 
 
-def test_smoothing_has_bounds():
-    with pytest.raises(ValueError, match=r"smoothing=1\.0 must be"):
-        target_sums(init_params(ORIGINAL, 0), reversed_pairs(0), ORIGINAL, COMPUTE, 1.0)
+def test_the_decoder_reads_each_target_one_place_later():
+    found = shifted(np.array([[4, 2, 5, 6, 2, 0]]), np.array([[1, 1, 2, 2, 2, 0]]), 9)
+    assert found.tolist() == [[9, 4, 9, 5, 6, 9]]
+
+
+def test_scale_and_bias_of_the_logits_are_in_the_loss():
+    scaled = ORIGINAL.model_copy(update={"logit_scale": 0.5, "logit_bias": True})
+    params, batch = init_params(scaled, 0), reversed_pairs(0)
+    params["logit_bias"] = np.random.default_rng(1).normal(size=16).astype(np.float32)
+    inputs = np.concatenate([np.ones((16, 1), np.int32), batch.targets[:, :-1]], 1)
+    log_probs = jax.nn.log_softmax(bind(graph(scaled, COMPUTE)[0], params)(batch.sources, inputs), axis=-1)
+    expected = -np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], -1).sum()
+    np.testing.assert_allclose(target_sums(params, batch, scaled, COMPUTE), [expected] * 2, rtol=1e-5)
 
 
 def test_the_original_transformer_learns_to_turn_texts_around():
@@ -66,7 +78,7 @@ def test_the_original_transformer_learns_to_turn_texts_around():
     @jax.jit
     def step(params, state, batch):
         def mean(params):
-            return target_sums(params, batch, ORIGINAL, COMPUTE, 0.1)[0] / batch.weights.sum()
+            return target_sums(params, batch, ORIGINAL, COMPUTE, smoothing=0.1)[0] / batch.weights.sum()
 
         loss, gradient = jax.value_and_grad(mean)(params)
         updates, state = optimizer.update(gradient, state)

@@ -10,11 +10,14 @@ from jax.sharding import PartitionSpec
 
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
+from jaxllm.inference.decode import Decoder, Limits, Request
+from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import ClampedGate, Experts, Groups, LatentAttention, Rope
 from jaxllm.models.balance import move_biases
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig, DenseLayers, ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
+from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.feed import place
 from jaxllm.training.optim import optimizer
@@ -51,17 +54,17 @@ def batch(rows=8, length=12):
 
 
 @functools.cache
-def run(mesh=None, devices=1, model=MODEL):
-    """Metrics and parameters after two updates."""
-    mesh, optim = make_mesh(mesh or MeshConfig(), jax.devices()[:devices]), AdamW()
+def run(mesh=None, devices=1, model=MODEL, optim=AdamW(), step=StepConfig()):  # noqa: B008
+    """Metrics, parameters and state after two updates."""
+    mesh = make_mesh(mesh or MeshConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        state, shardings = init_state(model, optimizer(optim), mesh, seed=0)
-        update = compile_step(model, CPU, optim, StepConfig(), shardings)
+        state, shardings = init_state(model, optimizer(optim), mesh, seed=0, ema=step.ema_decay is not None)
+        update = compile_step(model, CPU, optim, step, shardings)
         history = []
         for _ in range(2):
             state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 1e-2)
             history.append({key: float(value) for key, value in metrics.items()})
-        return history, jax.device_get(state.params), state.params
+        return history, jax.device_get(state.params), state
 
 
 @pytest.mark.parametrize("model", [MODEL, DEEPSEEK, OSS], ids=["plain", "deepseek", "biases"])
@@ -76,11 +79,68 @@ def run(mesh=None, devices=1, model=MODEL):
 def test_sharded_equals_one_device(mesh, split, model):
     history, params, placed = run(mesh, 8, model)
     expected, expected_params, _ = run(model=model)
-    assert placed["blocks"]["ffn"]["experts"]["up"].sharding.spec == PartitionSpec(*split)
+    assert placed.params["blocks"]["ffn"]["experts"]["up"].sharding.spec == PartitionSpec(*split)
     for found, wanted in zip(history, expected, strict=True):
         for key in wanted:
             assert found[key] == pytest.approx(wanted[key], rel=2e-5), key
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
+
+
+def test_muon_and_a_moving_average_on_a_mesh_where_devices_share_all_experts():
+    options = {"model": DEEPSEEK, "optim": Muon(), "step": StepConfig(ema_decay=0.5)}
+    history, params, state = run(MeshConfig(data=1, fsdp=4, tensor=2), 8, **options)
+    expected, expected_params, one = run(**options)
+    for found, wanted in zip(history, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+    for name, leaf in named_leaves(params).items():
+        np.testing.assert_allclose(leaf, named_leaves(expected_params)[name], atol=2e-3, err_msg=name)
+    ema, alone = named_leaves(state.ema), named_leaves(one.ema)
+    assert {name: leaf.sharding for name, leaf in ema.items()} == {
+        name: leaf.sharding for name, leaf in named_leaves(state.params).items()
+    }
+    for name, leaf in ema.items():
+        np.testing.assert_allclose(leaf, alone[name], atol=2e-3, err_msg=name)
+
+
+def test_a_restored_state_of_two_stacks_goes_on_to_the_last_bit(tmp_path):
+    mesh, step, optim = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), StepConfig(ema_decay=0.9), Muon()
+    with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
+        state, shardings = init_state(DEEPSEEK, optimizer(optim), mesh, seed=0, ema=True)
+        update = compile_step(DEEPSEEK, CPU, optim, step, shardings)
+        rows = jax.tree.map(lambda x: place(x, mesh), batch())
+        state, _ = update(state, rows, 1e-2)
+        checkpoints.save(state, {"step": 1})
+        checkpoints.wait()
+        abstract = jax.eval_shape(lambda: state)
+        straight, metrics = update(state, rows, 1e-2)
+        again, others = update(checkpoints.restore(abstract, shardings)[0], rows, 1e-2)
+    jax.tree.map(np.testing.assert_array_equal, (again, others), (straight, metrics))
+
+
+def test_a_step_after_decoding_is_the_same_leaves_the_decoder_alone_and_compiles_once(caplog):
+    """A decoder is in the memory of the parameters, which a step may write its new ones into."""
+    mesh, optim = make_mesh(MeshConfig(), jax.devices()[:1]), AdamW()
+    answer = lambda decoder: decoder.generate([Request([5, 6, 7])], Sampler(temperature=0.0), Limits(8))
+    found = []
+    for decodes in (False, True):
+        with jax.set_mesh(mesh):
+            state, shardings = init_state(DEEPSEEK, optimizer(optim), mesh, seed=0)
+            update = compile_step(DEEPSEEK, CPU, optim, StepConfig(), shardings)
+            rows = jax.tree.map(lambda x: place(x, mesh), batch())
+            for turn in range(3):
+                caplog.clear()
+                with jax.log_compiles():
+                    decoder = Decoder(DEEPSEEK, state.params, CPU) if decodes else None
+                    first = decodes and answer(decoder)
+                    held = decodes and jax.tree.map(np.array, decoder.params["blocks"])
+                    state, _ = update(state, rows, 1e-2)
+                compiled = [record.message for record in caplog.records if record.message.startswith("Compiling")]
+                assert (not compiled) == (turn > 0), compiled
+                if decodes:
+                    jax.tree.map(np.testing.assert_array_equal, decoder.params["blocks"], held)
+            found.append(jax.device_get(state))
+    assert first[0].tokens
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_biases_of_experts_move_by_one_step_per_update_and_not_by_the_gradient():
@@ -109,14 +169,16 @@ def test_biases_alone_even_out_the_load():
     assert busiest[-1] - even < 0.5 * (busiest[0] - even)
 
 
-def test_weights_decay_and_no_bias_norm_or_sink_does():
-    params = jax.tree.map(jnp.ones_like, init_params(OSS, 0))
+def test_weights_decay_and_no_bias_norm_sink_or_gate_does():
+    model = OSS.model_copy(update={"residual_gate": True})
+    params = jax.tree.map(jnp.ones_like, init_params(model, 0))
     tx = optimizer(AdamW(weight_decay=1.0))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     kept = {name for name, leaf in named_leaves(updates).items() if not np.any(leaf)}
     attention = {f"attention/{name}/bias" for name in "qkvo"} | {"attention/sinks", "attention_norm/scale"}
+    gates = {"attention_gate", "ffn_gate"}
     ffn = {f"ffn/experts/{name}_bias" for name in ("gate", "up", "down")} | {"ffn/router_bias", "ffn_norm/scale"}
-    assert kept == {f"blocks/{name}" for name in attention | ffn} | {"final_norm/scale"}
+    assert kept == {f"blocks/{name}" for name in attention | ffn | gates} | {"final_norm/scale"}
 
 
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():

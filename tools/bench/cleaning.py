@@ -8,6 +8,7 @@ Good: Wikipedia articles and paragraphs, news, a play, a novel, English and Chin
 import base64
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -25,8 +26,10 @@ MENU_ZH = "首页\n产品\n关于我们\n联系\n登录\n搜索\n购物车\n隐�
 
 def good(data: Path) -> Iterator[tuple[str, str]]:
     """Yield (kind, text)."""
-    articles = (data / "text/en/wikitext2_valid.txt").read_text().replace(" \n", "\n").split("\n = ")
-    yield from (("wikipedia en", " = " + text) for text in articles if len(text) > 400)
+    text = (data / "text/en/wikitext2_valid.txt").read_text().replace(" \n", "\n")
+    text = re.sub(r" @(.)@ ", r"\1", text)  # the file is cut into tokens; as it was before:
+    text = re.sub(r"([(\[]) | (?=[,.;:!?)\]']|'s|n't)", r"\1", text)
+    yield from (("wikipedia en", part) for part in text.split("\n = ") if len(part) > 400)
     for name, kind in (
         ("xquad_en_32", "paragraph en"),
         ("xquad_zh_32", "paragraph zh"),

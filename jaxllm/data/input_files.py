@@ -1,0 +1,244 @@
+"""Files of inputs: which there are (globs, directories, here or remote), and their bytes (compressed, in archives)."""
+
+import bz2
+import fnmatch
+import glob
+import gzip
+import io
+import lzma
+import os
+import re
+import stat
+import tarfile
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import BinaryIO
+
+from jaxllm.core.extras import extra
+from jaxllm.data.problems import Problems
+
+BUFFER = 1 << 18
+Line = tuple[int, int, int, bytes]  # number, offset, size, content
+_ENDINGS = {
+    "text": "txt|text", "markdown": "md|markdown", "html": "html?|xhtml", "warc": "warc|wet", "jsonl": "jsonl|ndjson",
+    "parquet": "parquet", "arrayrecord": "array_?record",
+}  # fmt: skip
+_NAMES = {  # of files of each kind, also numbered as in -00000-of-00008, also compressed
+    kind: re.compile(rf"\.({endings})(-\d+-of-\d+)?(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
+    for kind, endings in _ENDINGS.items()
+}
+_TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
+
+
+def find(pattern: str, kind: str) -> list[str]:
+    """Return the files that are meant, in order.
+
+    Args:
+      pattern: a file, whose name may look like a pattern ("[x]1.txt"); a directory, of which the files are meant that
+        are named as `kind` demands, at any depth; or a pattern, in which ** stands for directories at any depth. Hidden
+        files are left alone, and each directory is visited once, whatever links lead to it.
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: the package for a remote store is not installed.
+    """
+    try:
+        is_directory = _is_directory(pattern)
+    except ImportError as error:  # the package for this kind of store is missing, and the message says which
+        raise ValueError(f"{pattern}: {error}") from error
+    if is_directory:
+        below = [path for place in _directories(pattern) for path in _children(place) if not _is_directory(path)]
+        if not (paths := sorted(path for path in below if _NAMES[kind].search(path))):
+            others = sorted({os.path.splitext(path)[1] or "no suffix" for path in below})[:8]
+            raise FileNotFoundError(
+                f"no file in the directory {pattern!r} is named as --{kind} demands; its {len(below)} files end in "
+                f"{', '.join(others) or 'nothing'}; name them: {_join(pattern, '**/*')!r}"
+            )
+        return paths
+    if _path(pattern).exists():
+        return [pattern]
+    root, rest = re.fullmatch(r"(\w+://[^/]*/?|/)?(.*)", pattern.replace(os.sep, "/")).groups()
+    paths = sorted({path for path in _expand(root or "", rest.split("/")) if not _is_directory(path)})
+    if not paths:
+        raise FileNotFoundError(
+            f"no file matches {pattern!r}; quote the pattern, so that the shell does not expand it, and check the path"
+        )
+    return paths
+
+
+def length(path: str) -> int | None:
+    """Return the size of a file in bytes now; None for a pipe and for what cannot be looked at."""
+    try:
+        if "://" in path:
+            return _path(path).stat().length
+        found = os.stat(path)
+    except OSError:  # whoever reads it will say so
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, str, BinaryIO]]:
+    """Yield a file, or those members of an archive that are named as `kind` demands.
+
+    Args:
+      size: how much of the file is read, in bytes, so that what a writer appends meanwhile is not seen.
+    Returns:
+      (what it is called in messages, what its locations begin with, content).
+    """
+    for member, content in problems.guard(path, _members(path, size, kind, problems)):
+        yield (f"{path}/{member}", f"{member}, ", content) if member else (path, "", content)
+
+
+def _members(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, BinaryIO]]:
+    with open_file(path) as file:
+        begin = Beginning(file, size)
+        if path.lower().endswith(".zip"):
+            yield from _wanted(_zipped(file), kind)
+        elif _TAR.search(path):
+            yield from _wanted(_tarred(unpacked(begin)), kind)
+        else:
+            yield "", begin
+        if begin.grew:
+            problems.notes[f"{path} grew while it was read: only its first {size:,} bytes are used"] += 1
+
+
+def _wanted(members: Iterable[tuple[str, Callable[[], BinaryIO]]], kind: str) -> Iterator[tuple[str, BinaryIO]]:
+    found = False
+    for name, open_member in members:
+        if _NAMES[kind].search(name):
+            found = True
+            yield name, open_member()
+    if not found:
+        raise OSError(f"no member of the archive is named as --{kind} demands")
+
+
+def _zipped(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            yield info.filename, partial(archive.open, info)
+
+
+def _tarred(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive:
+        while (info := archive.next()) is not None:
+            archive.members = []  # else memory grows with their number
+            if info.isfile():
+                yield info.name, partial(archive.extractfile, info)
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar archive, which ends with blocks of zeros; tarfile takes anything for one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise OSError(f"the archive is damaged or cut short ({error})") from error
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file here or elsewhere (gs://...) for reading."""
+    return _path(path).open("rb")
+
+
+def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
+    """Yield the lines, which end at newlines only: (number from 1, offset, size, at most `limit` + 1 of its bytes)."""
+    stream, offset, number = unpacked(content), 0, 0
+    while data := stream.readline(limit + 1):
+        size, end = len(data), data
+        while not end.endswith(b"\n"):
+            if not (end := stream.readline(BUFFER)):
+                if isinstance(content, Beginning) and content.grew:
+                    return  # half a line: the writer was not done
+                break
+            size += len(end)
+        number += 1
+        yield number, offset, size, data
+        offset += size
+
+
+class Beginning(io.RawIOBase):
+    """The first `size` bytes of a file, or all of it if that is None; `grew`: there was more in the end."""
+
+    def __init__(self, file: BinaryIO, size: int | None):
+        self.file, self.left, self.grew = file, size, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.file.readinto(memoryview(buffer)[: self.left])
+        if self.left is not None:
+            if not count and self.left:
+                raise OSError(f"the file lost its last {self.left:,} bytes while it was read")
+            self.left -= count
+            self.grew = self.grew or (not self.left and bool(self.file.read(1)))
+        return count
+
+
+def unpacked(content: BinaryIO) -> BinaryIO:
+    """Decompress what looks compressed, whatever it is called."""
+    stream = io.BufferedReader(content, BUFFER)
+    head = stream.peek(16)
+    if head.startswith(b"\x1f\x8b"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=stream), BUFFER)
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return io.BufferedReader(lzma.LZMAFile(stream), BUFFER)
+    if re.match(rb"BZh[1-9]1AY&SY", head):
+        return io.BufferedReader(bz2.BZ2File(stream), BUFFER)
+    if re.match(rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", head):
+        with extra("prep"):
+            import pyarrow
+        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BUFFER)  # it finds cut ones
+    return stream
+
+
+def _path(path: str):
+    from etils import epath
+
+    return epath.Path(path)
+
+
+def _is_directory(path: str) -> bool:
+    return _path(path).is_dir()
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}/{name}" if place and not place.endswith("/") else place + name
+
+
+def _children(place: str, hidden: bool = False) -> list[str]:
+    names = sorted(each.name for each in _path(place or ".").iterdir())
+    return [_join(place, name) for name in names if hidden or not name.startswith(".")]
+
+
+def _directories(top: str) -> Iterator[str]:
+    """`top` and the directories below it, the nearest first."""
+    seen, waiting = set(), deque([top])
+    while waiting:
+        place = waiting.popleft()
+        real = place if "://" in place else os.path.realpath(place)
+        if real not in seen:
+            seen.add(real)
+            yield place
+            waiting.extend(path for path in _children(place) if _is_directory(path))
+
+
+def _expand(place: str, parts: list[str]) -> Iterator[str]:
+    """What matches the pattern whose components are `parts`, from `place` on."""
+    first, *rest = parts
+    if first == "**":
+        for directory in _directories(place):
+            yield from _expand(directory, rest or ["*"])
+        return
+    if not glob.has_magic(first):
+        found = [_join(place, first)] if _path(_join(place, first)).exists() else []
+    else:
+        children = _children(place, first.startswith(".")) if _is_directory(place or ".") else []
+        found = [path for path in children if fnmatch.fnmatch(path.rpartition("/")[2], first)]
+    for path in found:
+        yield from _expand(path, rest) if rest else [path]

@@ -1,0 +1,248 @@
+"""Files of inputs: which are meant, compressed, in archives, remote, changing, too long."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import tarfile
+import tracemalloc
+import zipfile
+
+import pyarrow as pa
+import pytest
+import zstandard
+from etils import epath
+from pyarrow import parquet
+
+from jaxllm.data.clean import CleanConfig, Cleaner
+from jaxllm.data.problems import Problems
+from jaxllm.data.sources import RowFiles, TextFiles, documents, parts
+
+
+def read(source, problems=None):
+    return list(documents(source, problems or Problems()))
+
+
+def texts(source, problems=None):
+    return [each.text for each in read(source, problems)]
+
+
+def skipped(source, match):
+    """The documents that are left, where the policy "error" stops with a message that matches, and "skip" counts it."""
+    with pytest.raises(ValueError, match=match):
+        read(source)
+    problems = Problems("skip")
+    left = read(source, problems)
+    assert problems.count >= 1
+    return left
+
+
+def lines(count):
+    return b"".join(json.dumps({"text": f"row {n} 你好", "id": f"x{n}"}).encode() + b"\n" for n in range(count))
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+def test_compressed_files_are_known_by_their_content(tmp_path, compress):
+    (tmp_path / "a.jsonl").write_bytes(compress(lines(3)) + compress(lines(3)[: len(lines(1))]))
+    found = read(RowFiles(path=str(tmp_path / "a.jsonl")))
+    assert [each.text for each in found] == ["row 0 你好", "row 1 你好", "row 2 你好", "row 0 你好"]
+    assert [each.offset for each in found] == [len(lines(n)) for n in range(4)]  # in the file as it is unpacked
+    assert [(each.location, each.id) for each in found[:2]] == [("line 1", "x0"), ("line 2", "x1")]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+def test_cut_compressed_files_give_what_is_whole(tmp_path, compress):
+    path, whole = tmp_path / "a.jsonl.gz", compress(os.urandom(70_000).hex().encode() + b"\n" + lines(20_000))
+    path.write_bytes(lines(0) + compress(lines(20_000))[:-30])
+    left = skipped(RowFiles(path=str(path)), r"a\.jsonl\.gz: .*; what follows cannot be read; repair it")
+    assert [each.text for each in left] == [f"row {n} 你好" for n in range(len(left))]
+    path.write_bytes(whole[: len(whole) // 2])
+    skipped(TextFiles(path=str(path)), r"a\.jsonl\.gz: .*what follows cannot be read")
+
+
+def test_members_of_archives(tmp_path):
+    contents = {"a.txt": b"one", "sub/b.txt.gz": gzip.compress(b"two"), "c.bin": b"\xff", "d.txt": b""}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    for name, mode in {"a.tar": "w", "a.tar.gz": "w:gz", "a.tgz": "w:gz", "a.tar.xz": "w:xz"}.items():
+        with tarfile.open(tmp_path / name, mode) as archive:
+            for member, content in contents.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    for name in ("a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.xz"):
+        found = read(TextFiles(path=str(tmp_path / name)))
+        assert [(each.text, each.location) for each in found] == [
+            ("one", "a.txt"),
+            ("two", "sub/b.txt.gz"),
+            ("", "d.txt"),
+        ]
+        found = read(TextFiles(path=str(tmp_path / name), split="line"))
+        assert [(each.location, each.source) for each in found] == [
+            ("a.txt, line 1", str(tmp_path / name)),
+            ("sub/b.txt.gz, line 1", str(tmp_path / name)),
+        ]
+
+
+def test_broken_archives(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            archive.writestr(name, f"this is {name}")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"this is b", b"this is B"))
+    assert [each.text for each in skipped(TextFiles(path=str(path)), r"a\.zip/b\.txt: Bad CRC-32")] == [
+        "this is a.txt",
+        "this is c.txt",
+    ]
+    path.write_bytes(content[:-40])
+    assert not skipped(TextFiles(path=str(path)), r"a\.zip: File is not a zip file")
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3000
+            archive.addfile(info, io.BytesIO(b"x" * 3000))
+    path.write_bytes(path.read_bytes()[:5500])
+    assert len(skipped(TextFiles(path=str(path)), r"a\.tar/b\.txt: unexpected end of data")) == 1
+    path.write_bytes(path.read_bytes()[:3600])
+    assert len(skipped(TextFiles(path=str(path)), r"a\.tar: .*cut short")) == 1
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
+        archive.writestr("a.pdf", "x")
+    assert not skipped(
+        TextFiles(path=str(tmp_path / "none.zip")), r"none\.zip: no member of the archive is named as --text demands"
+    )
+
+
+def test_directories_and_links(tmp_path):
+    for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt.gz", ".git/d.txt", "e.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a_loop").symlink_to(tmp_path / "sub")
+    expected = ["a_loop/a.txt", "a_loop/deep/c.txt.gz", "b.txt"]  # the nearest way to each directory
+    for pattern in (f"{tmp_path}", f"{tmp_path}/**/*.txt*"):
+        assert [os.path.relpath(each.path, tmp_path) for each in parts(TextFiles(path=pattern))] == expected
+    (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "gone")
+    assert texts(TextFiles(path=f"{tmp_path}/b.txt")) == ["b.txt"]
+    left = skipped(TextFiles(path=f"{tmp_path}/*.txt"), r"nowhere\.txt: No such file or directory")
+    assert [each.text for each in left] == ["b.txt"]
+    with pytest.raises(ValueError, match=r"self\.txt: Too many levels of symbolic links"):
+        read(TextFiles(path=f"{tmp_path}/s*.txt"))
+
+
+def test_remote_paths(tmp_path):
+    (tmp_path / "data" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").write_bytes(lines(2))
+    (tmp_path / "data" / "sub" / "b.jsonl.gz").write_bytes(gzip.compress(lines(1)))
+    (tmp_path / "data" / "c.parquet").write_bytes(b"")
+    parquet.write_table(pa.table({"text": ["p"]}), tmp_path / "data" / "c.parquet")
+    with epath.testing.mock_epath(**_moved("gs://bucket", str(tmp_path))):
+        for path, count in {"a.jsonl": 2, "*.jsonl": 2, "**/*.jsonl*": 3, "": 3}.items():
+            found = read(RowFiles(path=f"gs://bucket/data/{path}".rstrip("/")))
+            assert (len(found), found[0].source) == (count, "gs://bucket/data/a.jsonl")
+        assert texts(RowFiles(kind="parquet", path="gs://bucket/data/c.parquet")) == ["p"]
+        with pytest.raises(FileNotFoundError, match=r"no file matches 'gs://bucket/data/\*\.csv'"):
+            read(RowFiles(path="gs://bucket/data/*.csv"))
+
+
+def _moved(bucket, directory):
+    """The functions of a store in which `bucket` is `directory`."""
+    here = lambda path: os.fspath(path).replace(bucket, directory)
+    return {
+        "open": lambda real, path, mode: real(here(path), mode),
+        **{name: (lambda real, path: real(here(path))) for name in ("exists", "isdir", "listdir", "stat")},
+    }
+
+
+def test_parts_are_picklable_and_say_the_same(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(2))
+    source = RowFiles(path=f"{tmp_path}/*.jsonl")
+    found = pickle.loads(pickle.dumps(parts(source)))
+    assert [os.path.basename(part.path) for part in found] == ["a.jsonl", "b.jsonl"]
+    assert [each for part in found for each in documents(part, Problems())] == read(source)
+
+
+def test_files_that_change_while_they_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(2) + b'{"text": "half')
+    [part] = parts(RowFiles(path=str(path)))
+    with open(path, "ab") as file:
+        file.write(b' and half"}\n' + lines(1))
+    problems = Problems()
+    assert [each.text for each in documents(part, problems)] == ["row 0 你好", "row 1 你好"]
+    assert list(problems.notes) == [f"{path} grew while it was read: only its first {part.size} bytes are used"]
+    path.write_bytes(lines(1))
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file lost its last \d+ bytes while it was read"):
+        list(documents(part, Problems()))
+    assert parts(RowFiles(path=os.devnull))[0].size is None  # no regular file: read to its end
+
+
+def test_long_lines_are_counted_and_cost_no_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(lines(1) + b'{"text": "')
+        for _ in range(40):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n' + lines(1))
+    for source in (
+        RowFiles(path=str(path), max_bytes=100_000),
+        TextFiles(path=str(path), split="line", max_bytes=100_000),
+    ):
+        tracemalloc.start()
+        left = skipped(source, r"a\.jsonl(:|, line )2: a (line|document) of 40,000,013 bytes, and max_bytes .* 100,000")
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+        tracemalloc.stop()
+        assert [each.location for each in left] == ["line 1", "line 3"]
+    for split in ("file", "paragraph"):
+        source = TextFiles(path=str(path), split=split, max_bytes=100_000)
+        assert not skipped(source, "of 40,000,099 bytes, .*cut finer .*or set max_bytes of this input higher")
+    path.write_bytes(b"x" * 10 + b"\n")
+    assert texts(TextFiles(path=str(path), split="line", max_bytes=11)) == ["x" * 10]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    words = "words that go on " * 40
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(f"{words}\n".encode() * 12_000))
+    table = pa.table({"text": [f"{words} {n}" for n in range(12_000)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4_000, compression="none", use_dictionary=False)
+    del table
+    arrow = pa.total_allocated_bytes()
+    for source in (
+        TextFiles(path=f"{tmp_path}/a.txt.gz", split="line"),
+        RowFiles(kind="parquet", path=f"{tmp_path}/a.parquet"),
+    ):
+        tracemalloc.start()
+        native = max(pa.total_allocated_bytes() for _ in documents(source, Problems())) - arrow
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4_000_000 > native  # of 8 MB, of which a row group has 2.8 MB
+
+
+def test_nul_bytes_empty_files_and_equal_ids(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\0b")
+    (tmp_path / "b.txt").write_bytes(b"")
+    found = read(TextFiles(path=f"{tmp_path}/*.txt"))
+    assert [each.text for each in found] == ["a\0b", ""]
+    cleaner = Cleaner(CleanConfig())
+    assert [each and each.text for each in map(cleaner.document, found)] == ["ab", None]
+    assert cleaner.counts["min_chars"].dropped == 1
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"id": 7, "text": "one"}\n{"id": 7, "text": "two\\u0000"}\n{"url": "u", "text": ""}'
+    )
+    found = read(RowFiles(path=f"{tmp_path}/a.jsonl"))
+    assert [(each.text, each.id) for each in found] == [("one", "7"), ("two\0", "7"), ("", "u")]
+
+
+def test_mixed_encodings(tmp_path):
+    (tmp_path / "a.txt").write_bytes(
+        "你好\n".encode() + "你好\n".encode("gb18030") + "café\n".encode("latin-1") + b"end\n"
+    )
+    left = skipped(TextFiles(path=f"{tmp_path}/a.txt", split="line"), "not UTF-8 at byte offset 7")
+    assert [each.text for each in left] == ["你好", "end"]
