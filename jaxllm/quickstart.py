@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int | None:
     console.print(
         f"\n{_took(time.perf_counter() - start, earlier)}, {short(results['tokens'])} trained tokens. "
         f"The report: {out / 'report.html'}\n"
-        f"Talk to it:  python -m jaxllm.sample {out} --chat\nBut {GUIDE}",
+        f"Talk to it:  python -m jaxllm.sample {out} --chat\nWhat to ask: {GUIDE}",
         soft_wrap=True, markup=False,
     )  # fmt: skip
     return None
