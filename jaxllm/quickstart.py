@@ -71,13 +71,14 @@ def main(argv: list[str] | None = None) -> int | None:
     results = _results(out, before, after, tuned)
     # Nothing is done twice, so a second call takes less, and says what the first one took.
     earlier = files.read_json(out / "results.json", {"seconds": 0.0})["seconds"]
-    results["seconds"] = max(earlier, round(time.perf_counter() - start, 1))
+    now = round(time.perf_counter() - start, 1)
+    results["seconds"] = max(earlier, now)
     files.write_json(out / "results.json", results)
     _show(console, results)
     _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))
     console.print(
-        f"\n{_took(time.perf_counter() - start, earlier)}, {short(results['tokens'])} trained tokens. "
+        f"\n{_took(now, earlier)}, {short(results['tokens'])} trained tokens. "
         f"The report: {out / 'report.html'}\n"
         f"Talk to it:  python -m jaxllm.sample {out} --chat\nWhat to ask: {GUIDE}",
         soft_wrap=True, markup=False,
