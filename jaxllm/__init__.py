@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxllm.encoder import Encoder
     from jaxllm.encoder_decoder import EncoderDecoder
     from jaxllm.huggingface import export
+    from jaxllm.inference.sampling import Sampler
     from jaxllm.language_model import Generation, LanguageModel, load
     from jaxllm.vae import VAE
 
@@ -22,9 +23,12 @@ _HOMES = {
     "load": "jaxllm.language_model",
     "LanguageModel": "jaxllm.language_model",
     "Generation": "jaxllm.language_model",
+    "Sampler": "jaxllm.inference.sampling",
     "VAE": "jaxllm.vae",
 }
-__all__ = ["VAE", "Encoder", "EncoderDecoder", "Generation", "LanguageModel", "__version__", "export", "load"]
+__all__ = [
+    "VAE", "Encoder", "EncoderDecoder", "Generation", "LanguageModel", "Sampler", "__version__", "export", "load",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -80,6 +80,10 @@ class Encoder:
         self.tokenizer = tokenizer
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.stack.n_layers)
 
+    def __repr__(self) -> str:
+        leaves, head = jax.tree.leaves(self.params), type(self.config.head).__name__
+        return f"Encoder({sum(leaf.size for leaf in leaves):,} parameters in {leaves[0].dtype}, {head})"
+
     def hidden(self, tokens: Tokens, mask: Mask | None = None, types: Tokens | None = None) -> Float[Array, "B T D"]:
         """Return hidden states after the last block.
 

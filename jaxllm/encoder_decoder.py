@@ -57,6 +57,10 @@ class EncoderDecoder:
         n_layers = max(config.encoder.n_layers, config.decoder.n_layers)
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), n_layers)
 
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        return f"EncoderDecoder({sum(leaf.size for leaf in leaves):,} parameters in {leaves[0].dtype})"
+
     @cached_property
     def decoder(self) -> Decoder:
         """The same model for token ids; made at the first use."""

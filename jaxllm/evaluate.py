@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from jaxllm.data.loader import DataConfig
     from jaxllm.language_model import LanguageModel
+    from jaxllm.models.config import ModelConfig
     from jaxllm.vae import VAE
 
 TASKS = ("perplexity", *APPLICATIONS)
@@ -24,7 +25,7 @@ SPLITS = ("new_combinations", "pretrain_only", "novel")
 def main(argv: list[str] | None = None) -> int | None:
     """Evaluate a model, print a table, write results.json."""
     arguments = _parser().parse_args(argv)
-    tasks = _choices("--tasks", arguments.tasks, TASKS)
+    tasks = _choices("--tasks", arguments.tasks, TASKS) if arguments.tasks else []
     splits = _choices("--splits", arguments.splits, SPLITS)
     for flag, number in (("--n", arguments.n), ("--batch-size", arguments.batch_size)):
         if number < 1:
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
-    model = jaxllm.load(look(arguments.model, vaes=tasks == ["perplexity"])[1])  # which refuses what continues no text
+    config, found = look(arguments.model, vaes=tasks in ([], ["perplexity"]))  # refuses what continues no text
+    tasks = tasks or _usual(arguments.model, config)
+    model = jaxllm.load(found)
     _check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
@@ -57,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     result = parser(__doc__)
     add = result.add_argument
     add("model", metavar="MODEL", help="run directory, or one of its checkpoints")
-    add("--tasks", metavar="T,...", default=",".join(TASKS), help=f"of {', '.join(TASKS)} (default: all)")
+    usual = "all for a model of the micro-world, else the first"
+    add("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)} (default: {usual})")
     add("--data", metavar="DATASET", help="dataset directory for perplexity (default: what the model was trained on)")
     add("--seq-len", metavar="T", type=int, help="row length with --data (default: the longest the model takes)")
     add("--n", metavar="N", type=int, default=200, help="exercises per application and split (default: 200)")
@@ -73,6 +77,20 @@ def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"{flag} has {unknown[0]!r}, which does not exist; use any of {','.join(known)}")
     return chosen
+
+
+def _usual(model: str, config: "ModelConfig") -> list[str]:
+    """Return what is asked of a model if nobody says: the exercises only if it was trained on their world."""
+    from jaxllm.models.config import is_vae
+    from jaxllm.recipe import knows_world
+
+    if knows_world(model) and not is_vae(config):
+        return list(TASKS)
+    sys.stderr.write(
+        "note: perplexity alone, because this model was not trained on the micro-world whose exercises the other tasks "
+        f"are; --tasks {','.join(TASKS)} asks them all\n"
+    )
+    return [TASKS[0]]
 
 
 def _check_lengths(arguments: argparse.Namespace, model: "LanguageModel", tasks: list[str], splits: list[str]) -> None:

@@ -64,6 +64,8 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     origin = file.path if file else Path(model) / "config.json"
     raw = gguf_config.describe(file) if file else files.read_json(origin)
     kind = raw.get("model_type")
+    if kind is None:
+        raise ValueError(f"{origin} has no model_type, so it does not say which model this is; add it")
     if kind in READERS and not encoders:
         raise ValueError(f"{origin}: {kind} has an encoder; jaxllm.load reads it, but here a model must continue text")
     if kind in READERS:

@@ -2,9 +2,11 @@
 
 lm = jaxllm.load("runs/quickstart")
 lm.generate("Once upon a time", max_new_tokens=64)
-lm.chat([{"role": "user", "content": "Where is the ball?"}]).text
+lm.chat("Where is the ball?").text
+lm.chat([{"role": "user", "content": "Where is the ball?"}], sampler=jaxllm.Sampler(temperature=0, seed=1)).text
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -18,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import golden
 from jaxllm.core import files
+from jaxllm.core.wording import count
 from jaxllm.data import text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
+from jaxllm.data.documents import Message
 from jaxllm.data.tokenizer import Tokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.layout import choose_layout
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages
+MAX_SHOWN = 300  # characters of an answer, where it is shown as an object
 
 
 class Generation(NamedTuple):
@@ -59,6 +64,10 @@ class Generation(NamedTuple):
     finish_reason: str
     prompt: int = 0
     sample: int = 0
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= MAX_SHOWN else self.text[:MAX_SHOWN] + "..."
+        return f"Generation({text!r}, {count(len(self.tokens), 'token')}, {self.finish_reason!r})"
 
 
 class LanguageModel:
@@ -120,14 +129,16 @@ class LanguageModel:
         """Continue or answer each prompt `num_samples` times; the answers of a prompt stand together, in its place.
 
         Args:
-          prompts: a string is continued; a list of messages is answered in the chat template.
+          prompts: a string is continued ("" is where a text begins); messages are answered in the chat template.
+          sampler: temperature, top_k, seed ...: `jaxllm.Sampler(temperature=0)` always takes the likeliest token.
           stop: an answer ends before the first of these strings.
           num_beams, length_penalty: > 1 searches for the likeliest answers (`Search`), with a sampler of temperature 0.
         Raises:
-          ValueError: an empty or too long prompt, num_samples < 1 or more than a search finds, an empty stop string, a
-            search with a sampler that draws.
+          ValueError: a prompt that is neither text nor messages, or has no token or too many; num_samples < 1 or more
+            than a search finds, an empty stop string, a search with a sampler that draws.
         """
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        one = isinstance(prompts, str | Mapping) or not hasattr(prompts, "__len__")
+        one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
         limits = self._limits(max_new_tokens, stop)
         search = Search(num_beams=num_beams, length_penalty=length_penalty)
@@ -139,10 +150,11 @@ class LanguageModel:
         ]
 
     def chat(
-        self, messages: Messages, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = ()  # noqa: B008
+        self, messages: Prompt, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = ()  # noqa: B008
     ) -> Generation:  # fmt: skip
-        """Answer a conversation whose last message is the user's."""
-        return self.generate([messages], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)[0]
+        """Answer a conversation whose last message is the user's; a string is one message of theirs."""
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.generate([asked], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)[0]
 
     def respond(self, prompt: str, *, max_new_tokens: int = 256, sampler: Sampler = Sampler()) -> Generation:  # noqa: B008
         """Answer `prompt` as a user's message if the model was taught to (`is_chat`), else continue it as text."""
@@ -196,6 +208,9 @@ class LanguageModel:
         """Return the ids that come before the answer: bos and the text, or the conversation in the chat template."""
         if isinstance(prompt, str):
             return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+        if not isinstance(prompt, Sequence) or not all(isinstance(each, Mapping | Message) for each in prompt):
+            messages = '[{"role": "user", "content": text}]'
+            raise ValueError(f"a prompt is text, or messages {messages}, and not {str(prompt)[:60]!r}")
         if not prompt:
             raise ValueError("no messages; give at least one from the user")
         return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)[0]
@@ -253,7 +268,9 @@ def load(
     Raises:
       ValueError: it is none of these; the message says what was looked for.
     """
-    if not isinstance(model, str | Path) or is_huggingface(model):
+    if not isinstance(model, str | os.PathLike | tuple):
+        raise ValueError(f"model={model!r} is no path; give a run directory, a Hugging Face directory or a GGUF file")
+    if isinstance(model, tuple) or is_huggingface(model):
         from jaxllm import huggingface
 
         return huggingface.load(model, compute=compute, mesh=mesh)

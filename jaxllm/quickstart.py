@@ -11,6 +11,7 @@ import jaxllm
 from jaxllm.core import files
 from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
+from jaxllm.data.world_tasks import GUIDE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int | None:
     console = Console(highlight=False)
     start = time.perf_counter()
     out = Path(arguments.out or ("runs/quickstart-smoke" if arguments.smoke else "runs/quickstart"))
+    files.check_no_file(out)
     _heading(console, 1, "Writing a micro-world and its tokenizer")
     _prepare(out, arguments.smoke)
     if not arguments.skip_pretraining:
@@ -69,18 +71,24 @@ def main(argv: list[str] | None = None) -> int | None:
     results = _results(out, before, after, tuned)
     # Nothing is done twice, so a second call takes less, and says what the first one took.
     earlier = files.read_json(out / "results.json", {"seconds": 0.0})["seconds"]
-    results["seconds"] = max(earlier, round(time.perf_counter() - start, 1))
+    now = round(time.perf_counter() - start, 1)
+    results["seconds"] = max(earlier, now)
     files.write_json(out / "results.json", results)
     _show(console, results)
     _heading(console, 5, "Writing the report")
     _report(out, results, _conversations(console, base, tuned))
     console.print(
-        f"\n{results['seconds']:.0f} s in all, {short(results['tokens'])} trained tokens. "
+        f"\n{_took(now, earlier)}, {short(results['tokens'])} trained tokens. "
         f"The report: {out / 'report.html'}\n"
-        f"Talk to it:  python -m jaxllm.sample {out} --chat",
-        soft_wrap=True,
-    )
+        f"Talk to it:  python -m jaxllm.sample {out} --chat\nWhat to ask: {GUIDE}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
     return None
+
+
+def _took(now: float, earlier: float) -> str:
+    """Say how long it took, in seconds; `earlier` is what a run that did more took."""
+    return f"The first run took {earlier:.0f} s, and this one {now:.0f} s" if earlier > now else f"{now:.0f} s in all"
 
 
 def _heading(console: "Console", number: int, text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from pydantic import Discriminator, Field, Tag
 
 from jaxllm.core import config as configs
 from jaxllm.core.config import Config, ConfigError, Duration
-from jaxllm.core.files import misspelt, read_json
+from jaxllm.core.files import misspelt, named_run, read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.shards import read_manifest
@@ -137,6 +138,18 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             raise ValueError(f"{directory} is no run directory (no {FILE_NAME}){hint}")
     ways = {"model": "model.preset=NAME (such as llama-3m)"}
     return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"}, ways=ways)
+
+
+def knows_world(model: str | Path) -> bool:
+    """Whether MODEL is a run, and the first text of one of its datasets, if it is still here, is of the micro-world."""
+    run_dir, _ = named_run(Path(model))
+    if not (run_dir / FILE_NAME).is_file():
+        return False
+    for source in load_recipe(run_dir).data.sources:
+        with suppress(FileNotFoundError), open(Path(source.path) / "train/shard-00000.origins.jsonl", "rb") as file:
+            if file.readline().startswith(b'{"source": "world"'):
+                return True
+    return False
 
 
 def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:

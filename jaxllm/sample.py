@@ -40,10 +40,11 @@ COMPILES = "/jax/compilation_cache/compile_requests_use_cache"  # what JAX annou
 
 
 class Prompt(NamedTuple):
-    """What is asked, and where it was written: "--prompt", "questions.txt, line 3"."""
+    """What is asked, where it was written ("--prompt", "questions.txt, line 3"), and what else its row of JSON has."""
 
     text: str
     place: str
+    row: dict = {}  # noqa: RUF012  never written
 
 
 @command
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument_group("prompts").add_argument
     add("--prompt", metavar="TEXT", help="the prompt")
-    add("--prompts", metavar="FILE", type=Path, help='one per line; *.jsonl: {"prompt": ...} per line')
+    add("--prompts", metavar="FILE", type=Path, help='one per line; *.jsonl: {"prompt": ...} per line, kept by --json')
     add("--chat", action="store_true", help="talk to the model; " + CHAT_HELP)
     add("--system", metavar="TEXT", help="system message before every conversation")
     add("--raw", action="store_true", help="continue the prompt as plain text, without chat template")
@@ -190,7 +191,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
         source = str(arguments.prompts)
         prompts = _lines_of(arguments.prompts.read_bytes(), source)
         if arguments.prompts.suffix == ".jsonl":
-            prompts = [Prompt(_json_prompt(line), line.place) for line in prompts]
+            prompts = [_json_prompt(line) for line in prompts]
     elif sys.stdin.isatty():
         raise ValueError("no prompt; give --prompt TEXT, --prompts FILE, --chat, or pipe prompts into standard input")
     else:
@@ -198,7 +199,12 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
         prompts = _lines_of(sys.stdin.buffer.read(), source)
     if not prompts:
         raise ValueError(f"{source} holds no prompt; write one per line")
-    for text, place in prompts:
+    if source != "--prompt" and not prompts[0].row and _is_json(prompts[0].text):
+        sys.stderr.write(
+            f"note: {source} looks like JSON, and each of its lines is taken as it is for a prompt; "
+            'for rows of {"prompt": "..."}, one per line, give --prompts a file named *.jsonl\n'
+        )
+    for text, place, _ in prompts:
         if not text.strip():
             raise ValueError(f"the prompt of {place} is empty; write something to answer or continue")
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -218,11 +224,18 @@ def _lines_of(data: bytes, source: str) -> list[Prompt]:
     return [Prompt(line.removesuffix("\r"), f"{source}, line {number}") for number, line in lines if line.strip()]
 
 
-def _json_prompt(line: Prompt) -> str:
+def _is_json(line: str) -> bool:
+    """Whether a file that begins with `line` is of JSON, on one line or several."""
+    with contextlib.suppress(json.JSONDecodeError):
+        return isinstance(json.loads(line), dict | list)
+    return line.strip() in ("{", "[", "[{")
+
+
+def _json_prompt(line: Prompt) -> Prompt:
     with contextlib.suppress(json.JSONDecodeError):
         match json.loads(line.text):
-            case {"prompt": str(text)}:
-                return text
+            case {"prompt": str(text), **rest}:
+                return Prompt(text, line.place, {"prompt": text, **rest})
     raise ValueError(f'{line.place}: expected {{"prompt": "..."}}, found {line.text[:60]!r}')
 
 
@@ -237,7 +250,7 @@ def answer(lm: "Model", prompts: list[Prompt], arguments: argparse.Namespace, sa
         if not arguments.json:
             _note_empty(found.text, prompts[found.prompt])
         if arguments.json:
-            line = {
+            line = prompts[found.prompt].row | {
                 "prompt": prompt, "text": found.text, "tokens": len(found.tokens), "finish_reason": found.finish_reason,
                 "sample": found.sample,
             }  # fmt: skip
@@ -252,10 +265,15 @@ def converse(lm: "Model", arguments: argparse.Namespace, sampler: "Sampler") -> 
     """Hold a conversation with whoever types into standard input."""
     if lm.tokenizer.chat is None:
         raise ValueError(f"{arguments.model} has no chat template; continue texts with --prompt instead")
+    from jaxllm.data.world_tasks import GUIDE
+    from jaxllm.recipe import knows_world
+
     messages = _start(arguments)
     _say(CHAT_HELP + "\n")
     if not lm.is_chat:
         _say("note: this model was never tuned on conversations; it continues text, and its answers mean little\n")
+    elif knows_world(arguments.model):
+        _say(f"note: {GUIDE}\n")
     for line in _lines():
         if line == "/exit":
             return
@@ -269,6 +287,12 @@ def converse(lm: "Model", arguments: argparse.Namespace, sampler: "Sampler") -> 
         if not line:
             continue
         messages.append({"role": "user", "content": line})
+        if (length := len(lm.encode(messages))) >= lm.config.max_seq_len:
+            messages.pop()
+            what = "the conversation is full" if len(messages) > len(_start(arguments)) else "this is too long"
+            _say(f"({what}: the model reads {lm.config.max_seq_len - 1} tokens, and with this they are {length}; "
+                 "/reset begins a new conversation)\n")  # fmt: skip
+            continue
         pieces: list[str] = []
         try:
             for piece in _pieces(lm.stream(messages, **_options(arguments, sampler))):
@@ -278,10 +302,6 @@ def converse(lm: "Model", arguments: argparse.Namespace, sampler: "Sampler") -> 
                 _say("(empty answer)")
         except KeyboardInterrupt:
             _say(" (stopped)")
-        except ValueError as error:  # the conversation has outgrown the model
-            messages.pop()
-            _say(f"({error}; /reset starts over)\n")
-            continue
         _say("\n")
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
@@ -313,8 +333,8 @@ def _requests(lm: "Model", prompts: list[Prompt], arguments: argparse.Namespace)
         raise ValueError(f"{why} system message; leave out --system{' or --raw' * (arguments.raw and lm.is_chat)}")
     both = isinstance(lm.config, Seq2SeqConfig)
     longest = lm.config.encoder.max_seq_len if both else lm.config.max_seq_len - 1
-    requests = [text if plain else [*_start(arguments), {"role": "user", "content": text}] for text, _ in prompts]
-    for request, (_, place) in zip(requests, prompts, strict=True):
+    requests = [text if plain else [*_start(arguments), {"role": "user", "content": text}] for text, *_ in prompts]
+    for request, (_, place, _) in zip(requests, prompts, strict=True):
         if (length := len(lm.encode(request))) > longest:
             raise ValueError(f"the prompt of {place} has {length} tokens; the model takes at most {longest}")
     return requests

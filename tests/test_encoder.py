@@ -255,8 +255,8 @@ def test_commands_that_write_text_say_what_it_is(encoders, tmp_path):
         ("tokens", lambda e: e.embed("a", pooling="max"), "known are mean, first, pooler"),
         ("tokens", lambda e: e.embed([]), "0 texts in batches of 32"),
         ("tokens", lambda e: e.embed("a " * 50), r"text 0 has 52 tokens and the model takes 40 .*truncate=True"),
-        ("labels", lambda e: e.logits(np.ones((1, 40))), r"rows of 40 tokens; the model takes max_seq_len=39"),
-        ("tokens", lambda e: e.hidden(np.ones((1, 3)), types=np.full((1, 3), 2)), "token type 2: the model has 2"),
+        ("labels", lambda e: e.logits(np.ones((1, 40))), r"rows of 40 tokens; the model takes 1 to max_seq_len=39"),
+        ("tokens", lambda e: e.hidden(np.ones((1, 3), int), types=np.full((1, 3), 2)), "token type 2: the model has 2"),
         ("tokens", lambda e: Encoder(e.config.model_copy(update={"stack": STACK.model_copy(update={"vocab_size": 9})}),
                                      e.params, e.tokenizer), "the tokenizer has 17 ids and the model 9"),
     ],
@@ -270,3 +270,8 @@ def test_truncation_reads_the_beginning(encoders):
     encoder = encoders["tokens"]
     long, short = "cat " * 50, "cat " * 38
     np.testing.assert_array_equal(encoder.embed(long, truncate=True), encoder.embed(short))
+
+
+def test_an_encoder_says_what_it_is(encoders):
+    size = sum(leaf.size for leaf in jax.tree.leaves(encoders["labels"].params))
+    assert repr(encoders["labels"]) == f"Encoder({size:,} parameters in float32, Classes)"

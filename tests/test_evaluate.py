@@ -87,6 +87,22 @@ def test_applications_are_asked_and_shown(model, tmp_path, capsys):
     assert "topic_zh" in out
 
 
+def test_only_a_model_of_the_world_is_asked_its_exercises(model, data, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "_check_lengths", lambda arguments, model, tasks, splits: asked.append(tasks))
+    monkeypatch.setattr(evaluate, "_perplexity", lambda *_: pytest.fail("far enough"))
+    monkeypatch.setattr("jaxllm.recipe.knows_world", lambda _: True)
+    with pytest.raises(pytest.fail.Exception):
+        evaluate.main([model, "--data", data, "--batch-size", "8"])
+    assert (asked.pop(), capsys.readouterr().err) == (list(evaluate.TASKS), "")
+    monkeypatch.undo()
+    assert evaluate.main([model, "--data", data, "--batch-size", "8", "--seq-len", "64"]) is None
+    printed = capsys.readouterr()
+    assert "note: perplexity alone, because this model was not trained on the micro-world" in printed.err
+    assert "--tasks perplexity,generation" in printed.err
+    assert "perplexity" in printed.out and "application" not in printed.out
+
+
 def test_tasks_that_are_too_long_for_the_model_are_named_with_those_that_are_not(lm, tmp_path, capsys):
     config = CONFIG.model_copy(update={"max_seq_len": 150})
     LanguageModel(config, lm.params, byte_tokenizer(), chat=True).save(tmp_path / "short")

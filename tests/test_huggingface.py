@@ -60,6 +60,12 @@ def test_what_was_looked_at_is_loaded_without_another_look(exported, monkeypatch
     assert lm.stop_ids == model().stop_ids
 
 
+def test_a_config_that_does_not_say_which_model_it_is_of(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ValueError, match=r"config\.json has no model_type, so it does not say which model this is"):
+        jaxllm.load(tmp_path)
+
+
 def test_a_converted_model_is_checked_at_each_load(exported, tmp_path):
     assert convert([str(exported), str(tmp_path / "run")]) is None
     path = tmp_path / "run" / "golden.json"

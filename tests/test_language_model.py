@@ -6,9 +6,10 @@ import pytest
 
 import jaxllm
 from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream
-from jaxllm.language_model import LanguageModel, locate
+from jaxllm.language_model import Generation, LanguageModel, locate
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
 
@@ -52,7 +53,11 @@ def test_padding_on_either_side_changes_nothing(lm):
         ([[1, -1]], "token ids -1 to 1"),
         ([1, 2], r"shape \[2\], expected rows \[B, T\]"),
         ([[1, 2], [1]], "differ in length; fill them up"),
-        ([[1] * 161], "rows of 161 tokens; the model takes max_seq_len=160"),
+        ([[]], "rows of 0 tokens; the model takes 1 to max_seq_len=160"),
+        (np.zeros((0, 3), int), "no rows; the model takes"),
+        ([[1.5]], "tokens are float64, expected rows of ids"),
+        ([["text"]], "tokens are <U4, expected rows of ids"),
+        ([[1] * 161], "rows of 161 tokens; the model takes 1 to max_seq_len=160"),
     ],
 )
 def test_tokens_that_are_no_rows_of_ids_are_refused(lm, tokens, message):
@@ -73,6 +78,31 @@ def test_packed_weights_give_the_same_logits(lm, monkeypatch):
     monkeypatch.setattr("jaxllm.inference.layout.MAX_WIDENED", 0)
     np.testing.assert_allclose(packed.logits([[7, 8, 9]]), expected, atol=2e-5)
     assert packed.decoder.params["blocks"]["ffn"]["up"]["kernel"].dtype == "uint16"
+
+
+@pytest.mark.parametrize("prompts", [5, [5], [[1, 2]], {"role": "user"}, [None]])
+def test_what_is_no_prompt_is_refused(lm, prompts):
+    with pytest.raises(ValueError, match=r'a prompt is text, or messages \[{"role": "user", "content": text}\], and'):
+        lm.generate(prompts)
+
+
+def test_an_empty_text_is_begun_and_a_prompt_without_a_token_refused(lm):
+    assert lm.encode("") == [1]
+    assert lm.generate([""], max_new_tokens=3, sampler=GREEDY)[0].tokens
+    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
+        lm.decoder.generate([Request([])], GREEDY, Limits(3))
+
+
+def test_an_answer_shows_its_text_and_no_numbers():
+    answer = Generation("a" * 400, [7] * 500, [-0.5] * 500, "stop")
+    assert repr(answer) == f"Generation({'a' * 300 + '...'!r}, 500 tokens, 'stop')"
+    assert repr(answer._replace(text="b", tokens=[7])) == "Generation('b', 1 token, 'stop')"
+
+
+@pytest.mark.parametrize("model", [5, None, []])
+def test_what_is_no_path_is_refused(model):
+    with pytest.raises(ValueError, match="is no path; give a run directory"):
+        jaxllm.load(model)
 
 
 def test_answers_stand_in_the_order_of_prompts_and_samples(lm):
@@ -105,6 +135,7 @@ def test_chat_and_respond_use_the_template(lm):
     answer = lm.chat(USER, max_new_tokens=8, sampler=GREEDY)
     special = lm.tokenizer.special
     assert lm.encode(USER) == [1, special["<|user|>"], *lm.tokenizer.encode("Hello"), special["<|assistant|>"]]
+    assert lm.chat("Hello", max_new_tokens=8, sampler=GREEDY) == answer
     assert lm.respond("Hello", max_new_tokens=8, sampler=GREEDY) == answer
     assert lm.generate("Hello", max_new_tokens=8, sampler=GREEDY)[0].tokens != answer.tokens
 

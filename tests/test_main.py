@@ -35,3 +35,10 @@ def test_unknown_command(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: unknown command 'tarin'; did you mean 'train'?\n"
     assert main(["xyz"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'xyz'; there are train, sample\n"
+
+
+def test_the_names_of_the_package_are_there_and_cost_nothing_before_they_are_used():
+    code = (
+        "import sys, jaxllm as j; assert not {'jax', 'pydantic'} & {*sys.modules}; [getattr(j, n) for n in j.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,12 +1,15 @@
 """What a recipe may not say of itself, before anything is compiled."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from jaxllm.core import config as configs
-from jaxllm.recipe import Recipe, check, load_recipe, of_command_line
+from jaxllm.data.loader import DataConfig, Source
+from jaxllm.models.config import ModelConfig
+from jaxllm.recipe import Recipe, check, knows_world, load_recipe, of_command_line
 from jaxllm.train import main as train
 
 TINY = (
@@ -107,6 +110,22 @@ def test_a_model_that_is_not_described_is_asked_for_by_a_preset(tmp_path):
     assert unknown == [
         "  unknown key 'model.pre-set'; did you mean 'model.preset'?", "  unknown key 'stesp'; did you mean 'steps'?",
     ]  # fmt: skip
+
+
+def test_a_run_on_the_micro_world_is_known_by_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("own", "text"), ("made", "world")):
+        path = tmp_path / name / "train" / "shard-00000.origins.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"source": source, "location": "1"}) + "\n")
+    model = ModelConfig(vocab_size=9, d_model=2, n_layers=1, n_heads=1, d_ff=2, max_seq_len=8)
+    for names, known in ((("own",), False), (("own", "made"), True), (("gone",), False)):
+        data = DataConfig(sources=tuple(Source(path=name) for name in names), batch_size=1)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "recipe.yaml").write_text(configs.dump(Recipe(out="run", model=model, data=data)))
+        assert knows_world("run") is known
+        assert knows_world("run/checkpoints/7") is known
+    assert not knows_world("nowhere")
 
 
 @pytest.mark.parametrize(

@@ -110,11 +110,12 @@ def test_only_an_answer_that_is_compiled_is_said_to_be(run, monkeypatch):
 class Parrot:
     """A model whose answer is how many messages it was given."""
 
-    tokenizer, is_chat = byte_tokenizer(), True
+    tokenizer, is_chat, config = byte_tokenizer(), True, CONFIG
+
+    def encode(self, messages):
+        return [1] * 22 * len(messages)
 
     def stream(self, messages, **options):
-        if len(messages) > 5:
-            raise ValueError("too long")
         yield from (str(len(messages)), messages[0]["content"])
 
 
@@ -130,8 +131,6 @@ def test_a_conversation_remembers_resets_and_ends(capsys, monkeypatch):
 
 class Silent(Parrot):
     """A model that ends its answers before the first word."""
-
-    config = CONFIG
 
     def encode(self, prompt):
         return [1]
@@ -186,7 +185,8 @@ def test_a_conversation_that_is_too_long_goes_on_and_ctrl_d_ends_it(capsys, monk
     arguments = SimpleNamespace(model="m", system=None, max_new_tokens=4, stop=[])
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\nd\n"))
     sample.converse(Parrot(), arguments, Sampler())
-    assert capsys.readouterr().out.endswith("(too long; /reset starts over)\n> \n")
+    full = "(the conversation is full: the model reads 127 tokens, and with this they are 154; /reset begins a new"
+    assert capsys.readouterr().out.endswith(f"> 5a\n> {full} conversation)\n> \n")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +231,24 @@ def test_impossible_numbers_are_one_line(run, capsys, flags, message):
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_other_fields_of_a_row_stay_with_its_answer(capsys, tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"id": 7, "prompt": "a", "text": "b"}\n{"prompt": "c", "id": 8}\n')
+    monkeypatch.setattr(sample, "_load", lambda _: (Silent(), Sampler()))
+    _, out, err = outcome(capsys, "m", "--prompts", tmp_path / "p.jsonl", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["id"], row["prompt"], row["text"]) for row in rows] == [(7, "a", "word"), (8, "c", " ")]
+    assert err == ""
+
+
+@pytest.mark.parametrize("text", ['{"question": "a"}\n', '[\n{"prompt": "a"}\n]\n'])
+def test_a_file_of_json_that_is_read_as_lines_is_noted(capsys, tmp_path, monkeypatch, text):
+    (tmp_path / "p.json").write_text(text)
+    monkeypatch.setattr(sample, "_load", lambda _: (Silent(), Sampler()))
+    status, _, err = outcome(capsys, "m", "--prompts", tmp_path / "p.json", "--json")
+    assert status is None
+    assert "p.json looks like JSON, and each of its lines is taken as it is for a prompt" in err
 
 
 @pytest.mark.parametrize("row", ['{"text": "b"}', '{"prompt": 5}', "[1]", "{"])

@@ -74,10 +74,16 @@ def named_run(path: Path) -> tuple[Path, int | None]:
     return path / named.get("model", ""), None
 
 
+def check_no_file(directory: Path) -> None:
+    """Raise ValueError if `directory` cannot be one: it is a file, or inside of one."""
+    if taken := next((path for path in (directory, *directory.parents) if path.is_file()), None):
+        raise ValueError(f"{taken} is a file; name a directory")
+
+
 def check_empty(directory: str | os.PathLike) -> None:
     """Raise ValueError unless `directory` is free to write into: it does not exist, or holds nothing."""
-    path = Path(directory)
-    if path.exists() and (path.is_file() or any(path.iterdir())):
+    check_no_file(path := Path(directory))
+    if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty; choose a new directory")
 
 

@@ -7,6 +7,15 @@ from typing import NamedTuple
 from jaxllm.data.world_texts import basket, clause, fact_words, films, review, story
 from jaxllm.data.world_words import WORLD, Pool
 
+EXAMPLES = (
+    "Translate to Chinese: Tom sees a red ball in the park.",
+    "给我讲一个关于安娜、妈妈和公园里红色的香蕉的故事。",
+)
+GUIDE = (
+    "this model has learned five kinds of exercises of a micro-world: stories, translations, questions about a text, "
+    "moods and topics, recommendations; whatever else it is asked, it answers nonsense. Two that it can do:\n  "
+    + "\n  ".join(EXAMPLES)
+)
 _TEXTS = {"story": story, "clause": clause, "review": review, "films": films, "basket": basket}
 
 

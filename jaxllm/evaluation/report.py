@@ -17,7 +17,7 @@ from jaxllm.evaluation.charts import SERIES, Line, line_chart, smooth
 
 Records = Sequence[Mapping[str, Any]]
 MAX_SAMPLES = 7  # moments of training that are shown per prompt
-MAX_WRONG = 2  # answers that are shown
+MAX_WRONG = 3  # answers that are shown
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _diaries(samples: Records) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
 
 
 def _wrong(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, str]]] | None:
-    """Return up to two (application, wrong answer), of different applications if there are; None if it is not known."""
+    """Return `MAX_WRONG` (application, wrong answer), of different applications if there are; None: it is not known."""
     if "failures" not in results:
         return None
     failed = [[(name, failure) for failure in failures] for name, failures in results["failures"].items()]

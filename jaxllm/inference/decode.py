@@ -29,6 +29,7 @@ from jaxllm.sharding.mesh import make_mesh, on_mesh_of
 
 MIN_LENGTH = 32  # tokens; smaller buckets save nothing
 MIN_SPLIT_PARAMS = 8_000_000  # a smaller model is read faster than its parts are joined
+PADDING_FLOPS, MAX_PADDING = 1e11, 1024  # that a stream reads, and tokens, rather than that another program is compiled
 Found = TypeVar("Found")
 CHECK_EVERY = 16  # tokens between two calls of `Limits.finished`, which runs on the host
 
@@ -96,6 +97,8 @@ class Decoder:
         self.config = config
         self.vocab_size = config.vocab_size if vocab_size is None else vocab_size
         self.max_rows = max_rows
+        n_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self._shortest = min(MAX_PADDING, int(PADDING_FLOPS / (2 * n_params)))  # a token takes two per parameter
         self._latent = config.latent.size if isinstance(config, ModelConfig) and config.latent else 0
         layout = choose_layout(params, compute)
         programs = (on_mesh_of(params, program) for program in _programs(config, compute, layout))
@@ -150,9 +153,12 @@ class Decoder:
         return [found[i] for i in range(len(requests))]
 
     def stream(self, request: Request, sampler: Sampler, limits: Limits) -> Iterator[Completion]:
-        """Yield the answer token by token: completions of one token each, whose last has a finish_reason (else "")."""
+        """Yield the answer token by token: completions of one token each, whose last has a finish_reason (else "").
+
+        Shapes are coarser than those of `generate`: a conversation grows, and each of its answers is a stream.
+        """
         self.check([request], limits)
-        state = self._begin([request], sampler, limits)
+        state = self._begin([request], sampler, limits, self._shortest)
         tokens: list[int] = []
         while True:
             done, count = bool(state.done[0]), int(state.counts[0])
@@ -196,18 +202,25 @@ class Decoder:
             result.append([Completion(*line, limits.reason(line[0])) for line in lines])
         return result
 
-    def _begin(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> State:
-        """Prefill `requests`."""
-        *inputs, slots, new_slots = self._padded(requests, sampler, limits)
+    def _begin(self, requests: Sequence[Request], sampler: Sampler, limits: Limits, shortest: int = 0) -> State:
+        """Prefill `requests`; arguments as of `_padded`."""
+        *inputs, slots, new_slots = self._padded(requests, sampler, limits, shortest)
         return self._prefill(self.params, *inputs, slots=slots, new_slots=new_slots)
 
-    def _padded(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> tuple:
-        """Return `requests` padded to buckets: prompts, their lengths, rows, sources, slots of cache and of answers."""
+    def _padded(self, requests: Sequence[Request], sampler: Sampler, limits: Limits, shortest: int = 0) -> tuple:
+        """Return `requests` padded to buckets: prompts, their lengths, rows, sources, slots of cache and of answers.
+
+        Args:
+          shortest: > 0 asks for few shapes, powers of two from this length on.
+        """
         lengths = [len(request.prompt) for request in requests]
         room = [min(limits.max_new_tokens, self.config.room(length)) for length in lengths]
         longest = self.config.max_seq_len
-        prompt_slots = bucket(max(lengths), longest)
-        slots = max(prompt_slots, bucket(max(map(sum, zip(lengths, room, strict=True))), longest))
+        sizes = list(zip(lengths, room, strict=True))
+        if shortest:
+            sizes = [(1 << (max(shortest, *lengths) - 1).bit_length(), limits.max_new_tokens)]
+        prompt_slots = bucket(max(size for size, _ in sizes), longest)
+        slots = max(prompt_slots, bucket(max(map(sum, sizes)), longest))
         batch = 1 << (len(requests) - 1).bit_length()
         prompts = np.zeros((batch, prompt_slots), np.int32)
         keys = np.zeros((batch, 2), np.uint32)
@@ -222,7 +235,7 @@ class Decoder:
         sources = self._sources(requests, batch)
         limit = np.asarray(room + [0] * spare, np.int32)
         rows = Rows(limit, stop_ids, np.int32(self.vocab_size), keys, settings(sampler), limits.rules)
-        new_slots, lengths = bucket(max(room), longest), np.asarray(lengths + [1] * spare, np.int32)
+        new_slots, lengths = bucket(max(new for _, new in sizes), longest), np.asarray(lengths + [1] * spare, np.int32)
         return prompts, lengths, rows, sources, slots, new_slots
 
     def _sources(self, requests: Sequence[Request], batch: int) -> tuple[np.ndarray, ...] | None:

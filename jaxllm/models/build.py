@@ -54,12 +54,15 @@ def token_rows(tokens: Any, vocab_size: int, longest: int) -> Int[Array, "B T"]:
             tokens = np.asarray(tokens)
         except ValueError as error:
             raise ValueError("rows of tokens differ in length; fill them up to one, and say where in `mask`") from error
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            raise ValueError(f"token ids {tokens.min()} to {tokens.max()}; the model's are 0 to {vocab_size - 1}")
     if tokens.ndim != 2:
         raise ValueError(f"tokens have shape {list(tokens.shape)}, expected rows [B, T]; a single one is [tokens]")
-    if tokens.shape[1] > longest:
-        raise ValueError(f"rows of {tokens.shape[1]} tokens; the model takes max_seq_len={longest}")
+    if not tokens.size or tokens.shape[1] > longest:
+        rows = f"rows of {tokens.shape[1]} tokens" if len(tokens) else "no rows"
+        raise ValueError(f"{rows}; the model takes 1 to max_seq_len={longest}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens are {tokens.dtype}, expected rows of ids, as the tokenizer gives them")
+    if isinstance(tokens, np.ndarray) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(f"token ids {tokens.min()} to {tokens.max()}; the model's are 0 to {vocab_size - 1}")
     return jnp.asarray(tokens, jnp.int32)
 
 

@@ -3,6 +3,7 @@
 The two files are apart on purpose: a resumed run's metrics.jsonl equals the uninterrupted run's, byte for byte.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -61,11 +62,23 @@ class MetricsWriter:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a .jsonl file of a run; a last line cut by a kill is dropped."""
+    """Return the records of a .jsonl file of a run; a last line cut by a kill is dropped.
+
+    Raises:
+      ValueError: another line is damaged; the message has its number.
+    """
     if not Path(path).exists():
         return []
-    with open(path, encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    with open(path, "rb") as file:  # as bytes, so that one that is no UTF-8 is an error of its line
+        return [_record(line, f"{path}, line {number}") for number, line in enumerate(file, 1) if line.endswith(b"\n")]
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        match json.loads(line.decode("utf-8")):
+            case {"step": int()} as record:
+                return record
+    raise ValueError(f"{place} is damaged: {line[:60]!r}; delete this line, which only says what was, and go on")
 
 
 class Spikes:

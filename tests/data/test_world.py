@@ -4,12 +4,13 @@ import collections
 import hashlib
 import itertools
 import random
+import re
 import time
 
 import pytest
 
 from jaxllm.data import world, world_texts
-from jaxllm.data.world_tasks import APPLICATIONS, TASKS
+from jaxllm.data.world_tasks import APPLICATIONS, EXAMPLES, GUIDE, TASKS
 from jaxllm.data.world_words import (
     EN,
     EVERY,
@@ -149,3 +150,11 @@ def test_a_story_is_read_back_as_told(language):
         story = world_texts.Story.draw(rng, EVERY, held_out=False)
         assert world_texts.parse(story.text.say(language), language) == story
         assert world_texts.parse(story.text.say(language), 1 - language) is None
+
+
+def test_what_a_guide_shows_is_asked_as_in_training():
+    asks = [ask for task in TASKS if not task.closed_book for ask in task.ask]
+    patterns = [re.sub(r"\\\{\w+\\\}", ".+", re.escape(ask)) for ask in asks]
+    assert all(any(re.fullmatch(pattern, example) for pattern in patterns) for example in EXAMPLES)
+    assert not any(re.fullmatch(pattern, "Hello") for pattern in patterns)
+    assert all(example in GUIDE for example in EXAMPLES)

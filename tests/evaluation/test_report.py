@@ -122,15 +122,22 @@ def test_numbers(page):
     )
 
 
+def test_a_column_that_nothing_was_measured_for_is_left_out(stage):
+    columns = lambda scores: Page(report.render(Report("t", (stage,), {"novel": scores}))).words
+    assert {"before", "after"} <= {*columns(SCORES)}
+    alone = columns({"qa": {"tuned": 0.9, "n": 100}})
+    assert "after" in alone and not {"before", "–"} & {*alone}
+
+
 def test_wrong_answers_are_shown_with_what_was_expected(stage):
     failures = {
         "translation": [{"prompt": f"ask {i}", "got": f"got {i}", "expected": f"right {i}"} for i in range(10)],
         "qa": [{"prompt": "who?", "got": "Tom <i>", "expected": "Anna"}],
     }
     words = " ".join(Page(report.render(Report("t", (stage,), {"tasks": SCORES, "failures": failures}))).words)
-    assert "20 of the 120 exercises of the first table; 2 of them are below." in words
-    assert all(each in words for each in ("ask 0", "got 0", "right 0", "who?", "Tom <i>", "Anna"))
-    assert "ask 1" not in words
+    assert "20 of the 120 exercises of the first table; 3 of them are below." in words
+    assert all(each in words for each in ("ask 0", "got 0", "right 1", "who?", "Tom <i>", "Anna"))
+    assert "ask 2" not in words
 
     perfect = {"qa": {"tuned": 1.0, "n": 200}}
     words = report.render(Report("t", (stage,), {"tasks": perfect, "failures": {"qa": []}}))

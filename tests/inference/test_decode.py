@@ -27,6 +27,17 @@ def test_greedy_equals_the_oracle_without_cache(decoder, oracle):
     assert len({tuple(answer) for answer in found}) > 4  # the model does depend on the prompt
 
 
+def test_a_conversation_that_grows_needs_one_program_or_a_few(decoder, monkeypatch):
+    def shapes(lengths):
+        rows = [decoder._padded([Request([3] * n)], GREEDY, Limits(256), decoder._shortest) for n in lengths]
+        return {(row[0].shape, *row[-2:]) for row in rows}
+
+    assert shapes(range(1, 80)) == {((1, 80), 80, 80)}
+    monkeypatch.setattr(decoder, "_shortest", 8)  # of a model that is too large to read much padding
+    monkeypatch.setattr(decoder, "config", CONFIG.model_copy(update={"max_seq_len": 2000}))
+    assert [row[0][1] for row in sorted(shapes(range(1, 2000)))] == [32, 64, 128, 256, 512, 1024, 2000]
+
+
 def test_logprobs_are_those_of_the_full_forward(decoder, forward):
     for prompt, answer in zip(PROMPTS, decoder.generate([Request(p) for p in PROMPTS], PLAIN, Limits(8)), strict=True):
         logits = forward(prompt + answer.tokens)[len(prompt) - 1 : -1]

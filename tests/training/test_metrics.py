@@ -1,6 +1,7 @@
 import math
 import struct
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxllm.training.metrics import MetricsWriter, read
@@ -19,6 +20,15 @@ def test_records_survive_and_later_steps_are_dropped_on_resume(tmp_path):
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert [record["step"] for record in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0\0\0", b'{"step": 2, "lo', b"[1]", b'{"loss": 1.0}', b'{"step": 2, "text": "\xff"}']
+)
+def test_a_damaged_line_is_named(tmp_path, damage):
+    (tmp_path / "timing.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"timing.jsonl, line 2 is damaged: .*; delete this line"):
+        MetricsWriter(tmp_path, resume_from=1)
 
 
 def test_nan_is_valid_json(tmp_path):
