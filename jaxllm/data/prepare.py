@@ -8,25 +8,20 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from pydantic import Field
 
 from jaxllm.core import config as configs
 from jaxllm.core import files
-from jaxllm.core.config import Config
 from jaxllm.core.wording import count
 from jaxllm.data import beam, engine, sources, stages, tokenizer
 from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
-from jaxllm.data.clean import CleanConfig
-from jaxllm.data.decontaminate import DecontaminateConfig
-from jaxllm.data.dedup import DedupConfig
-from jaxllm.data.engine import LocalEngine, Work
+from jaxllm.data.engine import Work
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
-from jaxllm.data.problems import Policy
+from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
 from jaxllm.data.repeats import Sign, Verdicts, decide, write_evaluation
 from jaxllm.data.report import (
     Cluster,
@@ -41,7 +36,7 @@ from jaxllm.data.report import (
     write_page,
 )
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
-from jaxllm.data.shards import SPLITS, Dataset, Kind
+from jaxllm.data.shards import SPLITS, Dataset
 from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
 from jaxllm.data.tokenizer import Tokenizer
 
@@ -51,54 +46,6 @@ if TYPE_CHECKING:
 BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
 SAMPLES = 8  # the tokenizer's sample is drawn from at most about this many times its size
 T = TypeVar("T")
-
-
-class BytesTokenizer(Config):
-    """One id per byte."""
-
-    kind: Literal["bytes"] = "bytes"
-
-
-class ExistingTokenizer(Config):
-    """A tokenizer that exists: what a model was trained with, above all."""
-
-    kind: Literal["existing"] = "existing"
-    path: str = Field(description="tokenizer directory, dataset or run that holds one, or SentencePiece .model file")
-
-
-class PrepareConfig(Config):
-    """Everything `prepare` needs."""
-
-    inputs: tuple[sources.Input, ...] = Field(min_length=1, description="where the text comes from, in this order")
-    out: str = Field(description="dataset directory to make")
-    chat: bool = Field(False, description="read conversations and learn the assistant's answers only, not every token")
-    tokenizer: Annotated[TokenizerConfig | BytesTokenizer | ExistingTokenizer, Field(discriminator="kind")] = Field(
-        TokenizerConfig(), description="how text becomes ids"
-    )
-    clean: CleanConfig = Field(CleanConfig(), description="rules that change or drop documents")
-    dedup: DedupConfig = Field(DedupConfig(), description="near duplicates, and paragraphs that come back")
-    decontaminate: DecontaminateConfig = Field(
-        DecontaminateConfig(), description="documents that hold texts of evaluation sets"
-    )
-    validation: float = Field(0.01, ge=0, description="documents to hold out: a share if below 1, else a number")
-    seed: int = Field(0, ge=0, description="decides which documents are held out")
-    errors: Policy = Field(
-        "error", description="unreadable input: stop, skip it, or replace bad bytes; skipped input is counted"
-    )
-    seq_len: int = Field(
-        512, ge=2, description="row length for which the report gives the padding; training may use another"
-    )
-    overwrite: bool = Field(False, description="replace the dataset if it exists, once the new one is complete")
-    part_bytes: int = Field(
-        32_000_000, ge=1, description="input files are worked on together up to this size; a kill costs so much work"
-    )
-    engine: Annotated[LocalEngine | BeamEngine, Field(discriminator="kind")] = Field(
-        LocalEngine(), description="what does the work; the data are the same"
-    )
-
-    @property
-    def dataset_kind(self) -> Kind:
-        return "chat" if self.chat else "text"
 
 
 def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareReport:

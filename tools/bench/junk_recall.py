@@ -73,8 +73,9 @@ def main() -> int:
     start = time.perf_counter()
     command = [
         sys.executable, "-m", "jaxllm.prepare", "configs/web.yaml", f"out={out}/dataset", "overwrite=true",
-        f"inputs.0.path={out}/rows-*.jsonl", f"inputs.1.path={out}/pages/*.html",
-        f"decontaminate.against.0.path={out}/evaluation.jsonl",
+        f"inputs.0.path={out}/rows-*.jsonl", "inputs.1.kind=html", f"inputs.1.path={out}/pages/*.html",
+        "decontaminate.against.0.kind=jsonl", f"decontaminate.against.0.path={out}/evaluation.jsonl",
+        "tokenizer.vocab_size=16000",
     ]  # fmt: skip
     subprocess.run(command, check=True)
     print(f"\n{time.perf_counter() - start:.1f} s")
