@@ -43,7 +43,10 @@ class Config(BaseModel):
             if value in NONE and type(None) in get_args(field.annotation):
                 values[name] = None
             elif isinstance(default, Config) and (value in (None, "") or isinstance(value, Mapping)):
-                values[name] = merge({"": default.model_dump()}, {"": value or {}})[""]
+                kind = {KIND: getattr(default, KIND)} if hasattr(default, KIND) else {}
+                # What the default leaves open, the section completes itself: it may have a preset.
+                known = kind | default.model_dump(exclude_unset=True)
+                values[name] = merge({"": known}, {"": value or {}})[""]
         return values
 
 
