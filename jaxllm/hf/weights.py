@@ -16,7 +16,7 @@ from jaxllm.hf.rows import sizes_of
 from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.build import EXACT, AnyConfig, Params, abstract_params
 
-THREADS = 4  # that read and turn tensors, each one at a time
+THREADS = 4  # at most, that read and turn tensors, each one at a time
 TURNED = 16  # columns of a matrix that are turned together: rows of as many lines stay in the nearest cache
 
 
@@ -52,8 +52,8 @@ def read_params(
 ) -> Params:
     """Read all parameters, each straight into its place on the mesh.
 
-    A stacked parameter is filled in its place, by layer and expert: beside the parameters, the host holds one tensor of
-    the checkpoint for each thread.
+    A stacked parameter is filled in its place, by layer and expert: beside the parameters, the host holds as much as
+    the largest tensor of the checkpoint, which may be several small ones.
 
     Args:
       shardings: tree of the parameters; None: one device.
@@ -63,6 +63,8 @@ def read_params(
     match(checkpoint, rows, config)
     by_name, sizes = {row.ours: row for row in rows}, sizes_of(config)
     places = named_leaves(shardings) if shardings is not None else {}
+    size_of = lambda stored: math.prod(stored.shape) * stored.dtype.itemsize
+    largest = max(map(size_of, checkpoint.stored.values()), default=0)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
         row, sharding = by_name[name], places.get(name)
@@ -75,7 +77,9 @@ def read_params(
         indices = np.ndindex(leaf.shape[: stacked(row)])
         if sharding is None and jax.local_devices()[0].platform == "cpu":  # the memory of the device is this one
             whole = _aligned(leaf.shape, np.dtype(wanted))
-            list(pool.map(lambda index, theirs: _fill(whole[index], get(theirs)), indices, tensors))
+            threads = min(THREADS, largest // max(1, size_of(checkpoint.stored[tensors[0]])))
+            with ThreadPoolExecutor(max(1, threads)) as pool:
+                list(pool.map(lambda index, theirs: _fill(whole[index], get(theirs)), indices, tensors))
             return jax.device_put(whole, may_alias=True)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
         for index, theirs in zip(indices, tensors, strict=True):
@@ -84,8 +88,7 @@ def read_params(
             stack = _set(stack, np.ascontiguousarray(part[(None,) * len(index)]), start)
         return stack
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return map_named(read, abstract_params(config))
+    return map_named(read, abstract_params(config))
 
 
 def _fill(into: np.ndarray, tensor: np.ndarray) -> None:
