@@ -63,7 +63,7 @@ def read_params(
     match(checkpoint, rows, config)
     by_name, sizes = {row.ours: row for row in rows}, sizes_of(config)
     places = named_leaves(shardings) if shardings is not None else {}
-    size_of = lambda stored: math.prod(stored.shape) * stored.dtype.itemsize
+    size_of = lambda stored: math.prod(stored.shape) * jnp.dtype(stored.dtype).itemsize
     largest = max(map(size_of, checkpoint.stored.values()), default=0)
 
     def read(name: str, leaf: jax.ShapeDtypeStruct) -> Array:
