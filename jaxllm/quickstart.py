@@ -98,7 +98,8 @@ def _heading(console: "Console", number: int, text: str) -> None:
 def _prepare(out: Path, smoke: bool) -> None:
     """Write the two datasets: raw text with a new tokenizer, and conversations in the same tokens."""
     from jaxllm.data.pieces_training import TokenizerConfig
-    from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig, prepare
+    from jaxllm.data.prepare import prepare
+    from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
     from jaxllm.data.sources import World
 
     text, chat = out / "data" / "pretrain", out / "data" / "instruct"

@@ -12,7 +12,7 @@ import pytest
 from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
-from jaxllm.data.prepare import ExistingTokenizer, PrepareConfig
+from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
 from jaxllm.huggingface import words_for
 from jaxllm.layers.norms import LayerNorm
 from jaxllm.models import presets

@@ -18,7 +18,7 @@ import pytest
 from jaxllm.core import config as configs
 from jaxllm.core.schema import keys
 from jaxllm.data import sources
-from jaxllm.data.prepare import PrepareConfig
+from jaxllm.data.prepare_config import PrepareConfig
 from jaxllm.data.problems import Problems
 from jaxllm.recipe import Recipe, load_recipe
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxllm.data.loader import Loader
-from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.sources import World
 from jaxllm.inspect import main as inspect
 from jaxllm.recipe import load_recipe

@@ -14,7 +14,8 @@ from jaxllm.core.config import dump
 from jaxllm.data.describe import BRACKETS
 from jaxllm.data.loader import Loader
 from jaxllm.data.objectives import HiddenTokens
-from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.sources import RowFiles
 from jaxllm.inspect import main as inspect
 from jaxllm.locate import look

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.shards import Dataset
 from jaxllm.data.sources import RowFiles
 from jaxllm.evaluate import main as evaluate

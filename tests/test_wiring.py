@@ -10,7 +10,8 @@ import pytest
 
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
-from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.sources import World
 from jaxllm.inspect import main as inspect
 from jaxllm.models import presets

@@ -18,7 +18,7 @@ from jaxllm.data.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxllm.data.prepare import PrepareConfig
+    from jaxllm.data.prepare_config import PrepareConfig
 
 HELD_OUT = 10  # of so many texts one is measured, the others train
 MEASURED_BYTES = 5_000_000  # more would not change the numbers

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from jaxllm import prepare as command
-from jaxllm.data.prepare import PrepareConfig, prepare
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import PrepareConfig
 from jaxllm.data.sources import RowFiles
 
 pytest.importorskip("apache_beam")

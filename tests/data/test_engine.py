@@ -12,7 +12,8 @@ import pytest
 
 from jaxllm.data import engine, stages
 from jaxllm.data.clean import CleanConfig
-from jaxllm.data.prepare import BytesTokenizer, PrepareConfig, prepare
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.shards import SPLITS, Dataset
 from jaxllm.data.sources import RowFiles, TextFiles
 from jaxllm.data.stages import Clean, keep_first

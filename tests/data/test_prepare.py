@@ -13,7 +13,8 @@ from jaxllm.data.chat import ChatTemplate
 from jaxllm.data.loader import DataConfig, Loader, Source
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
-from jaxllm.data.prepare import BytesTokenizer, ExistingTokenizer, PrepareConfig, assign_splits, prepare
+from jaxllm.data.prepare import assign_splits, prepare
+from jaxllm.data.prepare_config import BytesTokenizer, ExistingTokenizer, PrepareConfig
 from jaxllm.data.shard_writer import Encoded
 from jaxllm.data.shards import Dataset
 from jaxllm.data.sources import RowFiles, TextFiles, World
