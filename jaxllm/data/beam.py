@@ -69,8 +69,11 @@ def _pipeline(options: Sequence[str]) -> tuple:
     return apache_beam, apache_beam.Pipeline(options=PipelineOptions([*runner, *options]))
 
 
-def _do(task: Task) -> None:
-    """Do a task; what is wrong with the data is written down, since to try again would not help."""
+def _do(task) -> None:
+    """Do a task; what is wrong with the data is written down, since to try again would not help.
+
+    Its type, a protocol, is not said: Beam would check it, and cannot.
+    """
     if not task.out.exists():
         try:
             task(lambda *_: None)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, Self, runtime_checkable
+from typing import BinaryIO, Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -31,7 +31,6 @@ SAY_S = 0.1  # seconds between two words of a worker about how far it is
 Tick = Callable[[int, int], None]  # called with the documents and bytes that are done since the last call
 
 
-@runtime_checkable  # Beam looks at what its functions are given
 class Task(Protocol):
     """Leaves the directory `out`, whole or not at all; the same bytes whoever does it."""
 

@@ -15,20 +15,20 @@ from jaxllm.data.clean import CleanConfig
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.shards import SPLITS, Dataset
-from jaxllm.data.sources import RowFiles, TextFiles
+from jaxllm.data.sources import RowFiles, TextFiles, parts
 from jaxllm.data.stages import Clean, keep_first
 
 
 def content(directory):
     """The bytes of a dataset, but for the account of how it was made."""
-    paths = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.name != "report.json")
+    paths = sorted(path for path in Path(directory).rglob("*") if path.is_file() and path.stem != "report")
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
 def told(directory):
     """The account of a dataset, but for what differs from run to run."""
     report = json.loads((Path(directory) / "report.json").read_text())
-    return {key: value for key, value in report.items() if key not in ("seconds", "directory")}
+    return {key: value for key, value in report.items() if key not in ("seconds", "stages", "directory")}
 
 
 @pytest.fixture
@@ -197,7 +197,14 @@ def test_the_first_error_in_the_order_of_parts_is_told(tmp_path):
 def test_a_file_that_grows_while_it_is_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n")
-    task = Clean(tmp_path / "o", (TextFiles(path=str(path)),), (stages.stamp(str(path)),), CleanConfig(), False, "skip")
+    task = Clean(
+        tmp_path / "o",
+        tuple(parts(TextFiles(path=str(path)))),
+        (stages.stamp(str(path)),),
+        CleanConfig(),
+        False,
+        "skip",
+    )
     path.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"a\.txt changed while it was read; run this again"):
         task(lambda *_: None)
