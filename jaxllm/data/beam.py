@@ -1,4 +1,4 @@
-"""The stages of `prepare` on Apache Beam: the same tasks, and the comparison of digests as a combination by key.
+"""The stages of `prepare` on Apache Beam: the same tasks, and the comparison of digests and of signatures by key.
 
 What passes through Beam is small: tasks, and for each document its digest and place. Documents and ids are written to
 the work directory, which the workers and the process that starts them must all see. A bundle that Beam does twice, or
@@ -6,6 +6,7 @@ in two places at once, does no harm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field
 
 from jaxllm.core import files
 from jaxllm.core.config import Config
+from jaxllm.data.dedup import DedupConfig, band_keys, components, group_pairs
 from jaxllm.data.engine import Task
 from jaxllm.data.shard_writer import save_array
 
@@ -56,6 +58,70 @@ def keep_first(texts: Sequence[Path], out: Path, options: Sequence[str]) -> None
         first = parts | beam.Reshuffle() | beam.FlatMap(_digests) | beam.CombinePerKey(min)
         places = first | beam.Values()
         _ = {"path": parts, "kept": places} | beam.CoGroupByKey() | beam.Map(_write, str(out))
+
+
+def near_duplicates(
+    signed: Sequence[Path], stays: np.ndarray, config: DedupConfig, options: Sequence[str], scratch: Path
+) -> np.ndarray:
+    """Return for each document of `stays` the first of its cluster, as `dedup.near_duplicates` finds it.
+
+    Args:
+      signed: where the signatures of each part are. stays: int64, numbers of documents over all parts, ascending.
+      scratch: directory for what the workers read and write.
+    """
+    beam, pipeline = _pipeline(options)
+    starts = np.cumsum([0, *(len(np.load(path / "signatures.npy", mmap_mode="r")) for path in signed)])
+    save_array(scratch / "stays.npy", stays)
+    rows = _Signatures(tuple(signed), tuple(starts.tolist()), scratch / "stays.npy", config)
+    with pipeline:
+        groups = (
+            pipeline
+            | beam.Create(range(len(signed)))
+            | beam.Reshuffle()
+            | beam.FlatMap(rows.bands)
+            | beam.GroupByKey()
+            | beam.Values()
+            | beam.Map(sorted)
+            | beam.Filter(lambda numbers: len(numbers) > 1)
+        )
+        _ = groups | beam.FlatMap(rows.pairs) | beam.combiners.ToList() | beam.Map(_save, str(scratch / "pairs.npy"))
+    return components(np.load(scratch / "pairs.npy"), int(starts[-1]))[stays]
+
+
+@dataclass(frozen=True)
+class _Signatures:
+    """The signatures of all parts, as files: `starts` are the numbers of the first document of each part."""
+
+    paths: tuple[Path, ...]
+    starts: tuple[int, ...]
+    stays: Path
+    config: DedupConfig
+
+    def bands(self, part: int) -> Iterator[tuple[tuple[int, int], int]]:
+        """((band, key), document) of every document of a part that stays."""
+        stays, (first, stop) = np.load(self.stays, mmap_mode="r"), self.starts[part : part + 2]
+        numbers = stays[np.searchsorted(stays, first) : np.searchsorted(stays, stop)]
+        for number, keys in zip(
+            numbers.tolist(), band_keys(self._rows(numbers), self.config).view(np.int64).tolist(), strict=True
+        ):
+            yield from (((band, key), number) for band, key in enumerate(keys))
+
+    def pairs(self, numbers: Sequence[int]) -> list[list[int]]:
+        """The pairs of near duplicates among documents that share a band."""
+        numbers = np.array(numbers, np.int64)
+        return group_pairs(numbers, self._rows(numbers), self.config).tolist()
+
+    def _rows(self, numbers: np.ndarray) -> np.ndarray:
+        parts = np.searchsorted(self.starts, numbers, side="right") - 1
+        found = [np.zeros((0, self.config.permutations), np.uint32)]
+        for part in np.unique(parts).tolist():
+            rows = np.load(self.paths[part] / "signatures.npy", mmap_mode="r")
+            found.append(rows[numbers[parts == part] - self.starts[part]])
+        return np.concatenate(found)
+
+
+def _save(pairs: list[list[int]], path: str) -> None:
+    save_array(Path(path), np.array(pairs, np.int64).reshape(-1, 2))
 
 
 def _pipeline(options: Sequence[str]) -> tuple:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -159,8 +160,12 @@ class _Job:
         names = [path.name for path in (*outs, kept[0].parent)]
         [out] = self.work.keep("decided", [files.fingerprint(*names, repr(dedup))])
         if not out.exists():
-            with stages.result(out) as directory:
-                decide(texts, outs, kept, dedup, directory)
+            with stages.result(out) as directory, TemporaryDirectory(dir=self.work.path) as scratch:
+                find = None
+                if isinstance(self.config.engine, BeamEngine):
+                    options = self.config.engine.options
+                    find = lambda stays: beam.near_duplicates(outs, stays, dedup, options, Path(scratch))
+                decide(texts, outs, kept, dedup, directory, find)
         self.clusters = tuple(Cluster(**each) for each in files.read_json(out / "clusters.json"))
         verdicts = [Verdicts(out / path.name, one, dedup) for path, one in zip(kept, outs, strict=True)]
         return verdicts, [out / f"{path.stem}.keep.npy" for path in kept]

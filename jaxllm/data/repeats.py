@@ -136,9 +136,15 @@ def write_evaluation(config: DecontaminateConfig, out: Path) -> None:
         pickle.dump(Evaluation(read, config), file)
 
 
-def decide(texts: Sequence[Path], signed: Sequence[Path], kept: Sequence[Path], config: DedupConfig, out: Path) -> None:
+def decide(
+    texts: Sequence[Path], signed: Sequence[Path], kept: Sequence[Path], config: DedupConfig, out: Path,
+    find: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> None:  # fmt: skip
     """Write into `out` for each part NAME.npy (uint8 [n], what is said of a document), NAME.paragraphs.npy (bool [m],
     which are repeated) and NAME.keep.npy (bool [n]), and clusters.json. The first in the order of parts stays.
+
+    Args:
+      find: from the numbers of documents over all parts to the first near duplicate of each; None: here.
     """
     keep = [np.load(path) for path in kept]
     ends = np.cumsum([len(each) for each in keep])[:-1]
@@ -149,8 +155,7 @@ def decide(texts: Sequence[Path], signed: Sequence[Path], kept: Sequence[Path], 
     stays = np.flatnonzero(np.concatenate(keep) & (said == KEPT))
     clusters: list[dict] = []
     if config.near:
-        rows = np.concatenate([np.load(path / "signatures.npy", mmap_mode="r") for path in signed])[stays]
-        first = stays[near_duplicates(rows, config)]
+        first = _first_alike(signed, stays, config) if find is None else find(stays)
         said[stays[first != stays]] = NEAR
         clusters = list(_clusters(texts, ends, stays, first))
     files.write_json(out / "clusters.json", clusters)
@@ -159,6 +164,11 @@ def decide(texts: Sequence[Path], signed: Sequence[Path], kept: Sequence[Path], 
         save_array(out / path.name, one)
         save_array(out / f"{path.stem}.paragraphs.npy", mask)
         save_array(out / f"{path.stem}.keep.npy", which & (one == KEPT))
+
+
+def _first_alike(signed: Sequence[Path], stays: np.ndarray, config: DedupConfig) -> np.ndarray:
+    rows = np.concatenate([np.load(path / "signatures.npy", mmap_mode="r") for path in signed])[stays]
+    return stays[near_duplicates(rows, config)]
 
 
 def _repeated_paragraphs(signed: Sequence[Path], said: np.ndarray, keep: np.ndarray) -> list[np.ndarray]:
