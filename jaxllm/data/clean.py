@@ -3,7 +3,6 @@
 A rule is a name and a pure function from text to text, or to None to drop the document.
 """
 
-import hashlib
 import json
 import unicodedata
 from collections.abc import Callable, Collection
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config, merge
+from jaxllm.data.dedup import digest
 from jaxllm.data.documents import Conversation, Document, Message
 from jaxllm.data.language import identify
 from jaxllm.data.pii import Kind, mask
@@ -155,12 +155,11 @@ class Cleaner:
     def _is_copy(self, text: str, shown: str, owner: Document | Conversation) -> bool:
         if self._seen is None:
             return False
-        # 128 bits: no two of 10^12 different documents meet. Per document the set needs about 100 bytes of memory.
-        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-        if digest in self._seen:
+        key = digest(text)  # per document the set needs about 100 bytes of memory
+        if key in self._seen:
             self._drop("duplicate", shown, owner)
             return True
-        self._seen.add(digest)
+        self._seen.add(key)
         return False
 
     def _drop(self, name: str, shown: str, owner: Document | Conversation) -> None:

@@ -5,7 +5,6 @@ leaves a directory that is there whole or not at all. Any process can do it, onc
 all parts have to say to each other (which documents are copies, which are held out) stands between the stages.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -29,6 +28,7 @@ from jaxllm.core import files
 from jaxllm.data import clean, sources, tokenizer
 from jaxllm.data.chat import TemplateError, encode_chat
 from jaxllm.data.clean import CleanConfig, Cleaner, RuleCount
+from jaxllm.data.dedup import digest
 from jaxllm.data.documents import Conversation, Document, Message, provenance
 from jaxllm.data.problems import Policy, Problems
 from jaxllm.data.shard_writer import Encoded, Stored, chat_tokens, save_array, text_tokens
@@ -60,12 +60,13 @@ class Account:
     inputs: dict[str, list[int]] = field(default_factory=dict)
     languages: dict[str, list[int]] = field(default_factory=dict)
 
-    def read(self, name: str, item: Document | Conversation) -> None:
-        """Count what was read from the input `name`."""
+    def read(self, name: str, item: Document | Conversation) -> int:
+        """Count what was read from the input `name`; return its bytes."""
         size = size_of(item)
         self.n_read += 1
         self.bytes_read += size
         _add(self.inputs, name, [1, size, 0, 0])
+        return size
 
     def keep(self, name: str, item: Document | Conversation) -> None:
         """Count what the rules left of it."""
@@ -171,13 +172,11 @@ class Clean:
         with result(self.out) as directory:
             with open(directory / "documents.jsonl", "wb") as file:
                 for name, item in self._items(account.problems):
-                    account.read(name, item)
-                    tick(1, size_of(item))
+                    tick(1, account.read(name, item))
                     cleaned = apply(item)
                     if cleaned is not None:
                         account.keep(name, cleaned)
-                        # 128 bits: no two of 10^12 different documents meet.
-                        digests += hashlib.blake2b(identity(cleaned).encode("utf-8"), digest_size=16).digest()
+                        digests += digest(identity(cleaned))
                         file.write(_line(cleaned))
             for path, *before in self.stamps:
                 if before != list(stamp(path)[1:]):
