@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.command import command, parser
 from jaxllm.data.world_tasks import APPLICATIONS
 
@@ -130,7 +130,7 @@ def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "Data
                 f"--tokenizer {arguments.model}"
             )
         data = load_recipe(locate(arguments.model)[0]).data
-        if not all((Path(source.path) / "manifest.json").is_file() for source in data.sources):
+        if not all((here(source.path) / "manifest.json").is_file() for source in data.sources):
             raise ValueError(
                 f"the data that {arguments.model} was trained on is not here "
                 f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens, text_pairs
 from jaxllm.data import tokenizer as tokenizers
@@ -60,8 +61,9 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     Raises:
       ValueError: a family that is not known, or a key that changes the model and is not understood; all of them.
     """
-    file = GgufFile(model) if is_gguf(model) else None
-    origin = file.path if file else Path(model) / "config.json"
+    path = here(model)
+    file = GgufFile(path) if is_gguf(path) else None
+    origin = file.path if file else path / "config.json"
     raw = gguf_config.describe(file) if file else files.read_json(origin)
     kind = raw.get("model_type")
     if kind is None:
@@ -69,12 +71,12 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
     if kind in READERS and not encoders:
         raise ValueError(f"{origin}: {kind} has an encoder; jaxllm.load reads it, but here a model must continue text")
     if kind in READERS:
-        family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(model))
+        family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(path))
     elif kind in FAMILIES:
         family, config = FAMILIES[kind], FAMILIES[kind].parse(raw, str(origin))
     else:
         raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *READERS])}")
-    return Described(Path(model), raw, family, config, file)
+    return Described(path, raw, family, config, file)
 
 
 def load(

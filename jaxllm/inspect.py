@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.command import command, parser
 from jaxllm.core.wording import count
 
@@ -61,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     return result
 
 
-def _run_dir(path: Path) -> Path | None:
+def _run_dir(path: str | Path) -> Path | None:
     """Return the run directory that `path` is or names, if it does."""
-    path = files.named_run(path)[0]
+    path = files.named_run(here(path))[0]
     return path if (path / "recipe.yaml").is_file() else None
 
 
@@ -71,7 +72,7 @@ def _data_config(arguments: argparse.Namespace) -> "DataConfig":
     """The data section of the run's recipe, or the dataset alone."""
     from jaxllm.data.loader import DataConfig
 
-    path = Path(arguments.path)
+    path = here(arguments.path)
     if run_dir := _run_dir(path):
         if arguments.seq_len:
             raise ValueError(f"--seq-len is for datasets; the run {run_dir} has its own row length")
@@ -104,7 +105,7 @@ def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarra
     from jaxllm.training.checkpoint import load_params
     from jaxllm.training.step import token_losses
 
-    if _run_dir(Path(path)) is None:
+    if _run_dir(path) is None:
         raise ValueError(f"--losses needs the model of a run, and {path} is a dataset; give RUN or RUN/checkpoints/K")
     run_dir, step = locate(path)
     recipe = load_recipe(run_dir)
@@ -125,7 +126,7 @@ def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:
         return range(min(arguments.rows or 4, loader.samples_per_epoch))  # none twice
     if arguments.step < 1:
         raise ValueError(f"--step={arguments.step}: steps are counted from 1")
-    first, size = _batch(_run_dir(Path(arguments.path)), arguments.step, loader)
+    first, size = _batch(_run_dir(arguments.path), arguments.step, loader)
     end = first + (arguments.rows or size)
     return range(first, end if loader.n_samples is None else min(end, loader.n_samples))
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import golden
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
 from jaxllm.data import text_pairs
 from jaxllm.data import tokenizer as tokenizers
@@ -246,7 +247,7 @@ def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[
     from jaxllm.recipe import FILE_NAME, Recipe
     from jaxllm.training.checkpoint import Checkpoints
 
-    directory = Path(directory)
+    directory = here(directory)
     files.check_empty(directory)
     data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
     recipe = Recipe(out=str(directory), model=model.config, data=data)

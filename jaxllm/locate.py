@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
+from jaxllm.core.bucket import exists, here
 from jaxllm.core.gguf_file import is_gguf
 from jaxllm.models.config import ModelConfig, is_vae
 
@@ -20,8 +21,8 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
     Raises:
       ValueError: it is no such thing; the message says what was looked for.
     """
-    path = Path(model)
-    if not path.exists():
+    path = here(model)
+    if not exists(model):
         hint = files.misspelt(path) or "; MODEL is a run directory, a Hugging Face directory or a GGUF file"
         raise ValueError(f"{path} does not exist{hint}")
     path, step = files.named_run(path)
@@ -39,7 +40,8 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
 
 def is_huggingface(model: str | Path) -> bool:
     """Whether MODEL is a Hugging Face directory, or a GGUF file, which is read as one."""
-    return is_gguf(model) or ((Path(model) / "config.json").is_file() and not (Path(model) / "recipe.yaml").exists())
+    path = here(model)
+    return is_gguf(path) or ((path / "config.json").is_file() and not (path / "recipe.yaml").exists())
 
 
 def look(

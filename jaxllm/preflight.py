@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxllm.core.batch import Batch
+from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
@@ -44,7 +45,7 @@ class Finding(NamedTuple):
 def preflight(recipe: Recipe) -> Iterator[Finding]:
     """Yield what each check found; data that cannot be opened ends them, because nothing else has a meaning then."""
     distributed.start(recipe.platform, recipe.data.batch_size // recipe.step.accumulate)
-    run_dir = Path(recipe.out)
+    run_dir = here(recipe.out)
     yield _finding("run directory", lambda: _home(run_dir, recipe))
     try:
         loader = Loader(recipe.data, "train")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from jaxllm.core import config as configs
+from jaxllm.core.bucket import here
 from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import misspelt, named_run, read_json
 from jaxllm.core.schema import describe
@@ -88,7 +89,7 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
             halves = {half: configs.merge(both, each) for half, each in own.items()}
             model = {key: value for key, value in model.items() if key != "both"} | halves
     match raw:
-        case {"data": {"sources": [{"path": str(path)}, *_]}} if (Path(path) / "manifest.json").exists():
+        case {"data": {"sources": [{"path": str(path)}, *_]}} if (here(path) / "manifest.json").exists():
             model = _with_vocabulary(model, read_manifest(path).vocab_size)
     if "preset" in model:
         preset = presets.raw(str(model["preset"]))
@@ -119,10 +120,11 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
     A run directory is `out` of its own recipe, wherever it was copied or moved to.
     """
-    if path is not None and not Path(path).exists():
-        raise ValueError(f"{path} does not exist{misspelt(Path(path)) or '; give a RECIPE.yaml or a RUN_DIR'}")
-    if path is not None and Path(path).is_dir():
-        if (manifest := Path(path) / "manifest.json").exists():
+    given, path = path, None if path is None else here(path)
+    if path is not None and not path.exists():
+        raise ValueError(f"{given} does not exist{misspelt(path) or '; give a RECIPE.yaml or a RUN_DIR'}")
+    if path is not None and path.is_dir():
+        if (manifest := path / "manifest.json").exists():
             chat = read_json(manifest)["kind"] == "chat"
             usual = "tune configs/own-text/tune.yaml" if chat else "train configs/own-text/pretrain.yaml"
             raise ValueError(
@@ -130,8 +132,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
                 f"python -m jaxllm.{usual} data.sources.0.path={path}"
             )
         if not any(override.partition("=")[0].strip() == "out" for override in overrides):
-            overrides = [f"out={json.dumps(str(path))}", *overrides]
-        directory, path = Path(path), Path(path) / FILE_NAME
+            overrides = [f"out={json.dumps(str(given))}", *overrides]
+        directory, path = path, path / FILE_NAME
         if not path.exists():
             found = [*directory.glob("*.yaml"), *(recipe.parent for recipe in directory.glob(f"*/{FILE_NAME}"))]
             hint = f"; recipes and runs in it: {', '.join(map(str, sorted(found)))}" if found else ""
@@ -142,11 +144,11 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 def knows_world(model: str | Path) -> bool:
     """Whether MODEL is a run, and the first text of one of its datasets, if it is still here, is of the micro-world."""
-    run_dir, _ = named_run(Path(model))
+    run_dir, _ = named_run(here(model))
     if not (run_dir / FILE_NAME).is_file():
         return False
     for source in load_recipe(run_dir).data.sources:
-        with suppress(FileNotFoundError), open(Path(source.path) / "train/shard-00000.origins.jsonl", "rb") as file:
+        with suppress(FileNotFoundError), open(here(source.path) / "train/shard-00000.origins.jsonl", "rb") as file:
             if file.readline().startswith(b'{"source": "world"'):
                 return True
     return False
@@ -165,7 +167,7 @@ def of_command_line(argv: Sequence[str] | None, usage: str) -> Recipe | None:
     if not argv:
         raise ValueError(f"no recipe and no run is given\n{usage.split(chr(10) * 2)[1]}\n--help lists all keys")
     recipe = load_recipe(argv[0], argv[1:])
-    if Path(argv[0]).is_dir() and not (Path(recipe.out) / FILE_NAME).exists():
+    if here(argv[0]).is_dir() and not (here(recipe.out) / FILE_NAME).exists():
         sys.stderr.write(f"note: {recipe.out} is a new run from the beginning; of {argv[0]} it has the recipe alone\n")
     return recipe
 

@@ -6,13 +6,13 @@ Here text (data, tokenizer, samples) and training meet.
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jaxllm.core.batch import Batch
+from jaxllm.core.bucket import here, push
 from jaxllm.core.wording import count, short
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
@@ -59,7 +59,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, loader: Loader, mesh: Mesh):
         self.recipe, self.loader, self.mesh = recipe, loader, mesh
-        self.run_dir = Path(recipe.out)
+        self.run_dir = here(recipe.out)
         self.compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
         self.tokens_per_step = recipe.data.batch_size * recipe.data.packing.seq_len
         self.begin = Position(0, 0, recipe.data.batch_size)
@@ -129,7 +129,7 @@ class Run:
         """Read the parameters of `start_from` straight into their places on the mesh."""
         source, wanted = self.recipe.start_from, self.recipe.model
         found, opened = look(source, encoders=True)
-        run_dir, step = (Path(source), None) if is_huggingface(source) else locate(source)
+        run_dir, step = (here(source), None) if is_huggingface(source) else locate(source)
         if not _goes_on(found, wanted):
             raise ValueError(f"`model` differs from the model of start_from={source}; leave `model` out of the recipe")
         if tokenizers.load(run_dir).fingerprint != self.loader.tokenizer_fingerprint:
@@ -220,7 +220,9 @@ class Run:
                 }  # fmt: skip
 
     def save(self, step: int, state: TrainState) -> None:
-        """Start writing a checkpoint."""
+        """Start writing a checkpoint; the lines that it covers are on disk, and in the bucket, before it is."""
+        if jax.process_index() == 0:
+            push(self.run_dir)
         # The last batch of an epoch's worth of data may be filled up with nothing.
         sample = min(self.begin.at(step), self.loader.n_samples or self.begin.at(step))
         meta = {

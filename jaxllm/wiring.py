@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.batch import Batch
+from jaxllm.core.bucket import LOCK, here, origin, push
 from jaxllm.core.wording import count
 from jaxllm.data.loader import Loader
 from jaxllm.recipe import FILE_NAME, Recipe, changes, check, load_recipe
@@ -71,7 +72,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
     loader = Loader(recipe.data, "train", jax.process_index(), jax.process_count())
     check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count(), n_processes=jax.process_count())
     mesh = make_mesh(recipe.mesh)
-    run, run_dir = Run(recipe, loader, mesh), Path(recipe.out)
+    run, run_dir = Run(recipe, loader, mesh), here(recipe.out)
     with (
         jax.set_mesh(mesh),
         _claimed(run_dir, recipe, loader),
@@ -180,7 +181,11 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
             with files.new_directory(run_dir / "tokenizer") as temporary:
                 shutil.copytree(loader.tokenizer_dir, temporary, dirs_exist_ok=True)
         multihost_utils.sync_global_devices("the first process has made the run directory")
-        yield
+        try:
+            yield
+        finally:
+            if first:
+                push(run_dir)
 
 
 def check_home(run_dir: Path, recipe: Recipe) -> None:
@@ -194,14 +199,14 @@ def check_home(run_dir: Path, recipe: Recipe) -> None:
                 f"directory, or resume it unchanged with: python -m jaxllm.train {run_dir}"
             )
     elif run_dir.exists():  # what a run leaves that was killed before it wrote its recipe is no obstacle
-        leftover = re.compile(rf"{re.escape(lock.FILE_NAME)}|\.{re.escape(FILE_NAME)}\..*\.tmp")
+        leftover = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(FILE_NAME)}\..*\.tmp")
         if any(not leftover.fullmatch(path.name) for path in run_dir.iterdir()):
             raise ValueError(f"{run_dir} is not empty and holds no run; choose another `out`")
 
 
 def _kept(run_dir: Path) -> str:
     """Say what is on disk of a run that is left without saving; asks the file system alone, for any thread."""
-    steps = [int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()]
+    steps = [int(path.name) for path in (origin(run_dir) / "checkpoints").glob("*") if path.name.isdigit()]
     kept = f"the newest checkpoint is of step {max(steps)}; resume" if steps else "nothing was saved yet; begin anew"
     return f"left without saving: {kept} with: python -m jaxllm.train {run_dir}"
 

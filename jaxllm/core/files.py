@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxllm.core.bucket import here, push
+
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Replace the file at `path` with `content`, durably: temporary file, fsync, rename.
@@ -19,7 +21,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     Raises:
       OSError: the disk is full or the directory is not writable; the old file is then untouched.
     """
-    path = Path(path)
+    path = here(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,6 +32,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    push(path)
 
 
 def write_text(path: str | os.PathLike, content: str) -> None:
@@ -82,7 +85,7 @@ def check_no_file(directory: Path) -> None:
 
 def check_empty(directory: str | os.PathLike) -> None:
     """Raise ValueError unless `directory` is free to write into: it does not exist, or holds nothing."""
-    check_no_file(path := Path(directory))
+    check_no_file(path := here(directory))
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty; choose a new directory")
 
@@ -94,7 +97,7 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     Raises:
       ValueError: `directory` is not free to write into.
     """
-    directory = Path(directory)
+    directory = here(directory)
     check_empty(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -103,6 +106,7 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     if directory.exists():
         directory.rmdir()
     temporary.rename(directory)
+    push(directory)
 
 
 def temporary_beside(directory: Path) -> Path:

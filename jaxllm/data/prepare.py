@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxllm.core import config as configs
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
 from jaxllm.data import beam, engine, sources, stages, tokenizer
 from jaxllm.data.beam import BeamEngine
@@ -67,7 +68,7 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
     start = time.perf_counter()
     inputs = (path for each in config.inputs for path in sources.paths(each))
     check_out(config.out, config.overwrite, inputs)  # before a tokenizer is trained
-    with Progress(console) as progress, Work(Path(config.out), progress.note) as work:
+    with Progress(console) as progress, Work(here(config.out), progress.note) as work:
         job = _Job(config, work, progress)
         tok = None if job.trains else make_tokenizer(config)
         texts = job.clean()

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here, push
 from jaxllm.core.wording import count
 from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
 from jaxllm.data.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ def check_out(directory: str | Path, overwrite: bool, inputs: Iterable[str] = ()
       overwrite: an empty directory and a dataset may be replaced; nothing else ever is.
       inputs: files that are read; they must lie elsewhere.
     """
-    path, place = Path(directory), Path(directory).resolve()
+    path, place = here(directory), here(directory).resolve()
     if not os.path.lexists(path):
         return
     other = f"choose another directory than {path}"
@@ -133,7 +134,7 @@ class DatasetWriter:
         overwrite: bool = False,
         shard_tokens: int = 1 << 24,
     ):
-        self.directory = Path(directory)
+        self.directory = here(directory)
         self.tokenizer, self.kind, self.overwrite = tokenizer, kind, overwrite
         check_out(directory, overwrite)
         self._sealed = False
@@ -152,6 +153,7 @@ class DatasetWriter:
                 if not self._sealed:
                     self.seal()
                 self._publish()
+                push(self.directory)
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 

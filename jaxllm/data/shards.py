@@ -22,6 +22,7 @@ from jaxtyping import Bool, Int
 from pydantic import Field
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.config import Record
 
 VERSION = 1
@@ -108,7 +109,7 @@ class Dataset:
           FileNotFoundError: no dataset there, or a file of it is gone.
           ValueError: unknown split, another version, or a damaged shard: file, expected and found.
         """
-        directory = Path(directory)
+        directory = here(directory)
         manifest = read_manifest(directory)
         if split not in manifest.splits:
             raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(manifest.splits)}")
@@ -164,7 +165,7 @@ def read_manifest(directory: str | Path) -> Manifest:
       FileNotFoundError: `directory` is no dataset.
       ValueError: the file is damaged or of another version.
     """
-    path = Path(directory) / "manifest.json"
+    path = here(directory) / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no dataset (no manifest.json); make one with python -m jaxllm.prepare")
     content = files.read_json(path)

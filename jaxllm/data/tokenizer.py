@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens
 from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, ROLE_TOKENS, ChatTemplate
@@ -156,7 +157,7 @@ def load(path: str | Path) -> Tokenizer:
       ValueError: the directory is damaged (a file does not match the recorded fingerprint) or the model has no bos or
         eos.
     """
-    path = Path(path)
+    path = here(path)
     if is_gguf(path):
         return from_gguf(GgufFile(path))
     if path.is_file():

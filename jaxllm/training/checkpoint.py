@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as managers
 
+from jaxllm.core.bucket import origin
 from jaxllm.models.build import AnyConfig, Params, abstract_params
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
@@ -41,7 +42,7 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path, config: CheckpointConfig | None = None):
         config = CheckpointConfig() if config is None else config
         # A relative directory would fail only later, in the background writer.
-        self.directory = (Path(run_dir) / "checkpoints").resolve()
+        self.directory = origin(run_dir) / "checkpoints"
         policies = [managers.LatestN(config.keep_last)]
         if config.keep_best:
             best = managers.BestN(
@@ -259,7 +260,7 @@ def load_params(
     Raises:
       ValueError: no such checkpoint, with the steps there are; or it is damaged, with the one before.
     """
-    directory = (Path(run_dir) / "checkpoints").resolve()
+    directory = origin(run_dir) / "checkpoints"
     if not directory.is_dir():
         raise ValueError(f"{run_dir} has no checkpoints/ directory; give a run directory written by train or tune")
     _drop_damaged_losses(directory)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxllm.core.bucket import LOCK
+
 log = logging.getLogger(__name__)
-FILE_NAME = ".lock"
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     Raises:
       ValueError: another process has it; the message names that process.
     """
-    with open(run_dir / FILE_NAME, "a+", encoding="utf-8") as file:  # open as long as the lock is held
+    with open(run_dir / LOCK, "a+", encoding="utf-8") as file:  # open as long as the lock is held
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,0 +1,189 @@
+"""Directories in a bucket ("gs://bucket/runs/a"): each has a twin on this machine, where it is read and written.
+
+A run appends to files, locks and renames, and data are mapped into memory: nothing that a bucket can do. So all of that
+is done in the twin, and `push` copies what has changed into the bucket. Checkpoints have no twin: Orbax writes and
+reads them in the bucket itself, all hosts at once (`origin`).
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etils.epath import Path as AnyPath
+
+TWINS = Path("~/.cache/jaxllm/buckets").expanduser()
+BULK = "checkpoints"  # the directory of a run that has no twin
+LOCK = ".lock"  # in a run directory, held by the process that writes there
+_VERSION_KEYS = ("generation", "etag", "created", "mtime", "size")
+_mirrored: set[Path] = set()
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether `path` is in a bucket."""
+    return isinstance(path, str) and "://" in path
+
+
+def here(path: str | os.PathLike) -> Path:
+    """Return where `path` is on this machine: itself, or, of a URL, its twin, which is brought up to date once.
+
+    A checkpoint ("gs://bucket/run/checkpoints/500") is a place in the twin of its run, where nothing is.
+
+    Raises:
+      ValueError: the bucket cannot be read, or the package for it is not installed.
+    """
+    if not is_url(path):
+        return Path(path)
+    scheme, _, rest = str(path).rstrip("/").partition("://")
+    twin = TWINS / scheme / rest
+    root = twin.parent.parent if twin.parent.name == BULK else twin
+    if root not in _mirrored:
+        with _errors(path):
+            _mirror(root)
+        _mirrored.add(root)
+    return twin
+
+
+def origin(path: str | os.PathLike) -> "Path | AnyPath":
+    """Return what `path` is the twin of, as a path in the bucket; `path` itself, absolute, if it is no twin."""
+    url = _url(path := Path(path))
+    if url is None:
+        return path.resolve()
+    from etils import epath
+
+    return epath.Path(url)
+
+
+def push(path: Path) -> None:
+    """Copy what has changed in the twin of a directory, or a file of it, into the bucket; nothing for other paths.
+
+    Hidden files and checkpoints stay where they are.
+    """
+    url = _url(path)
+    if url is None or any(part.startswith(".") for part in path.relative_to(TWINS).parts):
+        return
+    with _errors(url):
+        fs = _file_system(url)
+        root = next((each for each in (path, *path.parents) if _beside(each, "json").is_file()), path)
+        index = _read_index(root)
+        for name in [name for name in index if not (root / name).exists()]:
+            fs.rm_file(_url(root / name))
+            del index[name]
+        for file in [path] if path.is_file() else _files(path):
+            name = file.relative_to(root).as_posix()
+            if index.get(name, [None])[1:] != (now := _stat(file)):
+                fs.put_file(str(file), _url(file))
+                fs.invalidate_cache()
+                index[name] = [_version(fs.info(_url(file))), *now]
+        _write_index(root, index)
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is a file or directory at `path`."""
+    return origin(here(path)).exists() if is_url(path) else Path(path).exists()
+
+
+def _mirror(root: Path) -> None:
+    """Make the twin what the bucket has; while a process of this machine writes there, it is newer and stays."""
+    url = _url(root)
+    fs = _file_system(url)
+    fs.invalidate_cache()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(_beside(root, "lock"), "a") as mirroring:
+        fcntl.flock(mirroring, fcntl.LOCK_EX)  # until it is closed
+        if _is_written(root):
+            return
+        index, found = _read_index(root), {}
+        base = fs._strip_protocol(url)
+        for remote, info in fs.find(url, detail=True).items():
+            name = remote[len(base) :].lstrip("/")
+            if not name.startswith(f"{BULK}/"):
+                found[name] = remote, _version(info)
+        for name in index.keys() - found.keys():
+            (root / name).unlink(missing_ok=True)
+        for name, (remote, version) in found.items():
+            file = root / name
+            if not (file.is_file() and index.get(name) == [version, *_stat(file)]):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+                fs.get_file(remote, str(temporary))
+                os.replace(temporary, file)
+        _write_index(root, {name: [version, *_stat(root / name)] for name, (_, version) in found.items()})
+
+
+def _is_written(root: Path) -> bool:
+    with suppress(FileNotFoundError), open(root / LOCK, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _beside(root: Path, kind: str) -> Path:
+    """Return a file of ours beside a twin, so that the twin is empty where the bucket is."""
+    return root.with_name(f".{root.name}.bucket.{kind}")
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.name == BULK:
+            continue
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _url(path: Path) -> str | None:
+    with suppress(ValueError):
+        scheme, *rest = path.relative_to(TWINS).parts
+        return f"{scheme}://{'/'.join(rest)}"
+    return None
+
+
+def _file_system(url: str) -> Any:
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(url)[0]
+
+
+def _version(info: dict[str, Any]) -> str:
+    return " ".join(str(info[key]) for key in _VERSION_KEYS if key in info)
+
+
+def _stat(file: Path) -> list[int]:
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _read_index(root: Path) -> dict[str, list]:
+    """Return {name: [version in the bucket, size here, time here]} of what was the same in both places."""
+    with suppress(FileNotFoundError):
+        return json.loads(_beside(root, "json").read_text(encoding="utf-8"))
+    return {}
+
+
+def _write_index(root: Path, index: dict[str, list]) -> None:
+    path = _beside(root, "json")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(index), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _errors(url: str | os.PathLike) -> Iterator[None]:
+    """Say which place in a bucket cannot be used, and why."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}; for Google's buckets run: pip install 'jaxllm[gcs]'") from error
+    except Exception as error:  # catch-all: every file system has errors of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"{url} cannot be used ({reason}); check its name, and that this machine may read and write the bucket"
+        ) from error

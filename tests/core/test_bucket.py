@@ -1,0 +1,88 @@
+"""A directory in a bucket and its twin on this machine hold the same small files."""
+
+import fcntl
+
+import fsspec
+import pytest
+
+from jaxllm.core import bucket, files
+
+
+@pytest.fixture
+def fs(tmp_path, monkeypatch):
+    """An empty bucket in memory, and no twins yet."""
+    monkeypatch.setattr(bucket, "TWINS", tmp_path / "twins")
+    monkeypatch.setattr(bucket, "_mirrored", set())
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()
+
+
+def stored(fs) -> dict[str, bytes]:
+    return {name: fs.cat(name) for name in fs.find("/")}
+
+
+def again(monkeypatch, url: str):
+    """What another process sees."""
+    monkeypatch.setattr(bucket, "_mirrored", set())
+    return bucket.here(url)
+
+
+def test_other_paths_are_left_alone(tmp_path):
+    assert bucket.here("a/b") == bucket.Path("a/b")
+    assert bucket.origin(tmp_path) == tmp_path
+    bucket.push(tmp_path)
+
+
+def test_what_changed_is_copied_and_nothing_else(fs, monkeypatch):
+    twin = bucket.here("memory://b/run/")
+    assert not twin.exists()
+    files.write_json(twin / "recipe.yaml", 1)
+    (twin / "checkpoints/5").mkdir(parents=True)
+    for name in ("metrics.jsonl", ".lock", "checkpoints/5/x"):
+        (twin / name).write_text("old")
+    assert stored(fs) == {"/b/run/recipe.yaml": b"1\n"}
+    bucket.push(twin)
+    assert set(stored(fs)) == {"/b/run/recipe.yaml", "/b/run/metrics.jsonl"}
+    monkeypatch.setattr(fs.__class__, "put_file", lambda *_: pytest.fail("nothing has changed"))
+    bucket.push(twin)
+
+
+def test_a_twin_becomes_what_the_bucket_has(fs, monkeypatch):
+    twin = bucket.here("memory://b/data")
+    for name in ("a", "b"):
+        files.write_text(twin / name, "old")
+    fs.pipe("/b/data/a", b"new")
+    fs.rm("/b/data/b")
+    fs.pipe("/b/data/c/d", b"new")
+    fs.pipe("/b/data/checkpoints/5/x", b"large")
+    assert again(monkeypatch, "memory://b/data/checkpoints/5") == twin / "checkpoints/5"
+    kept = {path.relative_to(twin).as_posix(): path.read_text() for path in twin.rglob("*") if path.is_file()}
+    assert kept == {"a": "new", "c/d": "new"}
+
+
+def test_the_twin_of_a_run_that_writes_stays(fs, monkeypatch):
+    twin = bucket.here("memory://b/run")
+    files.write_text(twin / "metrics.jsonl", "1\n")
+    (twin / "metrics.jsonl").write_text("1\n2\n")
+    with open(twin / bucket.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert (again(monkeypatch, "memory://b/run") / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (again(monkeypatch, "memory://b/run") / "metrics.jsonl").read_text() == "1\n"
+
+
+def test_new_directories_and_files_in_a_bucket(fs):
+    with files.new_directory("memory://b/export") as temporary:
+        (temporary / "config.json").write_text("{}")
+    files.write_text("memory://b/results.json", "[]")
+    assert stored(fs) == {"/b/export/config.json": b"{}", "/b/results.json": b"[]"}
+    with pytest.raises(ValueError, match="is not empty"):
+        files.check_empty("memory://b/export")
+
+
+@pytest.mark.parametrize(("url", "why"), [("nothing://b/x", "Protocol not known"), ("memory:///", "")])
+def test_a_bucket_that_cannot_be_used(fs, monkeypatch, url, why):
+    monkeypatch.setattr(fs.__class__, "find", lambda *_, **__: (_ for _ in ()).throw(OSError("no permission")))
+    with pytest.raises(ValueError, match=f"{url}.*({why}|no permission)"):
+        bucket.here(url)
