@@ -93,7 +93,7 @@ STACK = (
 
 def _check_recipe(module: str, arguments: tuple[str, ...]) -> None:
     """Every key=value is a key; with a recipe of ours, the two together are valid."""
-    overrides = [word for word in arguments if OVERRIDE.fullmatch(word)]
+    overrides = [word.replace("gs://", "") for word in arguments if OVERRIDE.fullmatch(word)]  # nobody asks a bucket
     known = {*keys(SCHEMAS[module]), "model.preset"}
     for override in overrides:
         key = re.sub(r"\.\d+(?=\.|$)", ".0", override.partition("=")[0])

@@ -4,7 +4,6 @@ import ctypes
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 from pydantic import Field, model_validator
 
@@ -20,7 +19,8 @@ class PlatformConfig(Config):
         None, ge=1, description="virtual devices on a CPU; none = as many cores as divide the batch"
     )
     compile_cache: str | None = Field(
-        "~/.cache/jaxllm/xla", description="directory of compiled programs, reused by later runs; none = off"
+        "~/.cache/jaxllm/xla",
+        description="directory of compiled programs, reused by later runs, or gs://...; none = off",
     )
     keep_memory: bool = Field(
         True,
@@ -54,7 +54,7 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
     import jax
 
     if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compile_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if config.distributed:
         jax.distributed.initialize(config.coordinator, config.n_processes, config.process_index)

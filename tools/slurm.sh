@@ -1,0 +1,17 @@
+#!/bin/bash
+# A run of jaxllm over whole GPU nodes under Slurm: sbatch --nodes=N tools/slurm.sh RECIPE.yaml platform.distributed=true ...
+# Five minutes before the end of the allotted time the run saves and ends, and this job queues itself again.
+#SBATCH --job-name=jaxllm
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=jaxllm-%j.log
+#SBATCH --signal=TERM@300
+set -uo pipefail
+srun --kill-on-bad-exit=1 python -m jaxllm.train "$@"
+status=$?
+# 143 = 128 + SIGTERM: saved, not finished.
+if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"
