@@ -153,7 +153,8 @@ class Run:
         ema = self.recipe.step.ema_decay is not None
         return {
             "tokenizer": self.loader.tokenizer_fingerprint, "data": self.loader.fingerprint,
-            "optim.kind": self.recipe.optim.kind, "step.ema_decay": "a moving average" if ema else "none",
+            "optim.kind": self.recipe.optim.kind, "optim.moments": self.recipe.optim.moments,
+            "step.ema_decay": "a moving average" if ema else "none",
         }  # fmt: skip
 
     def actions(self, log: RunLog) -> list[Action]:
@@ -161,11 +162,11 @@ class Run:
         self.log, monitor = log, self.recipe.monitor
         actions = []
         if self._validation is not None:
-            actions.append(Action(monitor.evaluate_every, self.evaluate))
+            actions.append(Action(monitor.evaluate_every, self.evaluate, "evaluate"))
         else:
             log.say("no validation split: the data has no held-out documents, so no validation loss is measured")
         if monitor.prompts:
-            actions.append(Action(monitor.sample_every, self.write_samples))
+            actions.append(Action(monitor.sample_every, self.write_samples, "sample"))
         return [*actions, Action(self.recipe.checkpoint.every, self.save)]
 
     def catch_up(self, actions: list[Action], state: TrainState, steps: int) -> None:
@@ -257,7 +258,8 @@ class Run:
         """
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
         rows = data.batch_size // self.recipe.step.accumulate // batch_parts(shape)
-        copies = sum(leaf.size for leaf in jax.tree.leaves(opt_state)) / accounting.param_count(model)
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
+        copies = kept / 4 / accounting.param_count(model)
         split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
         split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)

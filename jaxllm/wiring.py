@@ -6,12 +6,14 @@
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.core import config as configs
@@ -20,13 +22,15 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.bucket import LOCK, here, origin, push
 from jaxllm.core.wording import count
 from jaxllm.data.loader import Loader
+from jaxllm.models.accounting import memory_line
 from jaxllm.recipe import FILE_NAME, Recipe, changes, check, load_recipe
 from jaxllm.run import Run
 from jaxllm.sharding import distributed
 from jaxllm.sharding.mesh import make_mesh
-from jaxllm.training import lock
+from jaxllm.training import heartbeat, lock
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.feed import Feed
+from jaxllm.training.heartbeat import Heartbeat
 from jaxllm.training.loop import Observer, run_loop
 from jaxllm.training.run_log import RunLog
 from jaxllm.training.schedules import learning_rate
@@ -75,10 +79,13 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
     run, run_dir = Run(recipe, loader, mesh), here(recipe.out)
     with (
         jax.set_mesh(mesh),
-        _claimed(run_dir, recipe, loader),
+        _claimed(run_dir, recipe, loader) as launch,
+        Heartbeat(run_dir, launch, recipe.platform.silence_s, lambda: _kept(run_dir)) as heart,
         Checkpoints(run_dir, recipe.checkpoint) as checkpoints,
-        StopRequest(mesh, lambda: _kept(run_dir)) as stop,
+        StopRequest(mesh, lambda: f"left without saving: {_kept(run_dir)}") as stop,
     ):
+        heart.background = lambda: checkpoints.writing
+        heart.enter("restore" if checkpoints.steps() else "start", 0)
         state = run.start(checkpoints)
         steps, done = total_steps(recipe, loader, run.begin.step, run.begin.sample), run.begin.step
         if steps < done:
@@ -108,14 +115,14 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
                 log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained{more}")
             else:
                 log.say(run.memory(state.opt_state)[0])
-            state = _train(run, state, steps, log, stop)
+            state = _train(run, state, steps, log, stop, heart)
             step = int(state.step)
             if step < steps:
                 log.say(f"stopped by {stop.reason} at step {step}; resume with: python -m jaxllm.train {run_dir}")
     return RunResult(run_dir, step, stop.reason if stop.agreed else "")
 
 
-def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopRequest) -> TrainState:
+def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopRequest, heart: Heartbeat) -> TrainState:
     """Run the loop and make sure that its last state is on disk."""
     recipe, optim = run.recipe, run.recipe.optim
     actions = run.actions(log)
@@ -123,13 +130,21 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
     run.loader.set_state({"sample": run.begin.sample})
     if steps > run.begin.step:
         log.say("compiling the step ...")
-    compiled = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
+    program = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
 
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
-        return compiled(state, batch, learning_rate(optim.schedule, optim.lr, step - 1, steps))
+        if not program.is_compiled:
+            heart.enter("compile", step)
+            start = time.perf_counter()
+            memory = program.compile(state, batch)
+            log.compiled(time.perf_counter() - start, f"memory per device, by the compiler: {memory_line(memory)}")
+            heart.enter("step", step)
+        return program(state, batch, learning_rate(optim.schedule, optim.lr, step - 1, steps))
 
     with Feed(run.loader, run.mesh) as feed:
-        state = run_loop(state, update, feed, steps, actions, Observer(log.step, log.skipped, run.rescue), stop)
+        observer = Observer(log.step, log.skipped, run.rescue, heart.enter)
+        state = run_loop(state, update, feed, steps, actions, observer, stop)
+    heart.enter("save", int(state.step))
     run.save_once(int(state.step), state)
     return state
 
@@ -168,8 +183,8 @@ def total_steps(recipe: Recipe, loader: Loader, done: int, sample: int) -> int:
 
 
 @contextmanager
-def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
-    """Hold `run_dir` as the home of this run, with a recipe and a tokenizer in it."""
+def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[int]:
+    """Hold `run_dir` as the home of this run, with a recipe and a tokenizer in it; yield a number of this launch."""
     first = jax.process_index() == 0
     if first:
         check_home(run_dir, recipe)
@@ -180,9 +195,10 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[None]:
         if first and not (run_dir / "tokenizer").exists():
             with files.new_directory(run_dir / "tokenizer") as temporary:
                 shutil.copytree(loader.tokenizer_dir, temporary, dirs_exist_ok=True)
-        multihost_utils.sync_global_devices("the first process has made the run directory")
+            shutil.rmtree(run_dir / heartbeat.DIRECTORY, ignore_errors=True)
+        launch = np.int32(time.time_ns() // 1000 % 2**31)
         try:
-            yield
+            yield int(multihost_utils.broadcast_one_to_all(launch))  # when the first process has made the directory
         finally:
             if first:
                 push(run_dir)
@@ -208,7 +224,7 @@ def _kept(run_dir: Path) -> str:
     """Say what is on disk of a run that is left without saving; asks the file system alone, for any thread."""
     steps = [int(path.name) for path in (origin(run_dir) / "checkpoints").glob("*") if path.name.isdigit()]
     kept = f"the newest checkpoint is of step {max(steps)}; resume" if steps else "nothing was saved yet; begin anew"
-    return f"left without saving: {kept} with: python -m jaxllm.train {run_dir}"
+    return f"{kept} with: python -m jaxllm.train {run_dir}"
 
 
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:

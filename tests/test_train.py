@@ -267,21 +267,42 @@ def finish(processes, seconds=240):
             process.kill()
 
 
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does_and_stop_together(workspace):
-    run_dir, file = workspace / "two", recipe(workspace, "two")
-    processes = two_processes(file)
-    while all(process.poll() is None for process in processes) and lines(run_dir) < 3:
+def until(processes, run_dir, n_lines):
+    while all(process.poll() is None for process in processes) and lines(run_dir) < n_lines:
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_also_when_one_is_killed_and_one_stopped(workspace):
+    run_dir, file = workspace / "two", recipe(workspace, "two")
+    whole = two_processes(recipe(workspace, "two-undisturbed"))
+    outputs = finish(whole)
+    assert [process.returncode for process in whole] == [0, 0], outputs
+    processes = two_processes(file, "platform.silence_s=5")
+    until(processes, run_dir, 6)
+    processes[1].kill()
+    processes[1].wait()
+    killed_s = time.monotonic()
+    outputs = finish(processes, 30)
+    assert time.monotonic() - killed_s < 15
+    assert processes[0].returncode == 75, outputs
+    why = rf"error: process 1 of 2 \(pid {processes[1].pid} on .*\) is missing: it was killed in phase \w+ of step \d+"
+    assert re.search(
+        rf"{why}.*; this is process 0, in phase \w+ of step \d+\n.* python -m jaxllm.train {run_dir}\n", outputs[0]
+    )
+    processes = two_processes(run_dir)
+    until(processes, run_dir, 9)
     processes[1].send_signal(signal.SIGTERM)
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [143, 143], outputs
+    assert "resuming at step" in outputs[0]
     stopped = int(re.search(r"stopped by a signal to another process at step (\d+)", outputs[0])[1])
     assert str(stopped) in os.listdir(run_dir / "checkpoints")
     processes = two_processes(run_dir)
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert f"resuming at step {stopped}" in outputs[0]
+    assert_same_run(run_dir, workspace / "two-undisturbed")
     one, two = (read_jsonl(each / "metrics.jsonl") for each in (workspace / "undisturbed", run_dir))
     assert [(each["step"], each.get("sample")) for each in two] == [(each["step"], each.get("sample")) for each in one]
     for key in ("loss", "val_loss"):

@@ -33,6 +33,9 @@ class PlatformConfig(Config):
     coordinator: str | None = Field(None, description="elsewhere: HOST:PORT of process 0, the same in every process")
     n_processes: int | None = Field(None, ge=1, description="elsewhere: how many processes there are")
     process_index: int | None = Field(None, ge=0, description="elsewhere: which of them this is, from 0")
+    silence_s: float = Field(
+        60.0, ge=1, description="how long another process may give no sign of life before this one ends, seconds"
+    )
 
     @model_validator(mode="after")
     def _check_processes(self) -> "PlatformConfig":
@@ -57,7 +60,11 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if config.distributed:
-        jax.distributed.initialize(config.coordinator, config.n_processes, config.process_index)
+        # JAX's own watch, whose message names nobody, comes after ours (training.heartbeat).
+        jax.distributed.initialize(
+            config.coordinator, config.n_processes, config.process_index,
+            heartbeat_timeout_seconds=max(100, int(2 * config.silence_s)),
+        )  # fmt: skip
     if _cpu_only():
         if config.keep_memory:
             _keep_freed_memory()

@@ -87,6 +87,11 @@ class Checkpoints:
         with self._write_errors():
             self._manager.save(self._writing, args=args, metrics=metrics, force=True)
 
+    @property
+    def writing(self) -> str:
+        """What goes on in the background, in words, or ""; any thread may ask."""
+        return f"while the checkpoint of step {self._writing} is written" * self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Block until pending writes are on disk.
 

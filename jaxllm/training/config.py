@@ -1,8 +1,8 @@
 """What a recipe says about training: optimizer, update, checkpoints, monitoring. Without JAX: --help is quick."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.training.schedules import Cosine, ScheduleConfig
@@ -19,6 +19,19 @@ class AdamW(Config):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices, times the learning rate")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    moments: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="how the two moments are kept: 8, 4 or about 2 bytes per parameter (Dettmers et al. 2022)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.moments == "bfloat16" and self.b2 > 0.99:
+            raise ValueError(
+                f"moments=bfloat16 loses changes below 1/256 of a number, and b2={self.b2:g} makes only such; set b2 "
+                "to 0.99 or less, or moments to int8 or float32"
+            )
+        return self
 
 
 class Muon(Config):
@@ -32,6 +45,9 @@ class Muon(Config):
     b2: float = Field(0.98, ge=0, lt=1, description="decay of the second moment of the AdamW part")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of the Muon part")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the momentum and of the first moment of the AdamW part"
+    )
 
 
 OptimConfig = Annotated[AdamW | Muon, Field(discriminator="kind")]

@@ -27,10 +27,15 @@ class Diverged(ValueError):
 
 @dataclass(frozen=True)
 class Action:
-    """Something done every `every` steps and after the last one: evaluate, sample, save."""
+    """Something done every `every` steps and after the last one: evaluate, sample, save.
+
+    Attributes:
+      phase: what it is called in heartbeats.
+    """
 
     every: int
     run: Callable[[int, TrainState], None]
+    phase: str = "save"
 
     def due(self, step: int, last: int) -> bool:
         """Whether to run after update `step` of `last`."""
@@ -44,11 +49,13 @@ class Observer(NamedTuple):
       step: called with (step, metrics as floats, seconds, seconds waited for data) once per step, in order.
       skipped: called with (step, batch as NumPy, metrics) when an update was refused.
       failed: called with (step, state, error) before an error of the data or `Diverged` ends the loop.
+      phase: called with (phase, step) before the data is waited for, an update is dispatched, an action runs.
     """
 
     step: Callable[[int, dict[str, float], float, float], None]
     skipped: Callable[[int, Batch, dict[str, float]], None]
     failed: Callable[[int, TrainState, Exception], None]
+    phase: Callable[[str, int], None] = lambda phase, step: None
 
 
 def run_loop(
@@ -80,11 +87,13 @@ def run_loop(
 
     try:
         for step in range(int(state.step) + 1, steps + 1):
+            observer.phase("data", step)
             try:
                 batch = feed.next()
             except (ValueError, OSError, EOFError) as error:
                 rescue(error)
                 raise
+            observer.phase("step", step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = step_function(state, batch, step)
             pending.append((step, metrics, batch, stop.vote()))
@@ -95,6 +104,7 @@ def run_loop(
             if stop.agreed:
                 break
             for action in due:
+                observer.phase(action.phase, step)
                 action.run(step, state)
             if due:
                 clock.lap()

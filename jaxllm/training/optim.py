@@ -6,6 +6,7 @@ import optax.contrib
 
 from jaxllm.core.tree import map_named
 from jaxllm.training.config import AdamW, Muon
+from jaxllm.training.moments import scale_by_compact_adam
 
 
 def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
@@ -15,9 +16,12 @@ def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
         # Weight decay is for matrices: never for biases, norm scales and the gates of ReZero.
         exempt = ("bias", "/scale", "/sinks", "_gate")
         decayed = lambda params: map_named(lambda name, _: not name.endswith(exempt), params)
+        rates = config.b1, config.b2, config.eps
+        exact = config.moments == "float32"
+        adam = optax.scale_by_adam(*rates) if exact else scale_by_compact_adam(*rates, config.moments)
         return optax.chain(
             clip,
-            optax.scale_by_adam(config.b1, config.b2, config.eps),
+            adam,
             optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale(-1.0),
         )
@@ -25,6 +29,7 @@ def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
         config.matrix_lr,
         beta=config.momentum,
         weight_decay=config.weight_decay,
+        mu_dtype=config.moments,
         adam_b2=config.b2,
         adam_learning_rate=1.0,
         muon_weight_dimension_numbers=_muon_dimensions,

@@ -54,7 +54,7 @@ class RunLog:
         before = [record for record in read(run_dir / "timing.jsonl") if record["step"] <= begin.step]
         self._elapsed = max((record["elapsed_s"] for record in before), default=0.0)  # by earlier processes of this run
         self._window: list[tuple[float, float]] = []
-        self._timed = False
+        self._timed, self._compile_s = False, 0.0
         self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
         self._name, self._first_end = name, 0.0
         self._documents, self._spikes, self._dumps = documents, Spikes(config.loss_spike), 0
@@ -80,6 +80,11 @@ class RunLog:
         """Print a line, above the progress."""
         if self._writer is not None:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def compiled(self, seconds: float, memory: str) -> None:
+        """Record that the step was compiled, and say what the compiler makes of its memory."""
+        self._compile_s = seconds
+        self.say(memory)
 
     def _progress(self, step: int, facts: str) -> None:
         """Show that `step` updates are done."""

@@ -1,5 +1,6 @@
 """Everything that training carries from step to step, and its layout on the mesh."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +53,19 @@ def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState
         for start in range(name.count("/") + 1):
             sharding = by_name.get(name.split("/", start)[-1])
             if sharding is not None and len(sharding.spec) == leaf.ndim:
+                sharding = _fitting(sharding, leaf.shape)
                 return _over_replicas(sharding, leaf) if name.startswith("opt_state/") else sharding
         return replicated
 
     return map_named(place, abstract)
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Leave dimensions whole that the mesh does not divide: the scales of a parameter's moments are fewer than it."""
+    sizes = sharding.mesh.shape
+    parts = lambda axes: math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    kept = [axes if size % parts(axes) == 0 else None for axes, size in zip(sharding.spec, shape, strict=True)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
 
 
 def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -156,13 +156,45 @@ def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: C
     return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)
 
 
+class Program:
+    """`train_step`, jitted; the state that is passed in is consumed.
+
+    Called at once it compiles for what it gets, as any jitted function; `compile` does that before, and once.
+    """
+
+    def __init__(self, function: Callable[..., tuple[TrainState, Metrics]], shardings: TrainState):
+        self._jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+        self._compiled: jax.stages.Compiled | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._compiled is not None
+
+    def compile(self, state: TrainState, batch: AnyBatch) -> dict[str, float]:
+        """Compile for arrays of these shapes and places; return the bytes that a device holds, by the compiler.
+
+        Returns:
+          arguments (state and batch), results that reuse no argument, temporary (gradients, activations, logits).
+          Empty where the platform does not tell.
+        """
+        self._compiled = self._jitted.lower(state, batch, np.float32(0)).compile()
+        found = self._compiled.memory_analysis()
+        if found is None:
+            return {}
+        results = found.output_size_in_bytes - found.alias_size_in_bytes
+        return {"arguments": found.argument_size_in_bytes, "results": results, "temporary": found.temp_size_in_bytes}
+
+    def __call__(self, state: TrainState, batch: AnyBatch, lr: float) -> tuple[TrainState, Metrics]:
+        return (self._compiled or self._jitted)(state, batch, np.float32(lr))
+
+
 def compile_step(
     model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
     texts_per_row: int = 1,
-) -> Callable[[TrainState, AnyBatch, float], tuple[TrainState, Metrics]]:  # fmt: skip
-    """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
+) -> Program:  # fmt: skip
+    """Return the `Program` of `train_step` for states laid out as `shardings`."""
     function = functools.partial(
         train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
     )
-    compiled = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
-    return lambda state, batch, lr: compiled(state, batch, np.float32(lr))
+    return Program(function, shardings)

@@ -86,13 +86,14 @@ class StopRequest:
                 sys.stderr.write(f"\n{name.name}: saving after this step; again: leave at once without saving\n")
                 sys.stderr.flush()
             elif time.monotonic() - first_s > ECHO_S:
-                self._leave(128 + name)
+                leave(128 + name, self._last_words)
 
-    def _leave(self, status: int) -> None:
-        """Exit with a last line; straight to the descriptors, for the main thread may hold the streams' locks."""
-        try:
-            if os.isatty(1):
-                os.write(1, b"\x1b[?25h")  # a live line hides the cursor
-            os.write(2, f"\n{self._last_words()}\n".encode())
-        finally:
-            os._exit(status)
+
+def leave(status: int, last_words: Callable[[], str]) -> None:
+    """Exit at once with a last line, straight to the descriptors: the main thread may hold the streams' locks."""
+    try:
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # a live line hides the cursor
+        os.write(2, f"\n{last_words()}\n".encode())
+    finally:
+        os._exit(status)

@@ -1,0 +1,197 @@
+"""Which processes of a run are alive, and what they do: RUN/heartbeats/process-I.json, written every second.
+
+Without it, a process whose peer has died waits in a collective until JAX ends it with a stack trace that names nobody.
+Each process watches the next one, and a file that names the missing process, which the first who notices writes; so a
+second of a thousand processes costs each of them three small files. Beats are counted, and no clocks are compared.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from jaxllm.training.stop import leave
+
+DIRECTORY = "heartbeats"
+AGAIN = 75  # exit status where a process is missing: EX_TEMPFAIL of sysexits.h, "try again"
+PERIODS = 5  # without a beat, where something has failed already and the question is only who
+
+
+class Heartbeat:
+    """Says what this process does, and ends it when another one is missing; use as a context manager.
+
+    A peer is missing if its process is gone (on this machine), if it has not beaten for `limit_s`, or if it ended with
+    an error. This process then says so on stderr and exits: with 75, or 2 if the peer had an error of its own.
+
+    Args:
+      launch: a number that all processes of this launch share, so that what an earlier one left means nothing.
+      limit_s: the longest silence, seconds.
+      last_words: returns how to go on, for the message; it must not wait for other threads.
+
+    Attributes:
+      background: returns what goes on beside the phase, such as a checkpoint in writing, or "".
+    """
+
+    def __init__(self, run_dir: Path, launch: int, limit_s: float, last_words: Callable[[], str] = str):
+        self._directory, self._launch, self._limit_s = run_dir / DIRECTORY, launch, limit_s
+        self._last_words, self.background = last_words, str
+        self._process, self._count = jax.process_index(), jax.process_count()
+        self._phase, self._step, self._beats = "start", 0, 0
+        self._seen: dict[int, tuple[int, float]] = {}  # peer: its last beat, and when that was new
+        self._period_s, self._over, self._writing = min(1.0, limit_s / 10), threading.Event(), threading.Lock()
+        self._verdict = self._directory / f"missing-{launch}.json"
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._leaving = threading.Lock()
+
+    def enter(self, phase: str, step: int) -> None:
+        """Say what comes now: start, restore, compile, data, step, save, evaluate or sample, for update `step`.
+
+        The two that alternate with each update reach the file with the next beat, all others at once.
+        """
+        self._phase, self._step = phase, step
+        if phase not in ("data", "step"):
+            self._write()
+
+    def __enter__(self) -> "Heartbeat":
+        self._directory.mkdir(exist_ok=True)
+        self._write()
+        self._thread.start()
+        if self._count > 1:
+            self._answer_aborts()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and self._count > 1:
+            self._look(PERIODS)  # a collective fails where a peer is gone
+        self._over.set()
+        self._thread.join()
+        why = f"{kind.__name__}: {error}".splitlines()[0][:300] if kind else ""
+        self._phase, self._step = (f"ended in phase {self._phase}: {why}", self._step) if kind else ("done", self._step)
+        self._write()
+        if kind and self._count > 1:  # the others end now, and will not be there for the good-bye that JAX waits for
+            atexit.register(_leave_alone, 2 * self._period_s)
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._period_s):
+            self._write()
+            if self._count > 1:
+                self._check([(self._process + 1) % self._count], self._limit_s)
+
+    def _write(self) -> None:
+        """Replace this process's file; without fsync, for what is lost with the machine means nothing."""
+        with self._writing, contextlib.suppress(OSError):  # a full disk is for the checkpoints to say
+            self._beats += 1
+            record = {
+                "process": self._process, "phase": self._phase, "step": self._step, "beside": self.background(),
+                "time": time.strftime("%Y-%m-%d %H:%M:%S"), "beat": self._beats, "host": socket.gethostname(),
+                "pid": os.getpid(), "pids": _pid_namespace(), "launch": self._launch,
+            }  # fmt: skip
+            temporary = self._directory / f".process-{self._process}.tmp"
+            temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            temporary.replace(self._directory / f"process-{self._process}.json")
+
+    def _check(self, peers: list[int], silence_s: float) -> None:
+        """End this process if one of `peers` is missing, or another process says that one is."""
+        verdict = _read(self._verdict)
+        for peer in () if verdict else peers:
+            if found := self._missing(peer, silence_s):
+                with contextlib.suppress(FileExistsError), open(self._verdict, "x", encoding="utf-8") as file:
+                    json.dump(found, file)
+                verdict = _read(self._verdict) or found
+                break
+        if verdict:
+            if self._process == 0 and self._thread is threading.current_thread():
+                time.sleep(2 * self._period_s)  # JAX aborts the others as soon as it is gone: let them read it before
+            self._leaving.acquire()  # for good: one thread has the last word
+            doing = f"{self._phase} of step {self._step}"
+            words = f"error: {verdict['text']}; this is process {self._process}, in phase {doing}"
+            leave(verdict["status"], lambda: f"{words}\n{self._last_words()}")
+
+    def _missing(self, peer: int, silence_s: float) -> dict | None:
+        """Return what to say of a peer that is missing, and with which status to end; None if it lives."""
+        record, now = _read(self._directory / f"process-{peer}.json"), time.monotonic()
+        record = record if record.get("launch") == self._launch else {}
+        beat = record.get("beat", 0)
+        before, since = self._seen.get(peer, (-1, now))
+        if beat != before:
+            before, since = self._seen[peer] = beat, now
+        phase, beside = record.get("phase", "start"), record.get("beside", "")
+        if phase == "done":
+            return None
+        place = f"pid {record['pid']} on {record['host']}" if record else "which never said where it is"
+        name = f"process {peer} of {self._count} ({place})"
+        doing = f"phase {phase} of step {record.get('step', 0)}{f', {beside}' if beside else ''}"
+        if phase.startswith("ended"):  # perhaps this process is about to end with the same error
+            return (
+                None
+                if now - since < PERIODS * self._period_s
+                else {"process": peer, "status": 2, "text": f"{name} {phase}"}
+            )
+        if _is_gone(record):
+            return {"process": peer, "status": AGAIN, "text": f"{name} is missing: it was killed in {doing}"}
+        if now - since > silence_s:
+            silent = f"it was last heard of {now - since:.0f} s ago, in {doing}"
+            return {"process": peer, "status": AGAIN, "text": f"{name} is missing: {silent}"}
+        return None
+
+    def _look(self, periods: int) -> None:
+        """Look at all peers for some beats, and end this process if one is missing."""
+        peers = [peer for peer in range(self._count) if peer != self._process]
+        for _ in range(2 * periods):
+            self._check(peers, periods * self._period_s)
+            time.sleep(self._period_s)
+
+    def _answer_aborts(self) -> None:
+        """Have the last word where JAX aborts the process, which it does at once when process 0 is gone.
+
+        The handler runs in the thread that aborts, and if nobody is missing the abort goes on.
+        """
+        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: None if self._over.is_set() else self._look(PERIODS))
+        self._handler = handler  # or it would be freed
+        if sys.platform.startswith("linux"):
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
+def _leave_alone(seconds: float) -> None:
+    time.sleep(seconds)  # JAX aborts the others as soon as process 0 is gone: let them read first why
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def _read(path: Path) -> dict:
+    """Return a record; empty if there is none, or none that is whole yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def _pid_namespace() -> str:
+    """Return what tells containers apart, which may share the name of their machine."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
+
+
+def _is_gone(record: dict) -> bool:
+    """Whether the process of a record was on this machine and is no more."""
+    here = socket.gethostname(), _pid_namespace()
+    if not here[1] or (record.get("host"), record.get("pids")) != here:
+        return False
+    try:
+        os.kill(record["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -1,0 +1,120 @@
+"""What a process makes of the beats of its peers; whole runs are in tests/test_train.py."""
+
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from jaxllm.training import heartbeat
+from jaxllm.training.heartbeat import Heartbeat
+
+
+class Left(BaseException):
+    """Instead of the end of the process."""
+
+
+@pytest.fixture
+def beating(tmp_path, monkeypatch):
+    """Return a function that makes the heartbeat of one of two processes; what would end it raises Left."""
+
+    def leave(status, words):
+        raise Left(status, words())
+
+    monkeypatch.setattr(heartbeat, "leave", leave)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    (tmp_path / heartbeat.DIRECTORY).mkdir()
+
+    def make(process, launch=7):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        return Heartbeat(tmp_path, launch, 0.2, lambda: "resume so")
+
+    return make
+
+
+def change(run_dir, process, **values):
+    path = run_dir / heartbeat.DIRECTORY / f"process-{process}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_peer_that_was_killed_is_named_with_what_it_did(tmp_path, beating):
+    one, two = beating(0), beating(1)
+    two.background = lambda: "while the checkpoint of step 4 is written"
+    two.enter("compile", 5)
+    one.enter("save", 5)
+    one._check([1], 0.2)  # it lives
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    change(tmp_path, 1, pid=dead.pid)
+    with pytest.raises(Left) as left:
+        one._check([1], 0.2)
+    status, words = left.value.args
+    assert status == heartbeat.AGAIN == 75
+    assert words.startswith(f"error: process 1 of 2 (pid {dead.pid} on ")
+    assert words.endswith(
+        ") is missing: it was killed in phase compile of step 5, while the checkpoint of step 4 is written; "
+        "this is process 0, in phase save of step 5\nresume so"
+    )
+    three = beating(1)  # whoever asks later hears of the first that was missed
+    with pytest.raises(Left, match="process 1 of 2"):
+        three._check([0], 0.2)
+    beating(0, launch=8)._check([1], 0.2)  # but not the next launch
+
+
+def test_silence_is_missed_after_its_limit_and_no_pid_of_elsewhere_counts(tmp_path, beating):
+    one, two = beating(0), beating(1)
+    two.enter("restore", 3)
+    change(tmp_path, 1, pid=2**22, host="elsewhere")
+    one._check([1], 0.2)
+    time.sleep(0.1)
+    change(tmp_path, 1, beat=9)
+    one._check([1], 0.2)
+    time.sleep(0.15)
+    one._check([1], 0.2)
+    time.sleep(0.1)
+    with pytest.raises(Left, match="it was last heard of 0 s ago, in phase restore of step 3"):
+        one._check([1], 0.2)
+
+
+def test_who_never_said_anything_is_missed_too(beating):
+    one = beating(0)
+    one._check([1], 0.05)
+    time.sleep(0.1)
+    with pytest.raises(Left, match=r"process 1 of 2 \(which never said where it is\) is missing"):
+        one._check([1], 0.05)
+
+
+def test_an_error_of_a_peer_is_said_and_its_end_is_none(tmp_path, beating, monkeypatch):
+    monkeypatch.setattr(heartbeat.atexit, "register", lambda *_: None)  # this process is to live on
+    monkeypatch.setattr(Heartbeat, "_answer_aborts", lambda _: None)
+    monkeypatch.setattr(heartbeat, "PERIODS", 1)
+    monkeypatch.setattr(Heartbeat, "_beat", lambda _: None)
+    one = beating(0)
+    with beating(1) as two:
+        two.enter("step", 3)
+    one._check([1], 0)
+    time.sleep(0.05)
+    one._check([1], 0)
+    with pytest.raises(ValueError), beating(1) as two:
+        two.enter("data", 3)
+        raise ValueError("a shard is short\nvery")
+    one = beating(0)
+    one._check([1], 0.2)
+    time.sleep(0.05)
+    with pytest.raises(Left) as left:
+        one._check([1], 0.2)
+    assert left.value.args[0] == 2
+    assert ") ended in phase data: ValueError: a shard is short; this is" in left.value.args[1]
+
+
+def test_a_single_process_beats(tmp_path):
+    with Heartbeat(tmp_path, 1, 0.2) as heart:
+        heart.enter("step", 4)
+        path = tmp_path / heartbeat.DIRECTORY / "process-0.json"
+        before = json.loads(path.read_text())["beat"]
+        time.sleep(0.2)
+        record = json.loads(path.read_text())
+        assert record["beat"] > before and (record["phase"], record["step"]) == ("step", 4)
+    assert json.loads(path.read_text())["phase"] == "done"
