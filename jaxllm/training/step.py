@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.rules import constrain
+from jaxllm.sharding.xla import compiler_options
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.encoder_losses import class_sums, masked_lm_sums, target_sums
 from jaxllm.training.losses import cross_entropy, token_nats
@@ -156,13 +158,19 @@ def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: C
     return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)
 
 
-def compile_step(
+def jit_step(
     model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
     texts_per_row: int = 1,
-) -> Callable[[TrainState, AnyBatch, float], tuple[TrainState, Metrics]]:  # fmt: skip
+) -> jax.stages.Wrapped:  # fmt: skip
     """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
     function = functools.partial(
         train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
     )
-    compiled = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+    options = compiler_options(shardings.step.mesh.devices.flat[0])
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+
+
+def compile_step(*of: Any) -> Callable[[TrainState, AnyBatch, float], tuple[TrainState, Metrics]]:
+    """Return `jit_step(*of)`, called with a learning rate that is a number of Python."""
+    compiled = jit_step(*of)
     return lambda state, batch, lr: compiled(state, batch, np.float32(lr))
