@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from jaxllm.core.config import Config
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Kernel = Literal["auto", "xla", "splash", "cudnn"]  # of attention
+KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # the kernels that are for one platform
 Pattern = tuple[bool, ...]  # which layers, repeated over the stack: (True, False) = every other one, from the first
 
 

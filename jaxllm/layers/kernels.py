@@ -4,6 +4,7 @@ Kernels take grouped heads, never repeat keys, and reduce in float32.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,22 +12,24 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from jaxllm.layers import choice, context, cudnn, stream
 from jaxllm.layers.cache import LayerCache
-from jaxllm.layers.masks import CacheMask, CrossMask, RowMask
-
-# Finite, because a row without any visible key (padding) would turn to NaN with -inf, in the gradient as well.
-HIDDEN = -1e30
+from jaxllm.layers.config import Kernel
+from jaxllm.layers.masks import HIDDEN, CacheMask, CausalMask, CrossMask, LayerWindow, RowMask, Rule, segment_ids
+from jaxllm.sharding import shards
 
 # Rows are cut into about four blocks of queries of 64 to 128 rows; long rows get at most 16 blocks, so that the
 # program does not grow with the sequence. Measured on CPU.
 MIN_BLOCK, MAX_BLOCK, BLOCKS, MAX_BLOCKS = 64, 128, 4, 16
+LONG = 4096  # from here on, the weights that the backward pass would keep are too many: see `stream`
 
 
 class Scores(NamedTuple):
-    """How scores are made of q k^T: times `scale`, then bent to below `softcap` if there is one."""
+    """How scores are made of q k^T: times `scale`, then bent to below `softcap` if there is one; `kernel`: by what."""
 
     scale: float
     softcap: float | None = None
+    kernel: Kernel = "auto"
 
     def of(self, products: Float[Array, "*B T S"]) -> Float[Array, "*B T S"]:
         """Return the scores of q k^T, float32."""
@@ -44,16 +47,67 @@ def attend(
 ) -> Float[Array, "B T N U"]:  # fmt: skip
     """Return the attention output of whole rows; values may have a width U of their own.
 
-    Each block of queries only meets the keys that the mask lets it see; under a causal mask these are those from its
-    window's start up to its own end: at most half of the work of a full square, and exactly the same sums for what is
-    visible.
-
     Args:
       scores: None: q k^T / sqrt(H).
       sinks: a score per head that takes part in the softmax and has no value, so that weights sum to less than one.
         Source: OpenAI 2025 (gpt-oss); Xiao et al. 2023 (StreamingLLM), section 3.3.
+    Raises:
+      ValueError: `scores.kernel` cannot compute this.
     """
     scores = scores or Scores(q.shape[-1] ** -0.5)
+    parts = context.parts(q.shape[1], k.shape[1])
+    asked = choice.Asked(
+        shards.platform(), q.dtype.name, max(q.shape[1], k.shape[1]), q.shape[3], v.shape[3],
+        isinstance(mask, CrossMask) or mask.segments is not None, scores.softcap is not None, sinks is not None,
+        getattr(mask, "bias", None) is not None, parts,
+    )  # fmt: skip
+    kernel = choice.choose(scores.kernel, asked)
+    short = max(q.shape[1], k.shape[1]) <= LONG or asked.bias
+    if kernel == "xla" and parts == 1 and short:
+        return _attend_blocks(q, k, v, mask, scores, sinks)
+    window = getattr(mask, "window", None)
+    if isinstance(window, LayerWindow):
+        attended = lambda window: attend(q, k, v, mask._replace(window=window), scores, sinks)
+        return jax.lax.cond(window.on, lambda: attended(window.size), lambda: attended(None))
+    rule = Rule(scores.scale, scores.softcap, isinstance(mask, CausalMask), window)
+    function = _function(kernel, rule, parts)
+    function = function if parts == 1 else functools.partial(context.attend, function)
+    return _on_shards(function, parts, (q, k, v, *(segment_ids(mask) or (None, None)), sinks))
+
+
+def _function(kernel: Kernel, rule: Rule, parts: int) -> Callable[..., Array]:
+    """Return the attention of (q, k, v, segments, sinks), and of a device's share if `parts` of them share rows."""
+    match kernel:
+        case "cudnn":
+            return lambda q, k, v, segments, _: cudnn.attend(q, k, v, segments, rule)
+        case "splash":
+            from jaxllm.layers import splash  # half a second, for TPUs alone
+
+            return lambda *arrays: splash.attend(*arrays[:5], rule, *arrays[5:])
+    return functools.partial(stream.attend if parts == 1 else context.attend_xla, rule=rule)
+
+
+def _on_shards(function: Callable[..., Array], parts: int, arrays: tuple[Array | None, ...]) -> Array:
+    """Run a kernel on each device's rows, heads and, if `parts` devices share rows, part of them."""
+    q, k, v, *rest = arrays
+    if shards.spec(("heads",), q.shape[2:3]) != shards.spec(("kv_heads",), k.shape[2:3]):  # too few to be split
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    length = "length" if parts > 1 else None
+    axes = [("batch", length, heads, None) for heads in ("heads", "kv_heads", "kv_heads")]
+    pack = lambda q, k, v, own, others, sinks: function(q, k, v, None if own is None else (own, others), sinks)
+    return shards.on_shards(pack, (q, k, v, *rest), (*axes, ("batch", None), ("batch", None), ("heads",)))
+
+
+def _attend_blocks(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K U"], mask: RowMask, scores: Scores,
+    sinks: Float[Array, "N"] | None,
+) -> Float[Array, "B T N U"]:  # fmt: skip
+    """Return the attention output of rows that are not long.
+
+    Each block of queries only meets the keys that the mask lets it see; under a causal mask these are those from its
+    window's start up to its own end: at most half of the work of a full square, and exactly the same sums for what is
+    visible.
+    """
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
     q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
     k, v = (rearrange(x, "B S K H -> B K S H") for x in (k, v))

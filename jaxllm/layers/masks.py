@@ -9,7 +9,23 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Window = int | Int[Array, ""] | None  # tokens that are seen, the token itself included; None: all
+# Finite, because a row without any visible key (padding) would turn to NaN with -inf, in the gradient as well.
+HIDDEN = -1e30
+
+
+class LayerWindow(NamedTuple):
+    """A window of some layers, in a loop over layers: `size`, where `on`."""
+
+    size: int
+    on: Bool[Array, ""]
+
+    @property
+    def size_here(self) -> Int[Array, ""]:
+        """The window of this layer, or one that no row reaches the end of."""
+        return jnp.where(self.on, self.size, 2**30)
+
+
+Window = int | LayerWindow | None  # tokens that are seen, the token itself included; None: all
 
 
 class CausalMask(NamedTuple):
@@ -17,7 +33,7 @@ class CausalMask(NamedTuple):
 
     Attributes:
       segments: int32 [B, T]; tokens of different segments never see each other. None: the row is one segment.
-      window: how far back a token sees; an array where it differs by layer.
+      window: how far back a token sees.
       bias: added to the scores of each head.
 
     Example, segments 1 1 2 2:
@@ -36,7 +52,7 @@ class CausalMask(NamedTuple):
         """Write out the rows `queries` and the columns `keys` (slices of Python ints, stop included in each)."""
         rows = jnp.arange(queries.start, queries.stop)[:, None]
         columns = jnp.arange(keys.start, keys.stop)[None, :]
-        visible = _within(rows, columns, self.window)[None]
+        visible = within(rows, columns, self.window)[None]
         if self.segments is not None:
             visible = visible & (self.segments[:, queries, None] == self.segments[:, None, keys])
         return visible
@@ -114,13 +130,38 @@ class CacheMask(NamedTuple):
     def dense(self, queries: slice, keys: slice) -> Bool[Array, "B T S"]:
         """Write out the rows `queries` and the slots `keys`."""
         slots = jnp.arange(keys.start, keys.stop)[None, None, :]
-        return _within(self.positions[:, queries, None], slots, self.window)
+        return within(self.positions[:, queries, None], slots, self.window)
+
+
+Segments = tuple[Int[Array, "B T"], Int[Array, "B S"]]  # of queries and of keys
+
+
+class Rule(NamedTuple):
+    """What a kernel does with every row: scores are `scale` q k^T, bent to below a `softcap` if there is one.
+
+    Attributes:
+      causal: a query sees no key after itself, and none farther back than `window`.
+    """
+
+    scale: float
+    softcap: float | None = None
+    causal: bool = True
+    window: int | None = None
 
 
 RowMask = CausalMask | FullMask | CrossMask  # of attention between rows that are there whole
 Mask = RowMask | CacheMask
 
 
-def _within(query: Array, key: Array, window: Window) -> Array:
+def within(query: Array, key: Array, window: Window) -> Array:
+    """Whether a query at one place sees a key at another: itself and those before it, as far as the window goes."""
+    window = window.size_here if isinstance(window, LayerWindow) else window
     visible = query >= key
     return visible if window is None else visible & (query - key < window)
+
+
+def segment_ids(mask: RowMask) -> Segments | None:
+    """Return the segments of queries and of keys, which see each other where they are equal; None: all do."""
+    if not isinstance(mask, CrossMask):
+        return None if mask.segments is None else (mask.segments, mask.segments)
+    return jnp.ones_like(mask.sources) if mask.targets is None else mask.targets, mask.sources

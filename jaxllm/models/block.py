@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.attention import Attention, Heads
 from jaxllm.layers.cache import LayerCache, Memory
-from jaxllm.layers.config import Experts, Rope
+from jaxllm.layers.config import Experts, Kernel, Rope
 from jaxllm.layers.ffn import Ffn
 from jaxllm.layers.kernels import Scores
 from jaxllm.layers.linear import constant
@@ -26,10 +26,11 @@ class Block(nnx.Module):
     not grow with depth; post-norm keeps it. Source: Radford et al. 2019 (GPT-2), section 2.3.
 
     Args:
+      kernel: `ComputeConfig.kernel`.
       cross: between the two, attend to a source (the decoder of an encoder-decoder).
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, *, cross: bool = False):
+    def __init__(self, rngs: nnx.Rngs, config: ModelConfig, *, kernel: Kernel = "auto", cross: bool = False):
         std = config.init_std
         self.post = config.norm_placement == "post"
         out_std = std if self.post else std * (2 * config.n_layers) ** -0.5
@@ -41,12 +42,12 @@ class Block(nnx.Module):
         gate = lambda: constant((1,), ("norm",), 0.0) if config.residual_gate else None
         self.parallel = config.parallel
         self.attention_norm = norm(before)
-        self.attention = _attention(rngs, config, out_std)
+        self.attention = _attention(rngs, config, kernel, out_std)
         self.attention_out_norm, self.attention_gate = norm(after), gate()
         self.cross = cross
         if cross:
             self.cross_norm = norm(before)
-            self.cross_attention = _attention(rngs, config, out_std)
+            self.cross_attention = _attention(rngs, config, kernel, out_std)
             self.cross_out_norm, self.cross_gate = norm(after), gate()
         self.ffn_norm = norm(before)
         shape = {"d_model": config.d_model, "d_ff": config.d_ff, "std": std, "out_std": out_std}
@@ -90,11 +91,11 @@ def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 
-def _attention(rngs: nnx.Rngs, config: ModelConfig, out_std: float) -> Attention:
+def _attention(rngs: nnx.Rngs, config: ModelConfig, kernel: Kernel, out_std: float) -> Attention:
     interleaved = isinstance(config.positions, Rope) and config.positions.interleaved
     heads = Heads(config.n_heads, config.kv_heads, config.head_width, config.mla, interleaved)
     return Attention(
         rngs, d_model=config.d_model, heads=heads, bias=config.bias,
         qk_norm=None if config.qk_norm == "none" else (config.qk_norm, config.norm),
-        scores=Scores(config.scale, config.score_softcap), sinks=config.sinks, std=(config.init_std, out_std),
+        scores=Scores(config.scale, config.score_softcap, kernel), sinks=config.sinks, std=(config.init_std, out_std),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from jaxllm.layers.config import (
     Experts,
     FfnConfig,
     Gated,
+    Kernel,
     LatentAttention,
     LongRopeScaling,
     NormConfig,
@@ -195,6 +196,11 @@ class ComputeConfig(Config):
     )
     layers: Literal["auto", "scan", "unroll"] = Field(
         "auto", description="compile one block and loop, or all blocks; auto = unroll on CPU up to 16 layers, else scan"
+    )
+    kernel: Kernel = Field(
+        "auto",
+        description="of attention: cudnn for NVIDIA GPUs, splash for TPUs, xla for all; auto = the platform's, or xla "
+        "where that cannot do what the model asks",
     )
     loss_chunk: int = Field(512, ge=1, description="tokens of a row whose logits exist at one time, in training")
 

@@ -61,7 +61,7 @@ class Transformer(nnx.Module):
         self.relative = RelativeScores(rngs, places, config.n_heads, both_ways=encoder, std=std) if relative else None
         self.embed_norm = Norm(config.norm, d_model) if config.embed_norm else None
         for name, layers, kind in config.stacks():  # self.blocks, and what comes before them
-            block = functools.partial(Block, config=kind, cross=part == "decoder")
+            block = functools.partial(Block, config=kind, kernel=compute.kernel, cross=part == "decoder")
             if stacked:
                 build = nnx.vmap(block, transform_metadata={nnx.PARTITION_NAME: None, "axes": "layers"})
                 setattr(self, name, nnx.split_rngs(splits=len(layers))(build)(rngs))

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxllm.layers.config import Pattern, Rope
-from jaxllm.layers.masks import Mask
+from jaxllm.layers.masks import LayerWindow, Mask
 from jaxllm.layers.positions import rope_angles
 from jaxllm.models.config import ModelConfig
 
 Angles = tuple[Array, Array]
-EVERYTHING = 2**30  # a window that no row reaches the end of
 
 
 class Traits(NamedTuple):
@@ -47,12 +46,13 @@ class Views:
         """Return the mask and the angles of a layer."""
         mask, angles = self._mask, self._angles
         if self._window is not None:
-            mask = mask._replace(window=_choose(traits.windowed, self._window, None, EVERYTHING))
+            size, on = self._window, traits.windowed
+            mask = mask._replace(window=(size if on else None) if isinstance(on, bool) else LayerWindow(size, on))
         if angles is None:
             return mask, None
         if self._local is not angles:
             local, everywhere = self._local, angles
-            angles = tuple(_choose(traits.windowed, a, b, b) for a, b in zip(local, everywhere, strict=True))
+            angles = tuple(_choose(traits.windowed, a, b) for a, b in zip(local, everywhere, strict=True))
         if traits.rotated is False:
             return mask, None
         if traits.rotated is not True:  # the rotation by an angle of zero
@@ -60,8 +60,8 @@ class Views:
         return mask, angles
 
 
-def _choose(flag: bool | Array, yes: object, no: object, no_as_array: object) -> object:
+def _choose(flag: bool | Array, yes: Array, no: Array) -> Array:
     """Return `yes` or `no`: one of them now, or either in the loop."""
     if isinstance(flag, bool):
         return yes if flag else no
-    return jnp.where(flag, yes, no_as_array)
+    return jnp.where(flag, yes, no)

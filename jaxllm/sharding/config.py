@@ -7,7 +7,7 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # those that split the rows of a batch
 
 
@@ -19,6 +19,7 @@ class MeshConfig(Config):
     expert: int = Field(
         1, ge=-1, description="devices that share the experts of each layer, and split the batch as data and fsdp do"
     )
+    context: int = Field(1, ge=-1, description="devices that share each row of tokens, for long ones")
     tensor: int = Field(1, ge=-1, description="devices that split every matrix product (heads, ffn width, vocabulary)")
 
 
@@ -28,7 +29,7 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     Raises:
       ValueError: the sizes do not multiply to the device count.
     """
-    sizes = dict(zip(AXES, (config.data, config.fsdp, config.expert, config.tensor), strict=True))
+    sizes = dict(zip(AXES, (config.data, config.fsdp, config.expert, config.context, config.tensor), strict=True))
     described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if 0 in sizes.values() or len(free) > 1:

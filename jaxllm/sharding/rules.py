@@ -17,7 +17,7 @@ Axes = tuple[str | None, ...]
 # Mesh axes in the order in which they are tried. An empty tuple means "never sharded".
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
-    "length": (),
+    "length": ("context",),
     "layers": (),
     "vocab": ("tensor",),
     "embed": ("fsdp", "expert"),

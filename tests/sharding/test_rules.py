@@ -45,7 +45,7 @@ def test_rank_mismatch():
 
 
 def test_free_axis_takes_what_is_left():
-    assert axis_sizes(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1}
+    assert axis_sizes(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
