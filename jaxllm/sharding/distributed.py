@@ -102,7 +102,16 @@ def _cpu_only() -> bool:
     if platforms:
         return platforms == "cpu"
     plugins = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-    return not any(importlib.util.find_spec(module) for module in plugins)
+    installed = [module for module in plugins if importlib.util.find_spec(module)]
+    if installed != ["libtpu"] or _google_devices():
+        return not installed
+    jax.config.update("jax_platforms", "cpu")  # it is here to plan, and would complain that it finds no TPU
+    return True
+
+
+def _google_devices() -> bool:
+    """Whether one of Google's devices is on the PCI bus, as a TPU is."""
+    return any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
 
 
 def _keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxllm.sharding.config import AXES, MeshConfig, axis_sizes
@@ -21,7 +22,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    build = functools.partial(mesh_utils.create_device_mesh, tuple(sizes.values()), devices)
+    try:
+        return Mesh(build(), AXES, axis_types=types)
+    except NotImplementedError:  # no product of whole axes of the torus
+        return Mesh(build(allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def on_mesh_of(params: Any, function: Callable) -> Callable:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.core.batch import Batch
 from jaxllm.sharding.rules import named_sharding
@@ -54,5 +54,9 @@ class Feed:
 def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
     """Join the rows [B / processes, ...] of every process to one global array [B, ...], rows over the batch axes."""
     shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
-    sharding = named_sharding(mesh, ("batch", "length")[: len(shape)], shape)
-    return jax.make_array_from_process_local_data(sharding, local, shape)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), local, shape)
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Return how a field [B, T] or [B] of a batch lies on `mesh`."""
+    return named_sharding(mesh, ("batch", "length")[: len(shape)], shape)

@@ -1,7 +1,7 @@
 """One update: gradient of the summed loss over the global batch, divided once, clipped, applied, guarded."""
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.rules import constrain
+from jaxllm.sharding.xla import compiler_options
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.encoder_losses import class_sums, masked_lm_sums, target_sums
 from jaxllm.training.losses import cross_entropy, token_nats
@@ -162,8 +163,8 @@ class Program:
     Called at once it compiles for what it gets, as any jitted function; `compile` does that before, and once.
     """
 
-    def __init__(self, function: Callable[..., tuple[TrainState, Metrics]], shardings: TrainState):
-        self._jitted = jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+    def __init__(self, jitted: jax.stages.Wrapped):
+        self._jitted = jitted
         self._compiled: jax.stages.Compiled | None = None
 
     @property
@@ -189,12 +190,18 @@ class Program:
         return (self._compiled or self._jitted)(state, batch, np.float32(lr))
 
 
-def compile_step(
+def jit_step(
     model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
     texts_per_row: int = 1,
-) -> Program:  # fmt: skip
-    """Return the `Program` of `train_step` for states laid out as `shardings`."""
+) -> jax.stages.Wrapped:  # fmt: skip
+    """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
     function = functools.partial(
         train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
     )
-    return Program(function, shardings)
+    options = compiler_options(shardings.step.mesh.devices.flat[0])
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+
+
+def compile_step(*of: Any) -> Program:
+    """Return the `Program` of `jit_step(*of)`."""
+    return Program(jit_step(*of))

@@ -1,5 +1,6 @@
 import re
 
+import jax
 import pytest
 
 from jaxllm.sharding import distributed
@@ -46,3 +47,20 @@ def test_freed_memory_is_kept_only_if_asked(keep, monkeypatch):
     monkeypatch.setattr(distributed, "_set_cpu_devices", lambda *_: None)
     distributed.start(PlatformConfig(compile_cache=None, keep_memory=keep))
     assert bool(called) == keep
+
+
+@pytest.mark.parametrize(
+    ("installed", "devices", "cpu"), [([], False, True), (["libtpu"], False, True), (["libtpu"], True, False),
+     (["libtpu", "jax_cuda13_plugin"], False, False)],
+)  # fmt: skip
+def test_the_compiler_of_plans_is_no_tpu(monkeypatch, installed, devices, cpu):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(distributed, "_google_devices", lambda: devices)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    platforms = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", None)
+        assert distributed._cpu_only() == cpu
+        assert jax.config.jax_platforms == ("cpu" if installed == ["libtpu"] and cpu else None)
+    finally:
+        jax.config.update("jax_platforms", platforms)

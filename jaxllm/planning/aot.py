@@ -1,0 +1,160 @@
+"""Compile the training step of a recipe for chips that are not here: the same function, on shapes instead of arrays."""
+
+import gzip
+import json
+import re
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxllm.core import files
+from jaxllm.core.batch import Batch
+from jaxllm.models.build import AnyConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
+from jaxllm.planning.topology import Topology
+from jaxllm.sharding.config import MeshConfig
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.xla import compiler_options
+from jaxllm.training.config import AdamW, Muon, StepConfig
+from jaxllm.training.feed import batch_sharding
+from jaxllm.training.optim import optimizer
+from jaxllm.training.state import TrainState, abstract_state, param_shardings, state_shardings
+from jaxllm.training.step import jit_step
+
+CACHE = Path("~/.cache/jaxllm/plans")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Job(NamedTuple):
+    """What decides the program of a training step.
+
+    Attributes:
+      rows: of a global batch. compute: as in the recipe, not yet resolved for a platform.
+    """
+
+    model: AnyConfig
+    compute: ComputeConfig
+    optim: AdamW | Muon
+    step: StepConfig
+    mesh: MeshConfig
+    rows: int
+    seq_len: int
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a program.
+
+    Attributes:
+      text: the scheduled module. memory: bytes of a device: arguments, outputs, aliased, temporary, code.
+      seconds: of tracing and compilation, when it was done.
+      problem: why it is no program that runs, in the compiler's words; "" = none.
+      cached: an earlier plan had compiled it.
+    """
+
+    text: str
+    memory: dict[str, int]
+    seconds: float
+    problem: str = ""
+    cached: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory that a device needs."""
+        memory = self.memory
+        return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"] + memory["code"]
+
+
+class Abstract(NamedTuple):
+    """The arguments of a step, as shapes with shardings."""
+
+    state: TrainState
+    batch: Batch
+    mesh: Mesh
+
+
+def abstract(job: Job, devices: list[Any]) -> Abstract:
+    """Return state and batch of `job` on a mesh of `devices`.
+
+    Raises:
+      ValueError: the mesh does not use the devices exactly, or the model is of another kind than plans are for.
+    """
+    if not isinstance(job.model, ModelConfig) or is_vae(job.model):
+        raise ValueError("plans are for decoder-only models; this one has an encoder")
+    mesh = make_mesh(job.mesh, devices)
+    state = abstract_state(job.model, optimizer(job.optim), ema=job.step.ema_decay is not None)
+    shardings = state_shardings(state, param_shardings(job.model, mesh), mesh)
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    shape = (job.rows, job.seq_len)
+    field = lambda name: jnp.float32 if name == "weights" else jnp.int32
+    batch = Batch(*(
+        jax.ShapeDtypeStruct(shape, field(name), sharding=batch_sharding(mesh, shape)) for name in Batch._fields
+    ))  # fmt: skip
+    return Abstract(jax.tree.map(put, state, shardings), batch, mesh)
+
+
+def compile_step(job: Job, topology: Topology, devices: list[Any]) -> Compiled:
+    """Compile the training step of `job`, or take it from the cache."""
+    start = time.perf_counter()
+    state, batch, mesh = abstract(job, devices)
+    compute = job.compute.resolve(topology.chip.kind, job.model.n_layers)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jit_step(job.model, compute, job.optim, job.step, shardings)
+    platform = {"gpu": "cuda"}.get(topology.chip.kind, topology.chip.kind)
+    with jax.set_mesh(mesh):
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        lowered = step.trace(state, batch, rate).lower(lowering_platforms=(platform,))
+    versions = [jax.__version__, *(f"{name} {metadata.version(name)}" for name in topology.compilers)]
+    order = [str(each) for each in mesh.devices.flat]
+    key = files.fingerprint(
+        lowered.as_text(), json.dumps([str(topology), order, compiler_options(devices[0]), versions])
+    )
+    path = CACHE.expanduser() / f"{key}.json.gz"
+    if path.exists():
+        return Compiled(**json.loads(gzip.decompress(path.read_bytes())), cached=True)
+    found = _compile(lowered)._replace(seconds=time.perf_counter() - start)
+    kept = {name: value for name, value in found._asdict().items() if name != "cached"}
+    files.write_bytes(path, gzip.compress(json.dumps(kept).encode()))
+    return found
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled("", {}, 0.0, problem=str(error))
+    analysis = compiled.memory_analysis()
+    names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporary": "temp"}
+    memory = {name: getattr(analysis, f"{said}_size_in_bytes") for name, said in names.items()}
+    return Compiled(compiled.as_text(), {**memory, "code": analysis.generated_code_size_in_bytes}, 0.0)
+
+
+class Shortage(NamedTuple):
+    """Of a program that does not fit, in bytes; and its largest buffers, (bytes, what they are)."""
+
+    needed: float
+    available: float
+    buffers: list[tuple[float, str]]
+
+
+def shortage(problem: str) -> Shortage:
+    """Read what the compiler says about memory that is not there.
+
+    Example: "... temporaries (47.70G) exceeds available HBM (15.75G)." -> 47.7 GiB needed, 15.75 GiB available
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    pairs = (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm")
+    found = next((match for pair in pairs if (match := re.search(pair, problem))), None)
+    needed, available = (0.0, 0.0) if found is None else (_bytes(*found.groups()[:2]), _bytes(*found.groups()[2:]))
+    buffers = re.findall(rf"Size: {size}\w*\s+(?:Operator: op_name=\"([^\"]*)\"|)[^\n]*\s*Shape: (\S+)", problem)
+    return Shortage(needed, available, [(_bytes(n, unit), f"{shape} {op}".strip()) for n, unit, op, shape in buffers])
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * UNITS[unit]

@@ -1,0 +1,47 @@
+"""Where the memory of a device goes: what the shapes say, beside the figure of the compiler."""
+
+import math
+from typing import Any
+
+import jax
+
+from jaxllm.models import accounting
+from jaxllm.planning.aot import Abstract, Job
+from jaxllm.sharding.config import batch_parts
+
+
+def of_device(tree: Any) -> float:
+    """Return the bytes of a device's part of a tree of shapes with shardings."""
+    part = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return float(sum(part(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
+    """Return bytes of a device by category, before anything is compiled.
+
+    Parameters, optimizer and batch are exact; gradients are as parameters; activations and logits are the estimate of
+    `accounting.training_bytes` for the rows of a microbatch on a device.
+    """
+    sizes = parts.mesh.shape
+    rows = max(1, job.rows // job.step.accumulate // batch_parts(sizes))
+    compute = job.compute.resolve(kind, job.model.n_layers)
+    guessed = accounting.training_bytes(job.model, compute, rows, job.seq_len)
+    parameters = of_device(parts.state.params)
+    found = {
+        "parameters": parameters,
+        "optimizer": of_device(parts.state.opt_state),
+        "moving average": of_device(parts.state.ema),
+        "gradients": parameters,
+        "activations": guessed["activations"] / sizes["tensor"],
+        "logits": guessed["logits"] / sizes["tensor"],
+        "batch": of_device(parts.batch),
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def by_category(sizes: dict[str, float], total: float) -> dict[str, float]:
+    """Return `expected` sizes with what the compiler needs besides as "temporary", so that the sum is its `total`.
+
+    It is negative where the estimate of activations is larger than what the compiler makes of them.
+    """
+    return {**sizes, "temporary": total - sum(sizes.values())}

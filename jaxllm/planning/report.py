@@ -1,0 +1,162 @@
+"""A plan: what a step needs and how long it may take, as a record, a table and sentences."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jaxllm.core.config import Record
+from jaxllm.core.wording import count, short
+from jaxllm.models import accounting
+from jaxllm.planning import memory, schedule
+from jaxllm.planning.aot import Abstract, Compiled, Job, shortage
+from jaxllm.planning.network import Network
+from jaxllm.planning.topology import Topology
+
+GIB = 2**30
+BASIS = "model estimate: the compiler's cycles and schedule replayed, collectives by link bandwidth; no chip was timed"
+
+
+class Traffic(Record):
+    """Collectives of one kind: how many in a step, between how many devices, bytes given, seconds, of them exposed."""
+
+    kind: str
+    group: int
+    count: int
+    bytes: float
+    seconds: float
+    exposed: float
+
+
+class Time(Record):
+    """A model estimate of a step, seconds; what its basis is, `basis` says."""
+
+    basis: str = BASIS
+    step: float
+    computing: float
+    kernels: float
+    guessed: float
+    waiting: float
+    collectives: float
+    exposed: float
+    mfu: float
+    tokens_per_second_per_chip: float
+    formula: str = "6 N + 3 L T N_heads (H + U) FLOPs per token, causal attention counted half; dense bfloat16 peak"
+    peak: float
+
+
+class Plan(Record):
+    """What is known of a training step on a topology.
+
+    Attributes:
+      memory: GiB of a device by category; the sum is `needed`, the compiler's figure (None: it gave none).
+      buffers: the largest, (GiB, what), where it does not fit.
+      time: None where it does not fit, or for GPUs, whose compiler estimates nothing.
+    """
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    remat: str
+    accumulate: int
+    rows: int
+    seq_len: int
+    parameters: int
+    fits: bool
+    needed: float | None
+    available: float
+    memory: dict[str, float]
+    buffers: list[tuple[float, str]]
+    time: Time | None
+    collectives: list[Traffic]
+    compile_seconds: float
+    cached: bool
+
+
+def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -> Plan:
+    """Put together what was found."""
+    sizes, chip = memory.expected(job, parts, topology.chip.kind), topology.chip
+    available, needed, buffers, time, traffic = chip.hbm_bytes, None, [], None, []
+    if compiled.problem:
+        short_of = shortage(compiled.problem)
+        available, buffers = short_of.available or available, short_of.buffers
+    else:
+        needed = compiled.total
+        sizes = memory.by_category(sizes, needed)
+    if not compiled.problem and chip.kind == "tpu":
+        found = schedule.estimate(compiled.text, Network.of(topology, list(parts.mesh.devices.flat)))
+        time, traffic = _time(job, topology, found), [Traffic(**each._asdict()) for each in found.collectives]
+    return Plan(
+        topology=str(topology), devices=topology.size, mesh=dict(parts.mesh.shape), remat=job.compute.remat,
+        accumulate=job.step.accumulate, rows=job.rows, seq_len=job.seq_len,
+        parameters=accounting.param_count(job.model), fits=not compiled.problem and needed <= available,
+        needed=None if needed is None else needed / GIB, available=available / GIB,
+        memory={name: size / GIB for name, size in sizes.items()},
+        buffers=[(size / GIB, what) for size, what in buffers[:5]], time=time, collectives=traffic,
+        compile_seconds=compiled.seconds, cached=compiled.cached,
+    )  # fmt: skip
+
+
+def _time(job: Job, topology: Topology, found: schedule.Estimate) -> Time:
+    tokens = job.rows * job.seq_len
+    flops = accounting.flops_per_token(job.model, job.seq_len) * tokens
+    per_chip = 1 / found.seconds / topology.size
+    return Time(
+        step=found.seconds, computing=found.computing, kernels=found.kernels, guessed=found.guessed,
+        waiting=found.waiting, collectives=found.communicating, exposed=found.exposed,
+        mfu=flops * per_chip / topology.chip.peak, tokens_per_second_per_chip=tokens * per_chip,
+        peak=topology.chip.peak,
+    )  # fmt: skip
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print a plan: two tables, and what they mean."""
+    say = lambda text: console.print(escape(text), highlight=False, soft_wrap=True)
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    say(
+        f"{plan.topology}: {count(plan.devices, 'chip')} as {mesh}; {short(plan.parameters)} parameters, "
+        f"{plan.rows:,} rows of {plan.seq_len:,} tokens a step in {count(plan.accumulate, 'microbatch')[:-1]}"
+        f"{'es' if plan.accumulate > 1 else 'h'}, remat={plan.remat}"
+    )
+    table = Table("memory of a chip", "GiB", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, size in plan.memory.items():
+        table.add_row(name, f"{size:,.2f}")
+    table.add_row("all", f"{sum(plan.memory.values()):,.2f} of {plan.available:,.2f}")
+    console.print(table)
+    for kind in plan.collectives:
+        say(
+            f"{kind.count:>6} {kind.kind} among {kind.group}: {kind.bytes / 1e9:.2f} GB, {kind.seconds:.3f} s, of them "
+            f"{kind.exposed:.3f} s exposed"
+        )
+    for line in sentences(plan):
+        say(line)
+
+
+def sentences(plan: Plan) -> list[str]:
+    """Say in words what the plan found."""
+    said = []
+    where = "an earlier plan's compilation, which took" if plan.cached else "compiled in"
+    if plan.needed is not None:
+        verb = "fits" if plan.fits else "does not fit"
+        said.append(f"it {verb}: {plan.needed:.2f} GiB by the compiler's figure, of {plan.available:.2f} GiB")
+    else:
+        largest = max(plan.memory, key=plan.memory.get)
+        said.append(
+            f"it does not fit into {plan.available:.2f} GiB; by the shapes alone {sum(plan.memory.values()):.2f} GiB "
+            f"are needed, most of them for {largest} ({plan.memory[largest]:.2f} GiB)"
+        )
+        said += [f"  {size:.2f} GiB: {what}" for size, what in plan.buffers]
+    if plan.time is not None:
+        time = plan.time
+        said.append(
+            f"step {time.step:.3f} s, {time.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {time.mfu:.1%} of "
+            f"{time.peak / 1e12:.0f} TFLOP/s ({time.basis})"
+        )
+        said.append(
+            f"  computing {time.computing:.3f} s ({time.kernels:.3f} s kernels at {schedule.KERNEL_SHARE:.0%} of peak, "
+            f"{time.guessed:.3f} s by bytes alone), collectives {time.collectives:.3f} s of which {time.exposed:.3f} s "
+            f"are exposed, waiting for copies {time.waiting:.3f} s"
+        )
+        said.append(f"  MFU counts {time.formula}")
+    said.append(f"{where} {plan.compile_seconds:.0f} s")
+    return said

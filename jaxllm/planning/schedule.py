@@ -1,0 +1,169 @@
+"""A model estimate of a step's time: the compiled program, replayed in the order in which the compiler scheduled it.
+
+Sums of the compiler's own estimates (cycles / clock) for what computes; collectives by `network`; copies between memory
+and the chip by its bandwidth. What is started runs beside what follows, and is waited for where it is used. It is no
+measurement: no program of ours was timed on a TPU pod.
+"""
+
+import collections
+import re
+from typing import NamedTuple
+
+from jaxllm.planning import hlo
+from jaxllm.planning.hlo import Instruction, Module, n_bytes
+from jaxllm.planning.network import COLLECTIVES, Network, group_of
+
+# Kernels carry no estimate; of the peak that attention kernels reach on TPUs.
+KERNEL_SHARE = 0.5
+FREE = frozenset({
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all",
+    "add-dependency", "opt-barrier", "iota",
+})  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """All runs of collectives of one kind between groups of one size in a step.
+
+    Attributes:
+      bytes: that a device gives, in all. seconds: as if each was alone; exposed: of them those that nothing hides.
+    """
+
+    kind: str
+    group: int
+    count: int
+    bytes: float
+    seconds: float
+    exposed: float
+
+
+class Estimate(NamedTuple):
+    """Seconds of a step, by a model of the chip.
+
+    Attributes:
+      kernels: of `computing`, what kernels without an estimate of the compiler take (FLOPs / half of the peak).
+      guessed: of `computing`, instructions without an estimate, by the bytes that they read and write.
+      waiting: for copies between memory and the chip.
+    """
+
+    seconds: float
+    computing: float
+    kernels: float
+    guessed: float
+    waiting: float
+    collectives: list[Collective]
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of collectives during which nothing computes."""
+        return sum(each.exposed for each in self.collectives)
+
+    @property
+    def communicating(self) -> float:
+        """Seconds of all collectives, hidden ones included."""
+        return sum(each.seconds for each in self.collectives)
+
+
+def estimate(text: str, network: Network) -> Estimate:
+    """Replay the text of a module that was compiled for the chips of `network`."""
+    replay = _Replay(hlo.read(text), network)
+    seconds = replay.run(replay.module.entry, 1)
+    found = [Collective(*key, *values) for key, values in sorted(replay.collectives.items())]
+    return Estimate(seconds, *(replay.spent[key] for key in ("computing", "kernels", "guessed", "waiting")), found)
+
+
+class _Replay:
+    """The clock, and what was spent on what. `times` multiplies what is inside of loops."""
+
+    def __init__(self, module: Module, network: Network):
+        self.module, self.network, self.chip = module, network, network.topology.chip
+        self.spent: dict[str, float] = collections.defaultdict(float)
+        self.collectives: dict[tuple[str, int], list] = {}
+
+    def run(self, name: str, times: int) -> float:
+        """Return the seconds of one run of a computation, which runs `times` times in the step."""
+        now, ready = 0.0, {}  # ready: when what was started is finished, and which collective it is
+        free: dict[str, float] = collections.defaultdict(float)  # when the links, and the copy engine, are
+        table = {each.name: each for each in self.module.computations[name]}
+        for each in self.module.computations[name]:
+            given = sum(n_bytes(table[operand].type) for operand in each.operands if operand in table)
+            if each.op == "while":
+                body, count = hlo.trips(self.module, each)
+                now += self.run(body, times * count) * count
+            elif each.op == "conditional":
+                branches = re.findall(r"%([\w.\-]+)", each.attribute(r"branch_computations=\{([^}]*)\}") or "")
+                now += max((self.run(branch, times) for branch in branches), default=0.0)
+            elif each.op == "call":
+                now += self.run(each.attribute(r"to_apply=%?([\w.\-]+)"), times)
+            elif each.op.endswith("-start"):
+                queue, seconds, key = self._started(each, table, given, times)
+                free[queue] = max(now, free[queue]) + seconds
+                ready[each.name] = free[queue], key
+            elif each.op.endswith("-done") or each.op.endswith("-update"):
+                until, key = ready.get(each.operands[0], (now, None)) if each.operands else (now, None)
+                ready[each.name] = until, key
+                if each.op.endswith("-done"):
+                    self._waited(max(0.0, until - now) * times, key)
+                    now = max(now, until)
+            else:
+                now += self._computed(each, given, times)
+        return now
+
+    def _started(
+        self, each: Instruction, table: dict[str, Instruction], given: float, times: int
+    ) -> tuple[str, float, tuple | None]:
+        """Return (what is busy with it, for how long, which collective it is) of an asynchronous start."""
+        inner = self._collective(each)
+        if inner is None:
+            first = table.get(each.operands[0]) if each.operands else None
+            return "copies", (0.0 if first is None else n_bytes(first.type)) / self.chip.hbm_bandwidth, None
+        seconds = self.network.of_instruction(inner, given)
+        return "links", seconds, self._count(inner, given, seconds, times)
+
+    def _collective(self, each: Instruction) -> Instruction | None:
+        """Return the collective that an instruction is, or wraps."""
+        if each.op.removesuffix("-start") in COLLECTIVES:
+            return each
+        called = each.attribute(r"(?:calls|called_computation)=%?([\w.\-]+)")
+        wraps = each.op == "async-start" or (called or "").startswith("all-reduce-scatter")
+        inside = self.module.computations.get(called, []) if wraps else []
+        return next((inner for inner in inside if inner.op in COLLECTIVES), None)
+
+    def _count(self, each: Instruction, given: float, seconds: float, times: int) -> tuple[str, int]:
+        key = each.op.removesuffix("-start"), len(group_of(each, len(self.network.places)))
+        count, total, spent, exposed = self.collectives.get(key, (0, 0.0, 0.0, 0.0))
+        self.collectives[key] = [count + times, total + given * times, spent + seconds * times, exposed]
+        return key
+
+    def _waited(self, seconds: float, key: tuple | None) -> None:
+        if key is None:
+            self.spent["waiting"] += seconds
+        else:
+            self.collectives[key][-1] += seconds
+
+    def _computed(self, each: Instruction, given: float, times: int) -> float:
+        """Return the seconds of an instruction during which nothing else of the program computes."""
+        if (inner := self._collective(each)) is not None:
+            op = "reduce-scatter" if each.op == "fusion" else inner.op
+            inner = inner._replace(op=op)
+            group = group_of(inner, len(self.network.places))
+            seconds = self.network.seconds(op, given, n_bytes(each.type), group)
+            self._waited(seconds * times, self._count(inner, given, seconds, times))
+            return seconds
+        kind, seconds = self._cost(each, given)
+        if kind is not None:
+            self.spent["computing"] += seconds * times
+            self.spent[kind] += seconds * times
+        return seconds
+
+    def _cost(self, each: Instruction, given: float) -> tuple[str | None, float]:
+        if (cycles := each.attribute(r'"estimated_cycles":"(\d+)"')) is not None:
+            return "estimated", int(cycles) / self.chip.clock
+        if each.op in FREE:
+            return None, 0.0
+        moved = (given + n_bytes(each.type)) / self.chip.hbm_bandwidth
+        if each.op != "custom-call":
+            return "guessed", moved
+        if each.attribute(r'custom_call_target="([^"]+)"') != "tpu_custom_call":
+            return None, 0.0  # markers of the compiler: buffers, bounds of indices
+        flops = each.attribute(r'"flops":"?([\d.e+]+)')
+        return "kernels", max(moved, float(flops or 0) / (KERNEL_SHARE * self.chip.peak))

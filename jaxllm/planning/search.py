@@ -1,0 +1,176 @@
+"""The best layout of a step: mesh shape x rematerialisation x microbatches; the likely ones are compiled.
+
+A candidate is first judged by its shapes: does it fit, and how long do products and collectives take at best? The most
+promising are compiled, some at a time, and ranked by the model estimate of their schedule.
+"""
+
+import itertools
+import typing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm.models import accounting
+from jaxllm.models.config import ComputeConfig
+from jaxllm.planning import memory, topology
+from jaxllm.planning.aot import Abstract, Job, abstract, compile_step
+from jaxllm.planning.network import Network
+from jaxllm.planning.report import Plan, plan_of
+from jaxllm.planning.topology import Topology
+from jaxllm.sharding.config import MeshConfig, batch_parts
+
+SLACK = 1.1  # a candidate is tried if its shapes need up to so much more than there is: they are an estimate
+AGAIN = {"none": 0.0, "full": 1 / 3}  # of the model's FLOPs, what the backward pass computes again; of others a tenth
+BEST_SHARE = 0.7  # of the peak, for the order in which candidates are tried
+
+
+class Candidate(NamedTuple):
+    """A job with what is expected of it: bytes of a device, seconds at best."""
+
+    job: Job
+    bytes: float
+    seconds: float
+
+
+def candidates(job: Job, place: Topology, devices: list[Any]) -> list[Candidate]:
+    """Return what may fit, the fastest first; `job` gives the model and the global batch, which stay as they are."""
+    found = []
+    for mesh in _meshes(job, len(devices)):
+        parts = abstract(job._replace(mesh=mesh), devices)
+        speed = _Speed(job, place, parts)
+        cuts = _microbatches(job.rows, batch_parts(parts.mesh.shape))
+        for remat, accumulate in itertools.product(remats(), cuts):
+            compute = job.compute.model_copy(update={"remat": remat})
+            step = job.step.model_copy(update={"accumulate": accumulate})
+            each = job._replace(mesh=mesh, compute=compute, step=step)
+            needed = sum(memory.expected(each, parts, place.chip.kind).values())
+            if needed <= SLACK * place.chip.hbm_bytes:
+                found.append(Candidate(each, needed, speed.seconds(each)))
+    return sorted(found, key=lambda each: each.seconds)
+
+
+def remats() -> tuple[str, ...]:
+    """Return the names of the policies of `compute.remat`."""
+    return typing.get_args(ComputeConfig.model_fields["remat"].annotation)
+
+
+def _meshes(job: Job, count: int) -> Iterator[MeshConfig]:
+    """Yield shapes of the mesh whose tensor axis divides the heads, and whose fsdp axis the width."""
+    model = job.model
+    for fsdp, tensor in itertools.product(_divisors(count), _divisors(count)):
+        data, rest = divmod(count, fsdp * tensor)
+        whole = model.kv_heads % tensor == 0 and model.d_ff % tensor == 0 and model.d_model % fsdp == 0
+        if not rest and whole and tensor <= 8 and job.rows % (data * fsdp) == 0:
+            yield job.mesh.model_copy(update={"data": data, "fsdp": fsdp, "expert": 1, "tensor": tensor})
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def _microbatches(rows: int, parts: int) -> list[int]:
+    """Return into how many microbatches the rows of a device can be cut, by powers of two."""
+    return [1 << power for power in range(8) if rows % (parts << power) == 0]
+
+
+class _Speed:
+    """The time of a step at best: products at `BEST_SHARE` of the peak, or what moves meanwhile if that is more.
+
+    Parameters are gathered twice for each microbatch and their gradients reduced once, over fsdp, beside the products;
+    activations are reduced four times a layer (six with recomputation), over tensor, while nothing else goes on.
+    """
+
+    def __init__(self, job: Job, place: Topology, parts: Abstract):
+        self.mesh, self.place = parts.mesh, place
+        self.network = Network.of(place, list(parts.mesh.devices.flat)) if place.chip.kind == "tpu" else None
+        self.flops = accounting.flops_per_token(job.model, job.seq_len) * job.rows * job.seq_len
+        self.weights = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(parts.state.params)) / parts.mesh.shape["tensor"]
+
+    def seconds(self, job: Job) -> float:
+        again = 1 + AGAIN.get(job.compute.remat, 0.1)
+        computing = self.flops * again / self.mesh.size / (BEST_SHARE * self.place.chip.peak)
+        gathers = 2 * self._over("all-gather", self.weights, "fsdp") + self._over(
+            "reduce-scatter", self.weights, "fsdp"
+        )
+        gathers += self._over("all-reduce", 2 * self.weights / self.mesh.shape["fsdp"], "data")
+        width = 2.0 * job.model.d_model * job.rows * job.seq_len / batch_parts(self.mesh.shape)
+        reductions = (6 if job.compute.remat == "full" else 4) * job.model.n_layers
+        return max(computing, job.step.accumulate * gathers) + reductions * self._over("all-reduce", width, "tensor")
+
+    def _over(self, op: str, size: float, axis: str) -> float:
+        """Return the seconds of a collective over an axis; over all three dimensions of a torus every one becomes an
+        all-reduce, as libtpu 0.0.42 compiles it.
+        """
+        members = group(self.mesh, axis)
+        if len(members) == 1:
+            return 0.0
+        if self.network is None:
+            return size / self.place.chip.link_bandwidth
+        extents = [len(set(along)) for along in zip(*(self.network.places[each][1] for each in members), strict=True)]
+        op = "all-reduce" if sum(extent > 1 for extent in extents) > 2 else op
+        return self.network.seconds(op, size, size, members)
+
+
+def group(mesh: Mesh, axis: str) -> list[int]:
+    """Return the first group of partitions along an axis of the mesh."""
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    return np.moveaxis(ids, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)[:, 0].tolist()
+
+
+def make_plan(job: Job, place: Topology) -> Plan:
+    """Compile one job; runs in a process of its own as well."""
+    devices = topology.devices(place)
+    return plan_of(job, place, abstract(job, devices), compile_step(job, place, devices))
+
+
+def search(jobs: list[Job], place: Topology, workers: int, tell: Callable[[int, Plan], None]) -> list[tuple[Job, Plan]]:
+    """Compile `jobs`, `workers` at a time; return those that fit, the best first.
+
+    Args:
+      tell: called with each as it is finished, and its number.
+    """
+    found = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=topology.without_hardware) as pool:
+        running = {pool.submit(make_plan, job, place): number for number, job in enumerate(jobs)}
+        for future in as_completed(running):
+            plan, number = future.result(), running[future]
+            tell(number, plan)
+            if plan.fits:
+                found.append((jobs[number], plan))
+    return sorted(found, key=lambda each: each[1].time.step if each[1].time else each[1].needed)
+
+
+def nearest(job: Job, plan: Plan, place: Topology) -> tuple[Job, Plan] | None:
+    """Return what differs least from a job that does not fit, and does fit, with its plan; at most three are compiled.
+
+    Of each kind of change (recompute more, smaller microbatches, another mesh, several of them) the fastest that needs
+    less by its shapes, in the proportion in which the compiler has too much.
+    """
+    devices = topology.devices(place)
+    own = sum(memory.expected(job, abstract(job, devices), place.chip.kind).values())
+    limit = min(own * plan.available / plan.needed if plan.needed else own, place.chip.hbm_bytes)
+    changes: dict[tuple[bool, ...], Job] = {}
+    for each in candidates(job, place, devices):
+        if each.bytes < limit:
+            other = each.job
+            changed = other.mesh != job.mesh, other.step != job.step, other.compute != job.compute
+            changes.setdefault(changed, other)
+    for key in sorted(changes, key=lambda key: (sum(key), key))[:3]:
+        found = make_plan(changes[key], place)
+        if found.fits:
+            return changes[key], found
+    return None
+
+
+def changes(job: Job, other: Job) -> list[str]:
+    """Return "key=value" of what `other` has differently, as overrides of a recipe."""
+    said = {f"mesh.{axis}": size for axis, size in other.mesh.model_dump().items()}
+    said |= {"compute.remat": other.compute.remat, "step.accumulate": other.step.accumulate}
+    ours = {f"mesh.{axis}": size for axis, size in job.mesh.model_dump().items()}
+    ours |= {"compute.remat": job.compute.remat, "step.accumulate": job.step.accumulate}
+    return [f"{key}={value}" for key, value in said.items() if value != ours[key]]
