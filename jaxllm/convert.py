@@ -25,9 +25,11 @@ def main(argv: list[str] | None = None) -> int | None:
     arguments = line.parse_args(argv)
     from jaxllm.locate import is_huggingface, look
     from jaxllm.models.accounting import param_count
-    from jaxllm.models.config import ComputeConfig
+    from jaxllm.models.config import ComputeConfig, is_vae
 
-    config, source = look(arguments.source)
+    config, source = look(arguments.source, encoders=True)
+    if is_vae(config):
+        raise ValueError(f"{arguments.source} is a VAE, which no other program reads; copy its directory instead")
     files.check_empty(arguments.target)  # now, and not after loading
     import jaxllm
     from jaxllm import golden
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int | None:
         jaxllm.export(lm, arguments.target)
     difference = golden.compare(expected, jaxllm.load(arguments.target, compute=exact))
     same = f"up to {difference:.1e}" if difference else "to the last bit"
-    before, after = param_count(config), param_count(look(arguments.target)[0])
+    before, after = param_count(config), param_count(look(arguments.target, encoders=True)[0])
     written = f" ({after:,} as written, where shared ones stand twice)" if after != before else ""
     sys.stdout.write(
         f"{arguments.target}: {before:,} parameters{written}; the logits of a fixed prompt are those of "

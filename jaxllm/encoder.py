@@ -8,6 +8,7 @@ encoder.fill("Paris is the [MASK] of France.")[0].token
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text
 from jaxllm.inference.decode import bucket
+from jaxllm.language_model import save_run
 from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder import TransformerEncoder
@@ -179,6 +181,10 @@ class Encoder:
             whole = self.tokenizer.decode([*ids[: places[0]], token, *ids[places[0] + 1 :]]).strip()
             found.append(Filling(word, float(probabilities[token]), token, whole))
         return found
+
+    def save(self, directory: str | Path) -> None:
+        """Write a run directory that `load`, `tune` and `convert` read: recipe, tokenizer, one checkpoint."""
+        save_run(directory, self, {}, self.tokenizer.original)
 
     @cached_property
     def _hidden(self) -> Callable[[Params, Rows], Array]:

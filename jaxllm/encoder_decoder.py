@@ -7,6 +7,7 @@ model.generate(["translate English to German: That is good."], num_beams=4)[0].t
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.search import Search
 from jaxllm.inference.text import TextStream, finisher
-from jaxllm.language_model import Generation, generation
+from jaxllm.language_model import Generation, generation, save_run
 from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
@@ -157,6 +158,11 @@ class EncoderDecoder:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a source, with its special tokens, of any length."""
         return self.tokenizer.encode([text], sys.maxsize)[0].ids
+
+    def save(self, directory: str | Path) -> None:
+        """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
+        said = {"stop_ids": list(self.stop_ids), "forced": list(self.forced), "asked": self.asked}
+        save_run(directory, self, said, self.tokenizer.original)
 
     def _how(
         self, sampler: Sampler | None, num_beams: int | None, length_penalty: float | None

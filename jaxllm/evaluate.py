@@ -1,7 +1,12 @@
-"""python -m jaxllm.evaluate: perplexity of held-out text, and right answers in five applications."""
+"""python -m jaxllm.evaluate: perplexity of held-out text, and right answers in five applications.
+
+Of an encoder: the loss of held-out tokens that are hidden, or of labels, and how many are guessed right (of labels also
+F1). Of an encoder-decoder: the loss of held-out targets, and BLEU of what it writes.
+"""
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
@@ -13,11 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxllm.data.loader import DataConfig
+    from jaxllm.huggingface import AnyLanguageModel
     from jaxllm.language_model import LanguageModel
-    from jaxllm.models.config import ModelConfig
+    from jaxllm.models.build import AnyConfig
     from jaxllm.vae import VAE
 
 TASKS = ("perplexity", *APPLICATIONS)
+LONGEST = 512  # tokens of a row of encoders, where nobody says: T5 would take 32,768
 SPLITS = ("new_combinations", "pretrain_only", "novel")
 
 
@@ -39,14 +46,15 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
-    config, found = look(arguments.model, vaes=tasks in ([], ["perplexity"]))  # refuses what continues no text
+    config, found = look(arguments.model, encoders=tasks in ([], ["perplexity"]))  # refuses what continues no text
     tasks = tasks or _usual(arguments.model, config)
     model = jaxllm.load(found)
     _check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
         data = _data_config(arguments, model)
-        results["perplexity"] = {"data": [source.path for source in data.sources], **_perplexity(model, data)}
+        found = _perplexity(model, data, arguments)
+        results["perplexity"] = {"data": [source.path for source in data.sources], **found}
     if applications := [task for task in tasks if task != "perplexity"]:
         model.decoder.max_rows = arguments.batch_size
         results["applications"] = evaluate_applications(model, arguments.n, arguments.seed, splits, applications)
@@ -64,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", metavar="T,...", help=f"of {', '.join(TASKS)} (default: {usual})")
     add("--data", metavar="DATASET", help="dataset directory for perplexity (default: what the model was trained on)")
     add("--seq-len", metavar="T", type=int, help="row length with --data (default: the longest the model takes)")
-    add("--n", metavar="N", type=int, default=200, help="exercises per application and split (default: 200)")
+    add(
+        "--n", metavar="N", type=int, default=200, help="exercises per application and split, or targets (default: 200)"
+    )
     add("--splits", metavar="S,...", default=SPLITS[0], help=f"of {', '.join(SPLITS)} (default: {SPLITS[0]})")
     add("--batch-size", metavar="B", type=int, default=64, help="rows that are computed together (default: 64)")
     add("--seed", metavar="N", type=int, default=0, help="which exercises are drawn")
@@ -79,11 +89,13 @@ def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def _usual(model: str, config: "ModelConfig") -> list[str]:
+def _usual(model: str, config: "AnyConfig") -> list[str]:
     """Return what is asked of a model if nobody says: the exercises only if it was trained on their world."""
-    from jaxllm.models.config import is_vae
+    from jaxllm.models.config import ModelConfig, is_vae
     from jaxllm.recipe import knows_world
 
+    if not isinstance(config, ModelConfig):
+        return [TASKS[0]]
     if knows_world(model) and not is_vae(config):
         return list(TASKS)
     sys.stderr.write(
@@ -111,46 +123,64 @@ def _check_lengths(arguments: argparse.Namespace, model: "LanguageModel", tasks:
         )
 
 
-def _data_config(arguments: argparse.Namespace, model: "LanguageModel") -> "DataConfig":
+def _data_config(arguments: argparse.Namespace, model: "AnyLanguageModel | VAE") -> "DataConfig":
     """The validation data: of --data, or of the run's own recipe."""
     import jax
 
     from jaxllm.data.loader import DataConfig
     from jaxllm.locate import is_huggingface, locate
-    from jaxllm.recipe import load_recipe
+    from jaxllm.models.config import is_vae
+    from jaxllm.recipe import load_recipe, usual_objective
 
     if arguments.batch_size % jax.device_count():
         raise ValueError(
             f"--batch-size {arguments.batch_size} does not divide by {jax.device_count()} devices; use a multiple of it"
         )
+    own = None if is_huggingface(arguments.model) else load_recipe(locate(arguments.model)[0]).data
     if arguments.data is None:
-        if is_huggingface(arguments.model):
+        if own is None:
             raise ValueError(
                 f"{arguments.model} does not say what it was trained on; name a dataset with --data, prepared with "
                 f"--tokenizer {arguments.model}"
             )
-        data = load_recipe(locate(arguments.model)[0]).data
+        data = own
         if not all((here(source.path) / "manifest.json").is_file() for source in data.sources):
             raise ValueError(
                 f"the data that {arguments.model} was trained on is not here "
                 f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
             )
         return data.model_copy(update={"batch_size": arguments.batch_size})
-    data = DataConfig.of(arguments.data, arguments.seq_len or model.config.max_seq_len, arguments.batch_size)
-    whole = model.config.latent is not None
-    return data.model_copy(update={"packing": data.packing.model_copy(update={"whole": whole})})
+    longest = model.config.max_seq_len
+    objective = usual_objective(model.config)
+    if objective.kind != "next_token":
+        longest = min(longest, LONGEST)
+    if own is not None and own.objective.kind == objective.kind:
+        objective = own.objective
+    data = DataConfig.of(arguments.data, arguments.seq_len or longest, arguments.batch_size)
+    packing = data.packing.model_copy(update={"whole": is_vae(model.config)})
+    return data.model_copy(update={"packing": packing, "objective": objective})
 
 
-def _perplexity(model: "LanguageModel | VAE", data: "DataConfig") -> dict[str, float]:
-    """Return a `Likelihood`; that of a VAE is a bound, with `vae_losses.vae_eval_metrics` beside it."""
+def _perplexity(model: "AnyLanguageModel | VAE", data: "DataConfig", arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return a `Likelihood`, and what else is measured of models that do not continue text.
+
+    That of a VAE is a bound, with `vae_losses.vae_eval_metrics` beside it; with that of an encoder is
+    `encoder_losses.answer_metrics`, with that of an encoder-decoder `pairs.evaluate_targets`.
+    """
     import functools
 
     import jax
 
     from jaxllm.core.batch import Batch
+    from jaxllm.data import tokenizer as tokenizers
     from jaxllm.data.loader import Loader
     from jaxllm.evaluation.likelihood import evaluate_loss
+    from jaxllm.evaluation.pairs import evaluate_targets
+    from jaxllm.models.config import is_vae
+    from jaxllm.models.encoder_config import Classes, EncoderConfig
+    from jaxllm.models.seq2seq_config import Seq2SeqConfig
     from jaxllm.sharding.mesh import MeshConfig, make_mesh
+    from jaxllm.training.encoder_losses import answer_metrics
     from jaxllm.training.feed import place
     from jaxllm.training.state import param_shardings
     from jaxllm.training.step import eval_step
@@ -158,14 +188,15 @@ def _perplexity(model: "LanguageModel | VAE", data: "DataConfig") -> dict[str, f
 
     loader = Loader(data, "validation")
     sys.stderr.writelines(f"{note}\n" for note in loader.notes())
-    if loader.tokenizer_fingerprint != model.tokenizer.fingerprint:
+    tokenizer = tokenizers.load(arguments.model)
+    if loader.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"{data.sources[0].path} was tokenised with {loader.tokenizer_fingerprint}, the model has the tokenizer "
-            f"{model.tokenizer.fingerprint}; prepare the data with --tokenizer MODEL"
+            f"{tokenizer.fingerprint}; prepare the data with --tokenizer MODEL"
         )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # every device holds a part of the model and takes a part of the rows
     params = jax.device_put(model.params, param_shardings(model.config, mesh))
-    vae = model.config.latent is not None
+    vae = is_vae(model.config)
     step = functools.partial(elbo_eval_step, texts_per_row=loader.texts_per_row) if vae else eval_step
     evaluate = jax.jit(functools.partial(step, model=model.config, compute=model.compute))
     all_sums: list[dict[str, jax.Array]] = []
@@ -176,6 +207,14 @@ def _perplexity(model: "LanguageModel | VAE", data: "DataConfig") -> dict[str, f
 
     with jax.set_mesh(mesh):
         found = evaluate_loss(loader, sums, loader.bytes_per_token)._asdict()
+    match model.config:
+        case EncoderConfig(head=head):  # it tells a few tokens, or labels, and not the text
+            left_out = ("bits_per_byte", *["perplexity"] * isinstance(head, Classes))
+            found = {name: value for name, value in found.items() if name not in left_out}
+            return found | answer_metrics(all_sums, head)
+        case Seq2SeqConfig():
+            model.decoder.max_rows = arguments.batch_size
+            return found | evaluate_targets(model, [plan.sides for plan in loader.plans], tokenizer, arguments.n)
     return found | (vae_eval_metrics(all_sums) if vae else {})
 
 
@@ -184,18 +223,8 @@ def show(results: dict[str, Any], console: "Console") -> None:
     from rich.table import Table
 
     if "perplexity" in results:
-        values = results["perplexity"]
-        console.print(
-            f"{values['nats_per_token']:.4f} nats/token, perplexity {values['perplexity']:,.2f}, "
-            f"{values['bits_per_byte']:.4f} bits/byte, over {values['tokens']:,.0f} tokens of validation text",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        if "kl" in values:
-            console.print(
-                f"of which {values['reconstruction']:.4f} nats/token given the latent, and {values['kl']:.2f} nats of "
-                f"latent per text; {values['active_units']:.0f} active units, {values['accuracy']:.1%} of tokens right",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+        for line in _lines(results["perplexity"]):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     if "applications" not in results:
         return
     found = {split: results["applications"][split] for split in SPLITS if split in results["applications"]}
@@ -209,6 +238,29 @@ def show(results: dict[str, Any], console: "Console") -> None:
             table.add_row("", task, *("" if share is None else f"{share:.1%}" for share in shares))
     console.print(table)
     console.print(f"answered in {results['applications']['seconds']:.1f} s", highlight=False)
+
+
+def _lines(values: dict[str, Any]) -> Iterator[str]:
+    """Say what `_perplexity` has found."""
+    nats, n = f"{values['nats_per_token']:.4f} nats", f"{values['tokens']:,.0f}"
+    if "macro_f1" in values:
+        yield f"{values['accuracy']:.1%} of {n} held-out texts right, macro-F1 {values['macro_f1']:.3f}, {nats}/text"
+        yield "; ".join(f"{name} {value:.3f}" for name, value in values.items() if name.startswith("f1 "))
+        return
+    perplexity = f"{nats}/token, perplexity {values['perplexity']:,.2f}"
+    if "bits_per_byte" not in values:
+        yield f"{perplexity}, over {n} hidden tokens of validation text, {values['accuracy']:.1%} of them guessed right"
+        return
+    yield f"{perplexity}, {values['bits_per_byte']:.4f} bits/byte, over {n} tokens of validation text"
+    if "kl" in values:
+        yield (
+            f"of which {values['reconstruction']:.4f} nats/token given the latent, and {values['kl']:.2f} nats of "
+            f"latent per text; {values['active_units']:.0f} active units, {values['accuracy']:.1%} of tokens right"
+        )
+    if "bleu" in values:
+        yield f"BLEU {values['bleu']:.1f} of {values['pairs']} targets, {values['correct']} right to the letter"
+        for source, right, written in values["examples"]:
+            yield f"\n  {source}\n  {written}\n  (right: {right})"
 
 
 if __name__ == "__main__":

@@ -9,24 +9,34 @@ from jaxtyping import Float
 
 from jaxllm.core import files
 from jaxllm.models.config import ComputeConfig
+from jaxllm.models.encoder_config import Embeddings, EncoderConfig
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 
 if TYPE_CHECKING:
-    from jaxllm.language_model import LanguageModel
+    from jaxllm.huggingface import AnyLanguageModel
 
 FILE_NAME = "golden.json"
 KEPT = 256  # logits of the last token, evenly over the vocabulary
 ROUNDING, ELSEWHERE = 1e-5, 1e-4  # of the largest logit: the same program twice, or on another machine
 
 
-def logits(lm: "LanguageModel") -> Float[np.ndarray, "V"]:
-    """Return the logits after a fixed prompt of at most 16 tokens, in float32 whatever the model computes in."""
-    exact = type(lm)(lm.config, lm.params, lm.tokenizer, compute=ComputeConfig(dtype="float32"))
-    tokens = np.arange(1, 1 + min(16, lm.config.max_seq_len, lm.config.vocab_size - 1))[None]
+def logits(lm: "AnyLanguageModel") -> Float[np.ndarray, "V"]:
+    """Return the logits after a fixed prompt of at most 16 tokens, in float32 whatever the model computes in.
+
+    Of an encoder they are those of the last token, or of the labels; without a head, the last hidden state stands in.
+    """
+    config = lm.config
+    pairs = isinstance(config, Seq2SeqConfig)
+    ends = {"stop_ids": lm.stop_ids} if pairs else {}
+    exact = type(lm)(config, lm.params, lm.tokenizer, compute=ComputeConfig(dtype="float32"), **ends)
+    tokens = np.arange(1, 1 + min(16, config.max_seq_len, config.vocab_size - 1))[None]
+    bare = isinstance(config, EncoderConfig) and isinstance(config.head, Embeddings)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(exact.logits(tokens))[0, -1]
+        said = (exact.hidden if bare else exact.logits)(tokens, **({"targets": tokens} if pairs else {}))
+    return np.asarray(said).reshape(-1, said.shape[-1])[-1]
 
 
-def compare(expected: Float[np.ndarray, "V"], other: "LanguageModel") -> float:
+def compare(expected: Float[np.ndarray, "V"], other: "AnyLanguageModel") -> float:
     """Return how far the `logits` of another model are from the expected ones.
 
     Raises:
@@ -41,7 +51,7 @@ def write(expected: Float[np.ndarray, "V"], directory: str | Path) -> None:
     files.write_json(Path(directory) / FILE_NAME, {"logits": _sample(expected).tolist()})
 
 
-def check(lm: "LanguageModel", directory: str | Path) -> None:
+def check(lm: "AnyLanguageModel", directory: str | Path) -> None:
     """Compare a model with the fingerprint in its directory, if there is one.
 
     Raises:

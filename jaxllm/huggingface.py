@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
-from jaxllm.data import gguf_tokens, text_pairs
+from jaxllm.data import gguf_tokens, text_pairs, text_pieces
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
-from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.hf import gguf_config
@@ -99,8 +98,7 @@ def load(
     if isinstance(family, Family):
         tokenizer = tokenizers.from_gguf(file) if file else tokenizers.load(path)
     else:
-        pieces = isinstance(family, Seq2SeqFamily) and not (path / "tokenizer.json").is_file()
-        tokenizer = TextPieces(path) if pieces else text_pairs.load(path)
+        tokenizer = (text_pieces if isinstance(family, Seq2SeqFamily) else text_pairs).load(path)
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if isinstance(family, EncoderFamily):

@@ -22,7 +22,7 @@ from jaxllm import golden
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
-from jaxllm.data import text_pairs
+from jaxllm.data import text_pairs, text_pieces
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.documents import Message
@@ -35,7 +35,7 @@ from jaxllm.inference.text import TextStream, cut, finisher
 from jaxllm.locate import is_huggingface, locate
 from jaxllm.models.accounting import param_count
 from jaxllm.models.build import AnyConfig, Params, bind, check_vocabulary, graph, token_rows
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import on_mesh_of
@@ -236,8 +236,10 @@ def generation(completion: Completion, text: TextStream) -> Generation:
     return Generation(found, completion.tokens[:count], completion.logprobs[:count], "stop")
 
 
-def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[str, Any]) -> None:
-    """Write a run directory: recipe, tokenizer, and one checkpoint with `meta`.
+def save_run(
+    directory: str | Path, model: "AnyLanguageModel | VAE", meta: Mapping[str, Any], tokenizer: Tokenizer | None = None
+) -> None:
+    """Write a run directory: recipe, tokenizer (default: the model's), and one checkpoint with `meta`.
 
     Raises:
       ValueError: the directory is not empty.
@@ -252,7 +254,7 @@ def save_run(directory: str | Path, model: "LanguageModel | VAE", meta: Mapping[
     data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
     recipe = Recipe(out=str(directory), model=model.config, data=data)
     files.write_text(directory / FILE_NAME, configs.dump(recipe))
-    model.tokenizer.save(directory / "tokenizer")
+    (tokenizer or model.tokenizer).save(directory / "tokenizer")
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(model.params, {"step": 0, **meta})
 
@@ -283,31 +285,35 @@ def load(
     recipe = load_recipe(run_dir / FILE_NAME)
     shardings = None if mesh is None else param_shardings(recipe.model, mesh)
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
-    tokenizer = tokenizers.load(run_dir / "tokenizer")
-    chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
-    lm = of_run(recipe.model, params, tokenizer, chat=chat, compute=compute or recipe.compute, stop_ids=ends)
-    if isinstance(lm, LanguageModel):
+    lm = of_run(recipe.model, params, run_dir / "tokenizer", meta, compute=compute or recipe.compute)
+    if not is_vae(recipe.model):
         golden.check(lm, run_dir)
     return lm
 
 
 def of_run(
-    config: AnyConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
-    compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (),
-) -> "AnyLanguageModel | VAE":  # fmt: skip
-    """Return what a run has trained as the object that texts are asked of; arguments as of `LanguageModel`."""
+    config: AnyConfig, params: Params, tokenizer: Path, meta: Mapping[str, Any], *, compute: ComputeConfig | None = None
+) -> "AnyLanguageModel | VAE":
+    """Return what a run has trained as the object that texts are asked of.
+
+    Args:
+      tokenizer: directory of it. meta: of a checkpoint; of it chat, stop_ids, forced and asked are read.
+    """
     from jaxllm.encoder import Encoder
     from jaxllm.encoder_decoder import EncoderDecoder
     from jaxllm.vae import VAE
 
     match config:
         case EncoderConfig():
-            reader = text_pairs.surrounding(tokenizer, bos=True, mask=isinstance(config.head, MaskedLM))
+            reader = text_pairs.load(tokenizer, mask=isinstance(config.head, MaskedLM))
             return Encoder(config, params, reader, compute=compute)
         case Seq2SeqConfig():
-            reader = text_pairs.surrounding(tokenizer, bos=False, mask=False)
-            ends = dict.fromkeys((tokenizer.eos_id, *stop_ids))
-            return EncoderDecoder(config, params, reader, stop_ids=tuple(ends), compute=compute)
-        case ModelConfig(latent=None):
-            return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=stop_ids)
-    return VAE(config, params, tokenizer, compute=compute)
+            reader = text_pieces.load(tokenizer)
+            said = {name: meta[name] for name in ("forced", "asked") if name in meta}
+            ends = meta.get("stop_ids") or [reader.eos_id]
+            return EncoderDecoder(config, params, reader, stop_ids=ends, **said, compute=compute)
+    pieces = tokenizers.load(tokenizer)
+    if is_vae(config):
+        return VAE(config, params, pieces, compute=compute)
+    chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
+    return LanguageModel(config, params, pieces, chat=chat, compute=compute, stop_ids=ends)

@@ -44,14 +44,11 @@ def is_huggingface(model: str | Path) -> bool:
     return is_gguf(path) or ((path / "config.json").is_file() and not (path / "recipe.yaml").exists())
 
 
-def look(
-    model: str | Path, *, encoders: bool = False, vaes: bool = False
-) -> "tuple[AnyConfig, str | Path | Described]":
+def look(model: str | Path, *, encoders: bool = False) -> "tuple[AnyConfig, str | Path | Described]":
     """Return the architecture of MODEL without reading its weights, and what loads it without another look.
 
     Args:
       encoders: whether a model that has an encoder will do, a VAE too; else it must be one that continues text.
-      vaes: whether a VAE will do.
     Raises:
       ValueError: MODEL is nothing that `locate` knows, or has an encoder and must not, or is a Hugging Face model that
         cannot be computed exactly.
@@ -64,7 +61,7 @@ def look(
     from jaxllm.recipe import load_recipe
 
     config = load_recipe(locate(model)[0]).model
-    if encoders or (isinstance(config, ModelConfig) and (vaes or not is_vae(config))):
+    if encoders or (isinstance(config, ModelConfig) and not is_vae(config)):
         return config, model
     if is_vae(config):
         raise ValueError(

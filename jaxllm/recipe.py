@@ -15,12 +15,13 @@ from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import misspelt, named_run, read_json
 from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
+from jaxllm.data.objectives import HiddenTokens, Labels, NextToken, Objective, Pairs
 from jaxllm.data.shards import read_manifest
 from jaxllm.layers.config import Experts
 from jaxllm.locate import look
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
-from jaxllm.models.encoder_config import EncoderConfig
+from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
@@ -186,6 +187,20 @@ def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
 
 
 _said = lambda value: "none" if value is None else value
+
+
+def usual_objective(model: AnyModelConfig) -> Objective:
+    """Return what a kind of model learns, where nobody says more."""
+    match model:
+        case Seq2SeqConfig():
+            return Pairs()
+        case EncoderConfig(head=Classes(labels=labels)) if len(labels) > 1:
+            return Labels(labels=labels)
+        case EncoderConfig(head=MaskedLM()):
+            return HiddenTokens()
+        case EncoderConfig():
+            raise ValueError("this encoder has no masked language model and no labels, so there is nothing to measure")
+    return NextToken()
 
 
 def _objective_problems(recipe: Recipe) -> Iterator[tuple[bool, str]]:

@@ -32,6 +32,7 @@ from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
+from jaxllm.training.encoder_losses import answer_metrics
 from jaxllm.training.feed import place
 from jaxllm.training.loop import Action, Diverged
 from jaxllm.training.metrics import read
@@ -86,7 +87,7 @@ class Run:
         model, tokenizer = self.recipe.model, tokenizers.load(self.loader.tokenizer_dir)
         longest = model.max_seq_len
         if not isinstance(model, ModelConfig):
-            _check_sources(of_run(model, {}, tokenizer), self.recipe.monitor.prompts)
+            _check_sources(of_run(model, {}, self.loader.tokenizer_dir, {}), self.recipe.monitor.prompts)
             return
         for number, prompt in enumerate(self.recipe.monitor.prompts):
             asked = [{"role": "user", "content": prompt}]
@@ -196,14 +197,16 @@ class Run:
         values = {"val_loss": found.nats_per_token}
         if not isinstance(self.recipe.model, EncoderConfig):  # which tells a few tokens, or labels, and not the text
             values["val_bits_per_byte"] = found.bits_per_byte
+        else:
+            values["val_accuracy"] = answer_metrics(all_sums, self.recipe.model.head)["accuracy"]
         if is_vae(self.recipe.model):
             values |= {f"val_{name}": value for name, value in vae_eval_metrics(all_sums).items()}
         self.log.evaluation(step, values)
 
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
-        parts = self.recipe.model, _best_params(state), tokenizers.load(self.run_dir / "tokenizer")
-        model = of_run(*parts, chat=self.is_chat, compute=self.recipe.compute)
+        parts = self.recipe.model, _best_params(state), self.run_dir / "tokenizer"
+        model = of_run(*parts, {"chat": self.is_chat}, compute=self.recipe.compute)
         for prompt in self.recipe.monitor.prompts:
             self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))
 

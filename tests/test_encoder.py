@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm.convert import main as convert
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.data import text_pairs
 from jaxllm.encoder import Encoder
@@ -275,3 +276,20 @@ def test_truncation_reads_the_beginning(encoders):
 def test_an_encoder_says_what_it_is(encoders):
     size = sum(leaf.size for leaf in jax.tree.leaves(encoders["labels"].params))
     assert repr(encoders["labels"]) == f"Encoder({size:,} parameters in float32, Classes)"
+
+
+@pytest.mark.parametrize("name", ["tokens", "labels", "vectors"])
+def test_converted_to_a_run_and_back(encoders, tmp_path, capsys, name):
+    path = jaxllm.export(encoders[name], tmp_path / "hf")
+    assert convert([str(path), str(tmp_path / "run")]) is None
+    assert convert([str(tmp_path / "run"), str(tmp_path / "again")]) is None
+    assert capsys.readouterr().out.count("to the last bit") == 2
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (path / file).read_bytes(), file
+    run = jaxllm.load(tmp_path / "run")
+    pair = [("a cat", "the dog")]
+    assert run.tokenizer.encode(pair, 99) == encoders[name].tokenizer.encode(pair, 99)
+    golden = tmp_path / "run" / "golden.json"
+    golden.write_text(json.dumps({"logits": [each + 1 for each in json.loads(golden.read_text())["logits"]]}))
+    with pytest.raises(ValueError, match="no longer computes what it did"):
+        jaxllm.load(tmp_path / "run")

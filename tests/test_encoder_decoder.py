@@ -13,6 +13,7 @@ import sentencepiece
 
 import jaxllm
 from jaxllm import sample
+from jaxllm.convert import main as convert
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder_decoder import EncoderDecoder
@@ -189,6 +190,18 @@ def asking(lm, tmp_path_factory):
         EncoderDecoder(lm.config, lm.params, lm.tokenizer, stop_ids=[eos], forced=[6], asked=asked), path
     )  # fmt: skip
     return path, jaxllm.load(path)
+
+
+def test_converted_to_a_run_and_back(asking, tmp_path, capsys):
+    path, lm = asking
+    assert convert([str(path), str(tmp_path / "run")]) is None
+    assert convert([str(tmp_path / "run"), str(tmp_path / "again")]) is None
+    assert capsys.readouterr().out.count("to the last bit") == 2
+    for file in ("config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (path / file).read_bytes(), file
+    run = jaxllm.load(tmp_path / "run")
+    assert (run.search, run.stop_ids, run.forced) == (lm.search, lm.stop_ids, (6,))
+    assert run.generate(TEXTS, num_samples=2) == lm.generate(TEXTS, num_samples=2)
 
 
 def test_what_a_checkpoint_asks_for_is_what_transformers_does_with_it(asking):

@@ -17,6 +17,7 @@ from jaxllm.data.objectives import HiddenTokens
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.sources import RowFiles
+from jaxllm.evaluate import main as evaluate
 from jaxllm.inspect import main as inspect
 from jaxllm.locate import look
 from jaxllm.recipe import check, load_recipe
@@ -194,6 +195,43 @@ def test_labels_are_learned_on_top_of_it(masked_run):
     found = [each.label for each in model.classify([*LABELLED])]
     assert np.mean([label == right for label, right in zip(found, LABELLED.values(), strict=True)]) > 0.9
     assert read("labels-run/samples.jsonl")[-1]["text"].startswith("animal ")
+    # Of a model that is often wrong, by its parameters of before: what evaluate counts is what classify says.
+    model = jaxllm.Encoder(model.config, jax.tree.map(lambda x: x * 0.6, model.params), model.tokenizer)
+    model.save("labels-other")
+    said = {text: each.label for text, each in zip(LABELLED, model.classify([*LABELLED]), strict=True)}
+    source = RowFiles(path="labels.jsonl", fields="text,label")
+    prepare(PrepareConfig(inputs=(source,), out="held", tokenizer=BytesTokenizer(), validation=15, chat=True))
+    measured = measure("labels-other", "--data", "held", "--seq-len", "24")
+    held = Loader(load_recipe("labels.yaml", ["data.sources.0.path=held"]).data, "validation")
+    texts = [bytes(int(i) - 6 for i in row if i > 5).decode() for row in (held.row(i).tokens for i in range(15))]
+    hits = [said[text] == LABELLED[text] for text in texts]
+    assert 0 < sum(hits) < 15
+    assert measured["accuracy"] == pytest.approx(np.mean(hits))
+    for label in ("animal", "thing"):
+        right, guessed = ({text for text in texts if which[text] == label} for which in (LABELLED, said))
+        assert measured[f"f1 {label}"] == pytest.approx(2 * len(right & guessed) / (len(right) + len(guessed)))
+
+
+def measure(run, *flags):
+    assert evaluate([str(run), "--batch-size", "8", "--out", "found.json", *flags]) is None
+    return json.loads(Path("found.json").read_text())["perplexity"]
+
+
+def test_held_out_data_is_measured_as_while_training(pairs_run, masked_run, capsys):
+    for run in (pairs_run, masked_run):
+        found, before = measure(run), read(run / "metrics.jsonl")[-1]
+        assert found["nats_per_token"] == pytest.approx(before["val_loss"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(before["val_accuracy"])
+    assert found["accuracy"] > 0.5
+    assert " hidden tokens of validation text, " in capsys.readouterr().out
+    jaxllm.load(pairs_run).save("pairs-saved")
+    assert jaxllm.load("pairs-saved").generate([*WORDS]) == jaxllm.load(pairs_run).generate([*WORDS])
+    found = measure("pairs-saved", "--data", "pairs")
+    [(source, right, written)] = found["examples"]
+    assert (WORDS[source], jaxllm.load(pairs_run).generate(source)[0].text) == (right, written)
+    assert (found["pairs"], found["correct"]) == (1, right == written)
+    assert evaluate([str(pairs_run), "--tasks", "qa"]) == 2
+    assert "has an encoder; jaxllm.load reads it, but here a model must continue text" in capsys.readouterr().err
 
 
 def test_what_is_hidden_is_decided_by_seed_and_sample_alone(place):

@@ -19,7 +19,8 @@ class FastPieces:
       ValueError: it is none.
 
     Attributes:
-      special: special tokens by name. prefix: ids that the file puts before a text (its bos, if it has one).
+      special: special tokens by name. prefix, suffix: ids that the file puts before a text (its bos, if it has one),
+        and behind it.
     """
 
     kind = "tokenizers"
@@ -40,7 +41,7 @@ class FastPieces:
         self.special = {each["content"]: each["id"] for each in self._raw["added_tokens"] if each["special"]}
         with_special, plain = (self._model.encode("a", add_special_tokens=add).ids for add in (True, False))
         start = next(i for i in range(len(with_special) + 1) if with_special[i : i + len(plain)] == plain)
-        self.prefix = tuple(with_special[:start])
+        self.prefix, self.suffix = tuple(with_special[:start]), tuple(with_special[start + len(plain) :])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [each.ids for each in self._model.encode_batch(list(texts), add_special_tokens=False)]

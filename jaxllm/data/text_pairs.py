@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxllm.core import files
+from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import surrounded, to_json
 from jaxllm.data.tokenizer import MASKS, Tokenizer
 
 Text = str | tuple[str, str]
-ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>")}
+ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>"), "eos": ("</s>", "[SEP]")}
 # BERT's names, where tokenizer_config.json has no others.
 NAMES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
@@ -44,14 +45,14 @@ class PairTokenizer:
       ValueError: it has no token for padding.
 
     Attributes:
-      size: number of ids. pad_id, mask_id: of the special tokens; mask_id is None where there is none.
-      mask: how a text spells the mask.
+      size: number of ids. pad_id, mask_id, eos_id: of the special tokens; None where there is none, but pad_id.
+      mask: how a text spells the mask. original: the tokenizer of a run that it was made from.
     """
 
-    def __init__(self, source: str, settings: Mapping[str, Any]):
+    def __init__(self, source: str, settings: Mapping[str, Any], original: Tokenizer | None = None):
         from tokenizers import Tokenizer
 
-        self.source, self.settings = source, dict(settings)
+        self.source, self.settings, self.original = source, dict(settings), original
         self._model = Tokenizer.from_str(source)
         self._model.no_padding()
         self._model.no_truncation()
@@ -61,6 +62,7 @@ class PairTokenizer:
             raise ValueError("the tokenizer has no padding token ([PAD] or <pad>); name it in tokenizer_config.json")
         self.pad_id = pad_id
         self.mask, self.mask_id = self._special("mask")
+        self.eos_id = self._special("eos")[1]
 
     def _special(self, role: str) -> tuple[str, int | None]:
         named = _name(self.settings.get(f"{role}_token"))
@@ -114,7 +116,8 @@ def surrounding(tokenizer: Tokenizer, *, bos: bool, mask: bool) -> PairTokenizer
     names = {token: name for name, token in tokenizer.special.items()}
     named = lambda token: (names[token], token)
     source = json.loads(to_json(tokenizer))
-    source["post_processor"] = surrounded([named(tokenizer.bos_id)] * bos, [named(tokenizer.eos_id)])
+    if not tokenizer.surrounds:  # else the file has rules of its own, for pairs of texts as well
+        source["post_processor"] = surrounded([named(tokenizer.bos_id)] * bos, [named(tokenizer.eos_id)])
     settings = {"pad_token": names[tokenizer.pad_id], "eos_token": names[tokenizer.eos_id]}
     settings |= {"bos_token": names[tokenizer.bos_id]} if bos else {}
     if mask:
@@ -123,11 +126,11 @@ def surrounding(tokenizer: Tokenizer, *, bos: bool, mask: bool) -> PairTokenizer
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             source["added_tokens"].append({"id": tokenizer.mask_id, "content": MASKS[1], **flags, "special": True})
     settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
-    return PairTokenizer(json.dumps(source, ensure_ascii=False), settings)
+    return PairTokenizer(json.dumps(source, ensure_ascii=False), settings, tokenizer)
 
 
-def load(directory: str | Path) -> PairTokenizer:
-    """Load the tokenizer of an encoder's Hugging Face directory.
+def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairTokenizer:
+    """Load the tokenizer of a Hugging Face directory, or that of a run by `surrounding`.
 
     Raises:
       FileNotFoundError: neither tokenizer.json nor vocab.txt is there.
@@ -135,7 +138,10 @@ def load(directory: str | Path) -> PairTokenizer:
     directory = Path(directory)
     settings = files.read_json(directory / "tokenizer_config.json", {})
     if (directory / "tokenizer.json").is_file():
-        return PairTokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), settings)
+        source = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        if "model" not in json.loads(source):
+            return surrounding(tokenizers.load(directory), bos=bos, mask=mask)
+        return PairTokenizer(source, settings)
     if (directory / "vocab.txt").is_file():
         return PairTokenizer(word_pieces(directory / "vocab.txt", settings), settings)
     raise FileNotFoundError(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.core import files
-from jaxllm.data.text_pairs import Encoded, Text, too_long
+from jaxllm.data import text_pairs
+from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text, too_long
 
 EXTRA_IDS = 100  # of T5: placeholders behind the pieces, the last id is the first of them
 
@@ -21,8 +22,10 @@ class TextPieces:
       ValueError: there are no tokens for padding, the end, or what is unknown.
 
     Attributes:
-      size, pad_id: as of `PairTokenizer`.
+      size, pad_id, original: as of `PairTokenizer`.
     """
+
+    original = None
 
     def __init__(self, directory: str | Path):
         from sentencepiece import SentencePieceProcessor
@@ -86,3 +89,10 @@ class TextPieces:
         for name, content in self._files.items():
             files.write_bytes(Path(directory) / name, content)
         files.write_json(Path(directory) / "tokenizer_config.json", dict(self.settings))
+
+
+def load(directory: str | Path) -> PairTokenizer | TextPieces:
+    """Load the tokenizer of an encoder-decoder: of its Hugging Face directory, or of its run."""
+    if (Path(directory) / "tokenizer.json").is_file():
+        return text_pairs.load(directory, bos=False, mask=False)
+    return TextPieces(directory)

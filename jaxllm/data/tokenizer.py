@@ -60,6 +60,11 @@ class Tokenizer:
         """Id that stands for a hidden token: of the mask, or where there is none the one behind all others."""
         return next((self.special[name] for name in MASKS if name in self.special), self.vocab_size)
 
+    @property
+    def surrounds(self) -> bool:
+        """Whether its file itself says how a text begins and ends, as those of models with an encoder do."""
+        return isinstance(self.pieces, FastPieces) and self.pieces.suffix == (self.eos_id,)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, no special token even if `text` spells one."""
         return self.pieces.encode([text])[0]

@@ -3,18 +3,21 @@
 Divide after summing over microbatches and devices. `z` and `smoothing` are those of `losses.cross_entropy`.
 """
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder import TransformerEncoder
-from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
+from jaxllm.models.encoder_config import Classes, EncoderConfig, HeadConfig, MaskedLM
 from jaxllm.models.seq2seq import Seq2Seq
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.training.losses import Sums, cross_entropy
+from jaxllm.training.losses import Sums, cross_entropy, token_nats
 
 
 def masked_lm_sums(
@@ -56,6 +59,40 @@ def class_sums(
     chosen = jnp.take_along_axis(log_probs, jnp.expand_dims(batch.labels, -1), axis=-1)[:, 0]
     nats, spread = (-jnp.sum(batch.weights * each) for each in (chosen, jnp.mean(log_probs, axis=-1)))
     return (1.0 - smoothing) * nats + smoothing * spread, nats
+
+
+def answer_sums(
+    params: Params, batch: Batch | LabelledTexts, config: EncoderConfig, compute: ComputeConfig
+) -> dict[str, Array]:
+    """Return nats, and what was guessed of what is right: hits [], or of labels the table [right, guessed]."""
+    model: TransformerEncoder = bind(graph(config, compute)[0], params)
+    if isinstance(batch, LabelledTexts):
+        logits = model.logits(model.text_states(batch.tokens, batch.segments), batch.segments)
+        hot = lambda labels: jax.nn.one_hot(labels, logits.shape[-1])
+        nats = -jnp.einsum("b,bc,bc->", batch.weights, hot(batch.labels), jax.nn.log_softmax(logits))
+        guesses = hot(jnp.argmax(logits, axis=-1))
+        return {"nats": nats, "table": jnp.einsum("b,bc,bd->cd", batch.weights, hot(batch.labels), guesses)}
+    hidden = model.states(batch.tokens, batch.segments, positions=batch.positions)
+    linear = model.head.linear(hidden, model.stack.output_table())
+    nats, right = token_nats(*linear, batch.targets, compute.loss_chunk)
+    return {"nats": jnp.sum(batch.weights * nats), "hits": jnp.sum(batch.weights * right)}
+
+
+def answer_metrics(batches: Sequence[Mapping[str, Array]], head: HeadConfig) -> dict[str, float]:
+    """Return the accuracy of all that `eval_step` returned of an encoder; of labels also macro_f1 and the f1 of each.
+
+    f1 = 2 hits / (right + guessed), and macro_f1 its mean over labels that are right or guessed at least once.
+    """
+    total = {name: sum(np.asarray(each[name], np.float64) for each in batches) for name in batches[0]}
+    if "hits" in total:
+        return {"accuracy": float(total["hits"] / total["tokens"])}
+    table = total["table"]
+    sides, hits = table.sum(0) + table.sum(1), table.diagonal()
+    f1 = {label: float(2 * hit / side) for label, hit, side in zip(head.labels, hits, sides, strict=True) if side}
+    return {
+        "accuracy": float(hits.sum() / table.sum()), "macro_f1": sum(f1.values()) / len(f1),
+        **{f"f1 {label}": value for label, value in f1.items()},
+    }  # fmt: skip
 
 
 def target_sums(

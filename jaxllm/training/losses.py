@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.models.decoder import soft_cap
 from jaxllm.sharding.rules import constrain
@@ -48,15 +48,15 @@ def cross_entropy(
 def token_nats(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"], chunk: int,
     cap: float | None = None,
-) -> Float[Array, "B T"]:  # fmt: skip
-    """Return -ln p of each target by itself, what `cross_entropy` sums; the arguments are its."""
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:  # fmt: skip
+    """Return -ln p of each target, what `cross_entropy` sums, and whether it is the likeliest token; its arguments."""
 
-    def body(_: None, inputs: tuple) -> tuple[None, Array]:
+    def body(_: None, inputs: tuple) -> tuple[None, tuple[Array, Array]]:
         logits, log_z = _logits(inputs[0], table, cap)
-        return None, log_z - _chosen(logits, inputs[1])
+        return None, (log_z - _chosen(logits, inputs[1]), jnp.argmax(logits, axis=-1) == inputs[1])
 
-    nats = jnp.swapaxes(jax.lax.scan(body, None, chunks((hidden, targets), chunk))[1], 0, 1)
-    return nats.reshape(nats.shape[0], -1)[:, : targets.shape[1]]
+    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
+    return jax.tree.map(join, jax.lax.scan(body, None, chunks((hidden, targets), chunk))[1])
 
 
 def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):

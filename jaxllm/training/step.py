@@ -18,7 +18,7 @@ from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.rules import constrain
 from jaxllm.sharding.xla import compiler_options
 from jaxllm.training.config import AdamW, Muon, StepConfig
-from jaxllm.training.encoder_losses import class_sums, masked_lm_sums, target_sums
+from jaxllm.training.encoder_losses import answer_sums, class_sums, masked_lm_sums, target_sums
 from jaxllm.training.losses import cross_entropy, token_nats
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
@@ -145,7 +145,9 @@ def train_step(
 
 
 def eval_step(params: Params, batch: AnyBatch, *, model: AnyConfig, compute: ComputeConfig) -> Metrics:
-    """Return the summed nats and weights of `batch`: add over batches, then divide."""
+    """Return the summed nats and weights of `batch`, of an encoder its `answer_sums`: add over batches, then divide."""
+    if isinstance(model, EncoderConfig):
+        return {**answer_sums(params, batch, model, compute), "tokens": jnp.sum(batch.weights)}
     _, (nats, _) = loss_sums(params, batch, model, compute)
     return {"nats": nats, "tokens": jnp.sum(batch.weights)}
 
@@ -154,7 +156,7 @@ def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: C
     """Return the nats of each target of `batch`: times the weights, what `eval_step` sums."""
     module = bind(graph(model, compute)[0], params)
     hidden = module.routed_states(batch.tokens, batch.segments, batch.positions)[0]
-    return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)
+    return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)[0]
 
 
 class Program:

@@ -9,7 +9,7 @@ from jaxllm.layers.config import LayerNorm, Learned, Plain
 from jaxllm.models.build import abstract_params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
-from jaxllm.training.encoder_losses import class_sums, masked_lm_sums
+from jaxllm.training.encoder_losses import answer_metrics, class_sums, masked_lm_sums
 
 STACK = ModelConfig(
     vocab_size=31, d_model=8, n_layers=1, n_heads=2, d_ff=12, max_seq_len=10, norm=LayerNorm(), embed_norm=True,
@@ -61,3 +61,10 @@ def test_heads_that_do_not_fit():
         masked_lm_sums({}, None, EncoderConfig(stack=STACK, head=LABEL_HEAD), COMPUTE)
     with pytest.raises(TypeError, match="head masked_lm has no labels"):
         class_sums({}, None, EncoderConfig(stack=STACK, head=TOKEN_HEAD), COMPUTE)
+
+
+def test_right_answers_are_counted_by_label():
+    table = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+    found = answer_metrics([{"table": table, "tokens": 10}, {"table": table, "tokens": 10}], LABEL_HEAD)
+    assert found == pytest.approx({"accuracy": 0.7, "f1 a": 6 / 9, "f1 b": 8 / 11, "macro_f1": (6 / 9 + 8 / 11) / 2})
+    assert answer_metrics([{"hits": 3.0, "tokens": 4}, {"hits": 1, "tokens": 4}], TOKEN_HEAD) == {"accuracy": 0.5}
