@@ -6,6 +6,7 @@ lm.chat("Where is the ball?").text
 lm.chat([{"role": "user", "content": "Where is the ball?"}], sampler=jaxllm.Sampler(temperature=0, seed=1)).text
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxllm import golden
 from jaxllm.core import files
 from jaxllm.core.bucket import here
+from jaxllm.core.tree import named_leaves
 from jaxllm.core.wording import count
 from jaxllm.data import text_pairs, text_pieces
 from jaxllm.data import tokenizer as tokenizers
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from jaxllm.vae import VAE
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
-Prompt = str | Messages
+Prompt = str | Messages | Sequence[int]
 MAX_SHOWN = 300  # characters of an answer, where it is shown as an object
 
 
@@ -130,20 +132,28 @@ class LanguageModel:
         """Continue or answer each prompt `num_samples` times; the answers of a prompt stand together, in its place.
 
         Args:
-          prompts: a string is continued ("" is where a text begins); messages are answered in the chat template.
+          prompts: a string is continued ("" is where a text begins), and so are ids, as they are; messages are answered
+            in the chat template.
           sampler: temperature, top_k, seed ...: `jaxllm.Sampler(temperature=0)` always takes the likeliest token.
           stop: an answer ends before the first of these strings.
           num_beams, length_penalty: > 1 searches for the likeliest answers (`Search`), with a sampler of temperature 0.
         Raises:
-          ValueError: a prompt that is neither text nor messages, or has no token or too many; num_samples < 1 or more
-            than a search finds, an empty stop string, a search with a sampler that draws.
+          ValueError: a prompt that is neither text nor messages nor ids, or has no token or too many; num_samples < 1
+            or more than a search finds, an empty stop string, a search with a sampler that draws; a damaged model.
         """
         one = isinstance(prompts, str | Mapping) or not hasattr(prompts, "__len__")
-        one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
         limits = self._limits(max_new_tokens, stop)
         search = Search(num_beams=num_beams, length_penalty=length_penalty)
         found = self.decoder.answer([Request(row) for row in rows], num_samples, sampler, limits, search)
+        if any(math.isnan(value) for completions in found for each in completions for value in each.logprobs):
+            finite = lambda leaf: bool(jnp.isfinite(leaf).all())
+            damaged = [name for name, leaf in named_leaves(self.params).items() if not finite(leaf)]
+            why = (
+                f"NaN or Inf in {', '.join(damaged[:4])}" if damaged else "numbers overflow; try compute.dtype=float32"
+            )
+            raise ValueError(f"the model's probabilities are NaN: {why}")
         return [
             generation(completion, TextStream(self.tokenizer.stream(), stop))._replace(prompt=prompt, sample=sample)
             for prompt, completions in enumerate(found)
@@ -206,12 +216,14 @@ class LanguageModel:
         save_run(directory, self, {"chat": self.is_chat, "stop_ids": list(self.stop_ids)})
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the ids that come before the answer: bos and the text, or the conversation in the chat template."""
+        """Return the ids that come before the answer: bos and the text, or the conversation in the template, or ids."""
         if isinstance(prompt, str):
             return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+        if isinstance(prompt, Sequence) and prompt and all(isinstance(each, int | np.integer) for each in prompt):
+            return token_rows([prompt], self.config.vocab_size, self.config.max_seq_len)[0].tolist()
         if not isinstance(prompt, Sequence) or not all(isinstance(each, Mapping | Message) for each in prompt):
             messages = '[{"role": "user", "content": text}]'
-            raise ValueError(f"a prompt is text, or messages {messages}, and not {str(prompt)[:60]!r}")
+            raise ValueError(f"a prompt is text, messages {messages} or ids, and not {str(prompt)[:60]!r}")
         if not prompt:
             raise ValueError("no messages; give at least one from the user")
         return encode_chat(self.tokenizer, prompt, add_generation_prompt=True)[0]

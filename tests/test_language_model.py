@@ -80,10 +80,25 @@ def test_packed_weights_give_the_same_logits(lm, monkeypatch):
     assert packed.decoder.params["blocks"]["ffn"]["up"]["kernel"].dtype == "uint16"
 
 
-@pytest.mark.parametrize("prompts", [5, [5], [[1, 2]], {"role": "user"}, [None]])
+@pytest.mark.parametrize("prompts", [5, [1.5], [[1, "a"]], {"role": "user"}, [None]])
 def test_what_is_no_prompt_is_refused(lm, prompts):
-    with pytest.raises(ValueError, match=r'a prompt is text, or messages \[{"role": "user", "content": text}\], and'):
+    with pytest.raises(ValueError, match=r"a prompt is text, messages .* or ids, and not"):
         lm.generate(prompts)
+
+
+def test_ids_are_continued_as_they_are(lm):
+    ids = lm.encode("Hello")
+    said = lm.generate("Hello", max_new_tokens=4, sampler=GREEDY)
+    assert lm.generate(ids, max_new_tokens=4, sampler=GREEDY) == said
+    assert lm.generate([ids, np.array(ids).tolist()], max_new_tokens=4, sampler=GREEDY)[1].text == said[0].text
+    with pytest.raises(ValueError, match="token ids 999 to 999; the model's are 0 to 261"):
+        lm.generate([999])
+
+
+def test_a_model_of_nan_does_not_speak(lm):
+    params = {**lm.params, "embed": {"table": lm.params["embed"]["table"].at[7, 0].set(np.nan)}}
+    with pytest.raises(ValueError, match="the model's probabilities are NaN: NaN or Inf in embed/table"):
+        LanguageModel(CONFIG, params, lm.tokenizer).generate([7], max_new_tokens=2, sampler=GREEDY)
 
 
 def test_an_empty_text_is_begun_and_a_prompt_without_a_token_refused(lm):
