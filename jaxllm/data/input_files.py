@@ -67,15 +67,16 @@ def find(pattern: str, kind: str) -> list[str]:
     return paths
 
 
-def length(path: str) -> int | None:
-    """Return the size of a file in bytes now; None for a pipe and for what cannot be looked at."""
+def stamp(path: str) -> tuple[int, int] | None:
+    """Return (size in bytes, time of the last change) of a file; None for a pipe and for what cannot be looked at."""
     try:
         if "://" in path:
-            return _path(path).stat().length
+            found = _path(path).stat()
+            return found.length, int(found.mtime)
         found = os.stat(path)
     except OSError:  # whoever reads it will say so
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, str, BinaryIO]]:

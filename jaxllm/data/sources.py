@@ -87,13 +87,15 @@ class Part(NamedTuple):
 
     Attributes:
       path: the file, or what the source is called.
-      size: of the file when it was found, in bytes; what is appended later is not read. None: unknown.
+      size, changed: of the file when it was found, in bytes, and when it was written; what is appended later is not
+        read. None: unknown.
       first, stop: rows of a data set.
     """
 
     source: Input
     path: str
     size: int | None = None
+    changed: int | None = None
     first: int = 0
     stop: int = 0
 
@@ -109,15 +111,15 @@ def parts(source: Input) -> list[Part]:
         case Tfds():
             count, step = len(rows.tfds_data(source)), rows.EXAMPLES
             name = f"{source.name}[{source.split}]"
-            return [Part(source, name, None, at, min(at + step, count)) for at in range(0, count, step)]
+            return [Part(source, name, first=at, stop=min(at + step, count)) for at in range(0, count, step)]
         case PyDocs() | World():
             return [Part(source, source.kind)]
-    return [Part(source, path, input_files.length(path)) for path in paths(source)]
+    return [Part(source, path, *(input_files.stamp(path) or ())) for path in paths(source)]
 
 
 def name_of(source: Input) -> str:
-    """Return what a person calls a source beside its kind: the pattern of its files, the name of a data set."""
-    return getattr(source, "path", "") or getattr(source, "name", "")
+    """Return what a person calls a source: its kind, and the pattern of its files or the name of a data set."""
+    return " ".join(filter(None, [source.kind, getattr(source, "path", "") or getattr(source, "name", "")]))
 
 
 def paths(source: Input) -> list[str]:

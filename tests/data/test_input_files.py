@@ -18,6 +18,8 @@ from etils import epath
 from pyarrow import parquet
 
 from jaxllm.data.clean import CleanConfig, Cleaner
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.problems import Problems
 from jaxllm.data.sources import RowFiles, TextFiles, documents, parts
 
@@ -149,6 +151,11 @@ def test_remote_paths(tmp_path):
         assert texts(RowFiles(kind="parquet", path="gs://bucket/data/c.parquet")) == ["p"]
         with pytest.raises(FileNotFoundError, match=r"no file matches 'gs://bucket/data/\*\.csv'"):
             read(RowFiles(path="gs://bucket/data/*.csv"))
+        made = PrepareConfig(
+            inputs=(RowFiles(path="gs://bucket/data/**/*.jsonl*"),), out=f"{tmp_path}/out", tokenizer=BytesTokenizer(),
+            engine={"workers": 1},
+        )  # fmt: skip
+        assert prepare(made).documents_read == 3
 
 
 def _moved(bucket, directory):

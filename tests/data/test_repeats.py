@@ -90,7 +90,7 @@ def test_evaluation_texts_are_kept_out(files, action):
     if action == "drop":
         assert "tested" not in left()
         assert (rule.dropped, rule.changed) == (1, 0)
-        assert rule.examples[0].startswith("b.jsonl, line 5: evaluation.jsonl: ")
+        assert rule.examples[0].startswith("b.jsonl, line 5: jsonl evaluation.jsonl: ")
     else:
         assert "tested" in left()
         assert (rule.dropped, rule.changed) == (0, 1)
