@@ -5,7 +5,7 @@ A rule is a name and a pure function from text to text; what it returns else dro
 
 import unicodedata
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,12 +127,12 @@ class Cleaner:
             if not known and "any" not in config.languages:
                 self._drop("language", f"{language or 'none'} {score:.2f}: {shown}", document)
                 return None
-            document = replace(document, language=language)
+            document = document._replace(language=language)
         if failed := config.quality.failed(text, document.language):
             name, value = failed
             self._drop(name, f"{value:.3g}: {shown}", document)
             return None
-        return replace(document, text=text)
+        return document._replace(text=text)
 
     def conversation(self, conversation: Conversation) -> Conversation | None:
         """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it.
@@ -149,7 +149,7 @@ class Cleaner:
             if content is None:
                 return None
             messages.append(Message(message.role, content))
-        return replace(conversation, messages=tuple(messages))
+        return conversation._replace(messages=tuple(messages))
 
     def _text(self, text: str, owner: Document | Conversation, but: Collection[str] = ()) -> str | None:
         for name, rule in self._rules.items():

@@ -24,7 +24,7 @@ from jaxllm.data.engine import Work
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
-from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates
+from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates, repeated_ids
 from jaxllm.data.report import (
     Cluster,
     InputReport,
@@ -75,6 +75,7 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
         read = stages.merge(map(stages.read_account, texts))
         _check_any(read, work)
         kept = job.find_copies(texts)
+        job.notes += repeated_ids(Texts(tuple(texts), config.chat), kept)
         verdicts, left = job.find_repeats(texts, kept)
         tok = tok or job.train(texts, left, read.bytes_kept)
         encoded = job.encode(texts, kept, verdicts, tok)

@@ -7,7 +7,7 @@ part what is to be left out, which `Encode` does.
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from jaxllm.core import files
+from jaxllm.core.wording import count
 from jaxllm.data import dedup, stages
 from jaxllm.data.clean import RuleCount
 from jaxllm.data.dedup import DedupConfig, digest, drop_paragraphs, paragraphs, repeated, signatures
@@ -102,7 +103,7 @@ class Verdicts:
                 account.drop("repeated_paragraph", item)
                 return None
             account.keep(item, -1)
-            item = replace(item, text=text)
+            item = item._replace(text=text)
             account.keep(item)
             account.rules.setdefault("repeated_paragraph", RuleCount()).changed += 1
             return item
@@ -168,6 +169,19 @@ def _document_ends(paths: tuple[Path, ...]) -> list[int]:
 def _line_starts(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         return np.cumsum([0, *map(len, file)])
+
+
+def repeated_ids(texts: Texts, kept: Sequence[Path]) -> list[str]:
+    """Say how many of the documents that are `kept` have an id that an earlier one of the same input has."""
+    keep = np.concatenate([np.load(path) for path in kept])
+    ids = np.concatenate([np.load(path / "ids.npy") for path in texts.paths])
+    stays = np.flatnonzero(keep & ids.any(axis=1))
+    again = stays[repeated(ids[stays], stays)].tolist()
+    if not again:
+        return []
+    what, at = count(len(again), "document"), texts.item(again[0])
+    where = f"the first: {at.source}, {at.location}, id {at.id}"
+    return [f"{what} kept with an id that an earlier one of the same input has; {where}"]
 
 
 def near_duplicates(signed: Sequence[Path], stays: np.ndarray, config: DedupConfig, texts: Texts) -> np.ndarray:

@@ -140,7 +140,8 @@ def read_account(directory: Path) -> Account:
 
 @dataclass(frozen=True)
 class Clean:
-    """Reads a part and writes its cleaned documents: documents.jsonl, digests.npy (uint64 [n, 2]), account.json.
+    """Reads a part and writes its cleaned documents: documents.jsonl, digests.npy and ids.npy (of the texts and ids,
+    uint64 [n, 2]; 0 for no id), account.json.
 
     Attributes:
       evaluation: what `decontaminate.write` wrote, or None.
@@ -165,28 +166,35 @@ class Clean:
         Raises:
           ValueError: unreadable input under the policy "error", or a file that changed since the work began.
         """
+        account, digests, ids = Account(Problems(self.errors)), bytearray(), bytearray()
+        row = None
+        with result(self.out) as directory:
+            with open(directory / "documents.jsonl", "wb") as file:
+                for item in self._cleaned(account, tick):
+                    digests += digest(identity(item))
+                    before, row = row, (item.source, item.location)
+                    ids += digest(f"{account.input} {item.id}") if item.id and row != before else bytes(16)
+                    file.write(_line(item))
+            save_array(directory / "ids.npy", np.frombuffer(ids, "<u8").reshape(-1, 2))
+            save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
+            files.write_json(directory / "account.json", asdict(account))
+
+    def _cleaned(self, account: Account, tick: Tick) -> Iterator[Document | Conversation]:
         cleaner = Cleaner(self.rules, self.evaluation and decontaminate.read(self.evaluation))
-        account = Account(Problems(self.errors), rules=cleaner.counts)
+        account.rules = cleaner.counts
         read, apply = sources.documents, cleaner.document
         if self.chat:
             read, apply = sources.conversations, cleaner.conversation
-        digests = bytearray()
-        with result(self.out) as directory:
-            with open(directory / "documents.jsonl", "wb") as file:
-                for part in self.inputs:
-                    account.input, before = sources.name_of(part.source), account.n_kept
-                    for item in read(part, account.problems):
-                        tick(1, account.read(item))
-                        cleaned = apply(item)
-                        if cleaned is not None:
-                            account.keep(cleaned)
-                            digests += digest(identity(cleaned))
-                            file.write(_line(cleaned))
-                    account.runs.append((account.input, account.n_kept - before))
-                    if part.size is not None and input_files.stamp(part.path) != (part.size, part.changed):
-                        raise ValueError(f"{part.path} changed while it was read; run this again when it is complete")
-            save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
-            files.write_json(directory / "account.json", asdict(account))
+        for part in self.inputs:
+            account.input, before = sources.name_of(part.source), account.n_kept
+            for item in read(part, account.problems):
+                tick(1, account.read(item))
+                if (cleaned := apply(item)) is not None:
+                    account.keep(cleaned)
+                    yield cleaned
+            account.runs.append((account.input, account.n_kept - before))
+            if part.size is not None and input_files.stamp(part.path) != (part.size, part.changed):
+                raise ValueError(f"{part.path} changed while it was read; run this again when it is complete")
 
 
 @dataclass(frozen=True)
@@ -316,10 +324,7 @@ def batches(items: Iterable[T], limit: int = BATCH_CHARS) -> Iterator[list[T]]:
 
 def _line(item: Document | Conversation) -> bytes:
     """An item as `read_documents` reads it."""
-    first, *rest = (getattr(item, name) for name in item.__slots__)
-    if isinstance(item, Conversation):
-        first = [(message.role, message.content) for message in first]
-    return (json.dumps([first, *rest], ensure_ascii=False) + "\n").encode("utf-8")
+    return (json.dumps(item, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def read_documents(
