@@ -27,7 +27,7 @@ SOURCES = {  # flag: what it takes, and what it is; each may be given again
     "hf": ("DIR[:FIELDS]", "a directory of save_to_disk of Hugging Face datasets"),
     "tfds": ("NAME[:VERSION][:FIELDS]", "a prepared TFDS data set; inputs.0.data_dir=DIR, inputs.0.split=SPLIT"),
 }
-CUT = ("text", "markdown")
+OPTIONS = {"split": ("text", "markdown"), "encoding": ("text", "markdown", "jsonl")}  # flags, and of which sources
 NAME_AND_FIELDS = r"((?:\w+://|[A-Za-z]:\\)?[^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?"  # also gs://..., name:1.0.0
 
 
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind, (metavar, text) in SOURCES.items():
         add(f"--{kind}", metavar=metavar, action="append", default=[], help=text)
     add("--split", choices=("file", "paragraph", "line"), help="what one document of --text, --markdown is")
+    add("--encoding", metavar="E,E", help="of --text, --markdown, --jsonl: gb18030; of several, the first that fits")
     add("--pydocs", **switch, help="documentation of the Python standard library")
     add("--world", metavar="N", type=int, help="N documents or conversations of the synthetic micro-world")
     add("--chat", **switch, help="conversations: learn the assistant's answers only")
@@ -119,11 +120,12 @@ def _inputs(arguments: argparse.Namespace) -> list[str]:
         for given in getattr(arguments, kind):
             parts = re.fullmatch(NAME_AND_FIELDS, given) if "FIELDS" in form else None
             name, fields = parts.groups() if parts else (given, None)
-            split = arguments.split if kind in CUT else None
+            more = {option: getattr(arguments, option) for option, kinds in OPTIONS.items() if kind in kinds}
             key = "name" if kind == "tfds" else "path"
-            inputs.append({"kind": kind, key: name, "fields": fields or None, "split": split})
-    if arguments.split and not any(each["kind"] in CUT for each in inputs):
-        raise ValueError("--split says how --text is cut, and there is no --text")
+            inputs.append({"kind": kind, key: name, "fields": fields or None, **more})
+    for option, kinds in OPTIONS.items():
+        if getattr(arguments, option) and not any(each["kind"] in kinds for each in inputs):
+            raise ValueError(f"--{option} is for --{', --'.join(kinds)}, and there is none of them")
     if arguments.pydocs:
         inputs.append({"kind": "pydocs"})
     if arguments.world is not None:
@@ -135,7 +137,7 @@ def _inputs(arguments: argparse.Namespace) -> list[str]:
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
     """All other flags, in the notation of overrides."""
-    own = ("help", "compare", *SOURCES, "split", "pydocs", "world", "tokenizer")
+    own = ("help", "compare", *SOURCES, *OPTIONS, "pydocs", "world", "tokenizer")
     settings = {key: value for key, value in vars(arguments).items() if key not in own}
     settings["out"] = arguments.out or ("nowhere" if arguments.compare else None)  # a comparison writes nothing
     match arguments.tokenizer:

@@ -100,7 +100,7 @@ def test_recipe_makes_a_dataset(text, tmp_path, capsys):
         (["--text", "none.txt", "--out", "d"], "no file matches 'none.txt'"),
         (["--world", "5"], "missing key 'out'; give --out DIR on the command line, or"),
         (["--out", "d"], "missing key 'inputs'; give --text FILE, --jsonl FILE or another input"),
-        (["--world", "5", "--split", "line", "--out", "d"], "--split says how --text is cut, and there is no --text"),
+        (["--world", "5", "--split", "line", "--out", "d"], "--split is for --text, --markdown, and there is none"),
         (["r.yaml", "--world", "5"], "sources are given twice: in r.yaml and as flags"),
         (["a.txt", "b.txt"], "one RECIPE.yaml is expected, or flags alone, but not a.txt, b.txt; quote the pattern"),
         (["--text", "a", "b", "--out", "d"], "or flags alone, but not b; quote the pattern"),

@@ -5,7 +5,7 @@ the work directory, which the workers and the process that starts them must all 
 in two places at once, does no harm.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,18 +61,20 @@ def keep_first(texts: Sequence[Path], out: Path, options: Sequence[str]) -> None
 
 
 def near_duplicates(
-    signed: Sequence[Path], stays: np.ndarray, config: DedupConfig, options: Sequence[str], scratch: Path
-) -> np.ndarray:
+    signed: Sequence[Path], stays: np.ndarray, config: DedupConfig, text: Callable[[int], str],
+    options: Sequence[str], scratch: Path,
+) -> np.ndarray:  # fmt: skip
     """Return for each document of `stays` the first of its cluster, as `dedup.near_duplicates` finds it.
 
     Args:
       signed: where the signatures of each part are. stays: int64, numbers of documents over all parts, ascending.
+      text: of a document by its number.
       scratch: directory for what the workers read and write.
     """
     beam, pipeline = _pipeline(options)
     starts = np.cumsum([0, *(len(np.load(path / "signatures.npy", mmap_mode="r")) for path in signed)])
     save_array(scratch / "stays.npy", stays)
-    rows = _Signatures(tuple(signed), tuple(starts.tolist()), scratch / "stays.npy", config)
+    rows = _Signatures(tuple(signed), tuple(starts.tolist()), scratch / "stays.npy", config, text)
     with pipeline:
         groups = (
             pipeline
@@ -96,6 +98,7 @@ class _Signatures:
     starts: tuple[int, ...]
     stays: Path
     config: DedupConfig
+    text: Callable[[int], str]
 
     def bands(self, part: int) -> Iterator[tuple[tuple[int, int], int]]:
         """((band, key), document) of every document of a part that stays."""
@@ -109,7 +112,7 @@ class _Signatures:
     def pairs(self, numbers: Sequence[int]) -> list[list[int]]:
         """The pairs of near duplicates among documents that share a band."""
         numbers = np.array(numbers, np.int64)
-        return group_pairs(numbers, self._rows(numbers), self.config).tolist()
+        return group_pairs(numbers, self._rows(numbers), self.config, self.text).tolist()
 
     def _rows(self, numbers: np.ndarray) -> np.ndarray:
         parts = np.searchsorted(self.starts, numbers, side="right") - 1

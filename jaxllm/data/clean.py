@@ -1,27 +1,29 @@
 """Cleaning: small named rules over one text, and the count of what each of them changed and dropped.
 
-A rule is a name and a pure function from text to text, or to None to drop the document.
+A rule is a name and a pure function from text to text; what it returns else drops the document.
 """
 
-import json
 import unicodedata
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config, merge
-from jaxllm.data.dedup import digest
 from jaxllm.data.documents import Conversation, Document, Message
 from jaxllm.data.language import identify
 from jaxllm.data.pii import Kind, mask
 from jaxllm.data.quality import PRESETS, LineConfig, QualityConfig, keep_lines
 from jaxllm.data.text_rules import convert, narrow, remove_control, remove_tags, repair, strip_line_ends
 
+if TYPE_CHECKING:
+    from jaxllm.data.decontaminate import Evaluation
+
 N_EXAMPLES = 3
 _RUNNING_TEXT = {"lines", "tags"}  # rules that are not for what people say to each other
+_LETTERS = {"repair", "nfc", "control", "tags", "width", "chinese"}  # rules that decide how a text is written
 
 
 class CleanConfig(Config):
@@ -59,7 +61,8 @@ class CleanConfig(Config):
         return merge(PRESETS[values["preset"]], given)
 
 
-Rule = Callable[[str], str | None]  # returns the text, changed or not, or None to drop the document
+# Returns the text, changed or not; None to drop the document, or why it is dropped.
+Rule = Callable[[str], str | tuple[str, ...] | None]
 
 
 @dataclass
@@ -71,8 +74,12 @@ class RuleCount:
     examples: list[str] = field(default_factory=list)
 
 
-def rules(config: CleanConfig) -> dict[str, Rule]:
-    """Return the rules that `config` asks for, in order; copies are dropped by `Cleaner`, which has seen the others."""
+def rules(config: CleanConfig, evaluation: "Evaluation | None" = None) -> dict[str, Rule]:
+    """Return the rules that `config` asks for, in order; copies are dropped where all documents are known.
+
+    Args:
+      evaluation: texts to keep out. They are looked for before lines go, without which they might not be known again.
+    """
     known: dict[str, tuple[bool, Rule]] = {
         "repair": (config.repair, repair),  # first: the characters that it mends include control characters
         "nfc": (config.nfc, partial(unicodedata.normalize, "NFC")),
@@ -80,6 +87,7 @@ def rules(config: CleanConfig) -> dict[str, Rule]:
         "tags": (config.tags, remove_tags),
         "width": (config.width, narrow),
         "chinese": (config.chinese != "keep", partial(convert, target=config.chinese)),
+        "contaminated": (evaluation is not None, evaluation and evaluation.leave),
         "lines": (config.lines.any, partial(keep_lines, config=config.lines)),
         "trailing_space": (config.trailing_space, strip_line_ends),
         "min_chars": (True, lambda text: text if len(text.strip()) >= config.min_chars else None),
@@ -88,18 +96,24 @@ def rules(config: CleanConfig) -> dict[str, Rule]:
     return {name: rule for name, (wanted, rule) in known.items() if wanted}
 
 
+def rewrite(text: str, config: CleanConfig) -> str:
+    """Return `text` written as documents are when they are compared with evaluation texts."""
+    for rule in (rule for name, rule in rules(config).items() if name in _LETTERS):
+        text = rule(text)
+    return text
+
+
 class Cleaner:
     """Applies the rules to a stream of documents and counts.
 
     Attributes:
-      counts: by rule name, in order; "duplicate" last.
+      counts: by rule name, in order.
     """
 
-    def __init__(self, config: CleanConfig):
-        self._config, self._rules = config, rules(config)
-        self._seen: set[bytes] | None = set() if config.deduplicate else None
+    def __init__(self, config: CleanConfig, evaluation: "Evaluation | None" = None):
+        self._config, self._rules = config, rules(config, evaluation)
         names = [*self._rules, *["language"] * bool(config.languages), *config.quality.names]
-        self.counts = {name: RuleCount() for name in [*names, *["duplicate"] * config.deduplicate]}
+        self.counts = {name: RuleCount() for name in names}
 
     def document(self, document: Document) -> Document | None:
         """Return the cleaned document, or None if a rule dropped it."""
@@ -113,12 +127,12 @@ class Cleaner:
             if not known and "any" not in config.languages:
                 self._drop("language", f"{language or 'none'} {score:.2f}: {shown}", document)
                 return None
-            document = replace(document, language=language)
+            document = document._replace(language=language)
         if failed := config.quality.failed(text, document.language):
             name, value = failed
             self._drop(name, f"{value:.3g}: {shown}", document)
             return None
-        return None if self._is_copy(text, shown, document) else replace(document, text=text)
+        return document._replace(text=text)
 
     def conversation(self, conversation: Conversation) -> Conversation | None:
         """Return the conversation with every message cleaned, or None if a rule dropped one of them or all of it.
@@ -135,32 +149,19 @@ class Cleaner:
             if content is None:
                 return None
             messages.append(Message(message.role, content))
-        text = json.dumps([{message.role: message.content} for message in messages], ensure_ascii=False)
-        if self._is_copy(text, text[:60], conversation):
-            return None
-        return replace(conversation, messages=tuple(messages))
+        return conversation._replace(messages=tuple(messages))
 
     def _text(self, text: str, owner: Document | Conversation, but: Collection[str] = ()) -> str | None:
         for name, rule in self._rules.items():
             if name in but:
                 continue
             result = rule(text)
-            if result is None:
-                self._drop(name, repr(text[:60]), owner)
+            if not isinstance(result, str):
+                self._drop(name, ": ".join([*(result or ()), repr(text[:60])]), owner)
                 return None
             self.counts[name].changed += result != text
             text = result
         return text
-
-    def _is_copy(self, text: str, shown: str, owner: Document | Conversation) -> bool:
-        if self._seen is None:
-            return False
-        key = digest(text)  # per document the set needs about 100 bytes of memory
-        if key in self._seen:
-            self._drop("duplicate", shown, owner)
-            return True
-        self._seen.add(key)
-        return False
 
     def _drop(self, name: str, shown: str, owner: Document | Conversation) -> None:
         count = self.counts[name]

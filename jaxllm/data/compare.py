@@ -4,12 +4,14 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxllm.data import sources, tokenizer
+from jaxllm.data import sources, stages, tokenizer
 from jaxllm.data.clean import Cleaner
+from jaxllm.data.dedup import digest
 from jaxllm.data.ngrams import units
 from jaxllm.data.pieces_training import TokenizerConfig, sample
 from jaxllm.data.problems import Problems
@@ -62,13 +64,15 @@ class Measured(NamedTuple):
 
 def read(config: "PrepareConfig") -> Iterator[str]:
     """Yield the cleaned texts of the inputs, of conversations each message."""
-    problems, cleaner = Problems(config.errors), Cleaner(config.clean)
-    for each in config.inputs:
-        if config.chat:
-            for item in filter(None, map(cleaner.conversation, sources.conversations(each, problems))):
-                yield from (message.content for message in item.messages)
-        else:
-            yield from (item.text for item in map(cleaner.document, sources.documents(each, problems)) if item)
+    problems, cleaner, seen = Problems(config.errors), Cleaner(config.clean), set()
+    read, apply = sources.documents, cleaner.document
+    if config.chat:
+        read, apply = sources.conversations, cleaner.conversation
+    for item in filter(None, map(apply, chain.from_iterable(read(each, problems) for each in config.inputs))):
+        key = digest(stages.identity(item))
+        if key not in seen or not config.clean.deduplicate:
+            seen.add(key)
+            yield from stages.texts(item)
 
 
 def candidates(specs: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[str, Tokenizer]]:

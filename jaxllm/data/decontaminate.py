@@ -6,9 +6,12 @@ ones are too common to look for, and are counted. Unlike there, either the docum
 touches.
 """
 
+import pickle
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +19,8 @@ from pydantic import Field
 
 from jaxllm.core.config import Config
 from jaxllm.data.ngrams import Units, units, windows
-from jaxllm.data.sources import Input
+from jaxllm.data.problems import Problems
+from jaxllm.data.sources import Input, documents, name_of
 
 FILTER_BITS = 22  # most n-grams are ruled out by one look into a table of 4 MiB
 _MASK = np.uint64((1 << FILTER_BITS) - 1)
@@ -62,9 +66,11 @@ class Evaluation:
         of_text = np.array([self._sources.index(source) for source, _ in pairs], np.int32)
         collected: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         looked_for = np.zeros(len(pairs), bool)
+        least, begins = min(config.min_ngram, config.ngram), []
         for found in units([text for _, text in pairs]):
             sizes = np.minimum(np.diff(found.bounds), config.ngram)
-            long = sizes >= min(config.min_ngram, config.ngram)
+            long = sizes >= least
+            begins.append(windows(found, least)[0])
             looked_for[found.owners[long]] = True
             for size in np.unique(sizes[long]).tolist():
                 hashes, bounds = windows(found, size)
@@ -72,6 +78,8 @@ class Evaluation:
                 wanted = sizes[part] == size
                 collected.setdefault(size, []).append((hashes[wanted], of_text[found.owners[part[wanted]]]))
         self._tables = {size: _table(*map(np.concatenate, zip(*collected[size], strict=True))) for size in collected}
+        found = np.concatenate([np.zeros(0, np.uint64), *begins])
+        self._begins = least, _table(found, np.zeros(len(found), np.int32))  # few texts have any
         named = [source for source, _ in pairs]
         self.n_texts = Counter(source for source, is_in in zip(named, looked_for, strict=True) if is_in)
         self.n_short = Counter(source for source, is_in in zip(named, looked_for, strict=True) if not is_in)
@@ -81,7 +89,8 @@ class Evaluation:
         spans: dict[int, list[tuple[int, int]]] = {}  # of characters, by text
         met: dict[int, set[int]] = {}
         for found in units(texts):
-            for size, table in self._tables.items():
+            begun = any(True for _ in _overlaps(found, *self._begins))
+            for size, table in self._tables.items() if begun else ():
                 for owner, begin, end, source in _overlaps(found, size, table):
                     spans.setdefault(owner, []).append((begin, end))
                     met.setdefault(owner, set()).add(source)
@@ -90,6 +99,32 @@ class Evaluation:
             Hit(index, tuple(self._sources[source] for source in sorted(met[index])), _cut(texts[index], at) * cut)
             for index, at in sorted(spans.items())
         ]
+
+    def notes(self) -> list[str]:
+        """Say of each source how many of its texts are not looked for."""
+        least = min(self.config.min_ngram, self.config.ngram)
+        return [
+            f"{short:,} of {short + self.n_texts[source]:,} evaluation texts of {source} have fewer than {least} words "
+            "(of Chinese: characters) and are not looked for"
+            for source, short in self.n_short.items()
+        ]  # fmt: skip
+
+    def leave(self, text: str) -> str | tuple[str]:
+        """Return what is left of a text, or the names of the sources for which nothing of it may be."""
+        hit = next(iter(self.hits([text])), None)
+        return text if hit is None else hit.left if hit.left.strip() else (", ".join(hit.sources),)
+
+
+def write(config: DecontaminateConfig, mend: Callable[[str], str], directory: Path) -> None:
+    """Read the evaluation texts, treat them as documents are with `mend`, and write their n-grams."""
+    read = ((name_of(each), mend(found.text)) for each in config.against for found in documents(each, Problems()))
+    (directory / "evaluation.pickle").write_bytes(pickle.dumps(Evaluation(read, config)))
+
+
+@lru_cache(maxsize=1)
+def read(directory: Path) -> Evaluation:
+    """Return what `write` wrote."""
+    return pickle.loads((directory / "evaluation.pickle").read_bytes())  # of our own work directory
 
 
 def _table(keys: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

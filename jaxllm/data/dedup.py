@@ -4,21 +4,26 @@ Pure functions on texts and arrays, so that a pool of processes and Apache Beam 
 in the order of the corpus stays. Near duplicates of documents 0 .. n - 1, in three steps:
 
 1. `signatures` of each batch of texts, anywhere; 4 bytes per permutation and document (512 with the defaults).
-2. Per band, documents with the same `band_keys` are a group, and `group_pairs` compares those in it; m documents that
-   all differ cost m^2 / 2 comparisons. On Beam this is a GroupByKey on (band, key), best first of the indices alone,
-   since most groups are of one document. `near_duplicates` does it with a sort for each band.
+2. Per band, documents with the same `band_keys` are a group, and `group_pairs` compares those in it. On Beam this is a
+   GroupByKey on (band, key), best first of the indices alone, since most groups are of one document.
+   `near_duplicates` does it with a sort for each band.
 3. `components` of all pairs (16 bytes each): duplicates of duplicates belong together.
 
 Sets: the n-grams of `ngrams`, words or Chinese characters. Two documents whose sets have the Jaccard similarity
 s = |A & B| / |A | B| agree in each value of their signatures with probability s (Broder 1997), so in all `rows` values
 of one of `bands` bands with probability 1 - (1 - s^rows)^bands, the S-curve (Leskovec, Rajaraman, Ullman, Mining of
 Massive Datasets, ch. 3). With the defaults, 18 bands of 7 rows find 0.985 of the pairs at s = 0.8, 0.9999 at 0.9, and
-0.51 at 0.6; `verify` then drops those of them whose signatures agree in less than the threshold.
+0.51 at 0.6; `verify` then drops those of them whose signatures agree in less than the threshold; where these leave it
+open (within `NOISE` standard deviations of the threshold), the n-grams themselves are compared.
+
+Where many texts are made after one pattern, most of them share bands, and to compare all with all would take a time
+that grows with the square of their number. So of a group only `ROUNDS` documents that differ are compared with all the
+others, and these with `NEIGHBOURS` behind them in the order of their signatures (Hernandez and Stolfo 1995).
 """
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -29,6 +34,9 @@ from jaxllm.core.config import Config
 from jaxllm.data.ngrams import constants, mix, units, windows
 
 ROWS_AT_ONCE = 1 << 14  # signatures worked on at once: 8 MiB
+ROUNDS, NEIGHBOURS, SORTED = 32, 8, 32  # SORTED: values of a signature that decide who is a neighbour
+NOISE = 3.0  # standard deviations of a similarity by signatures
+SETS = 1 << 23  # n-grams of documents kept in memory for comparing: 64 MiB
 BAND_RECALL = 0.95  # of the pairs exactly at the threshold that share a band; more rows would find fewer
 _SEPARATOR = {"line": re.compile("(\n+)"), "blank_line": re.compile("(\n[ \t\u3000]*\n\\s*)")}
 
@@ -46,7 +54,7 @@ class DedupConfig(Config):
     threshold: float = Field(0.8, gt=0, lt=1, description="Jaccard similarity of n-grams that makes a near duplicate")
     ngram: int = Field(5, ge=1, description="words (of Chinese: characters) in one n-gram")
     permutations: int = Field(128, ge=16, le=4096, description="values in a signature; their noise is 1 / (2 sqrt(n))")
-    verify: bool = Field(True, description="compare whole signatures, not only one band of them")
+    verify: bool = Field(True, description="compare whole signatures, and in doubt the n-grams, not only one band")
 
 
 class Bands(NamedTuple):
@@ -65,13 +73,14 @@ def repeated(keys: np.ndarray, owners: np.ndarray) -> np.ndarray:
     """Return bool[n]: whether the key of an earlier owner is the same.
 
     Args:
-      keys: [n] of any type that can be sorted, such as the digests of paragraphs as "S16" or void.
-      owners: int64[n], document of each; a repetition inside one document is none.
+      keys: uint64[n, 2], digests.
+      owners: int64[n], document of each, ascending; a repetition inside one document is none.
     """
-    _, inverse = np.unique(keys, return_inverse=True)
-    first = np.full(inverse.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, inverse, owners)
-    return owners > first[inverse]
+    order = np.lexsort(keys.T)  # stable: of equal keys the first comes first
+    new = np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))[: len(keys)]
+    again = np.empty(len(keys), bool)
+    again[order] = owners[order] > owners[order[new]][np.cumsum(new) - 1]
+    return again
 
 
 def paragraphs(text: str, config: DedupConfig) -> list[str]:
@@ -143,44 +152,103 @@ def _band_key(rows: np.ndarray, band: int, config: DedupConfig) -> np.ndarray:
     return keys
 
 
-def group_pairs(indices: np.ndarray, rows: np.ndarray, config: DedupConfig) -> np.ndarray:
+def group_pairs(
+    indices: np.ndarray, rows: np.ndarray, config: DedupConfig, text: Callable[[int], str] | None = None
+) -> np.ndarray:
     """Return the pairs of duplicates among documents that share a band: enough to connect all that are alike.
 
     Args:
       indices: int64[m], ascending.
       rows: uint32[m, P], their signatures.
+      text: the text of each of `indices`; None: signatures decide alone.
     Returns:
       int64[k, 2] of `indices`, the earlier first.
     """
-    return indices[_pairs(np.arange(len(indices)), np.zeros(len(indices), np.int64), rows, config)]
+    alike = _Alike(rows, config, text and (lambda at: text(int(indices[at]))))
+    return indices[_pairs(np.arange(len(indices)), np.zeros(len(indices), np.int64), alike)]
 
 
-def near_duplicates(rows: np.ndarray, config: DedupConfig) -> np.ndarray:
+def near_duplicates(rows: np.ndarray, config: DedupConfig, text: Callable[[int], str] | None = None) -> np.ndarray:
     """Return for each signature, uint32[n, P], the index of the first of its cluster, int64[n]; itself for the first.
 
     `rows` may be a memory map. Needs about 80 bytes per document beside it.
+
+    Args:
+      text: the text of each row; None: signatures decide alone.
     """
-    root = np.arange(len(rows))
+    root, alike = np.arange(len(rows)), _Alike(rows, config, text)
     for band in range(bands(config.threshold, config.permutations).count):
         keys = _band_key(rows, band, config)
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
         shared = np.append(same, False) | np.append(False, same)[: len(order)]
         groups = np.append(0, np.cumsum(~same))[: len(order)]
-        root = join(root, _pairs(order[shared], groups[shared], rows, config))
+        root = join(root, _pairs(order[shared], groups[shared], alike))
     return root
 
 
-def _pairs(indices: np.ndarray, groups: np.ndarray, rows: np.ndarray, config: DedupConfig) -> np.ndarray:
+class _Alike:
+    """Which of the pairs int64[k, 2] of rows are duplicates, bool[k]."""
+
+    def __init__(self, rows: np.ndarray, config: DedupConfig, text: Callable[[int], str] | None):
+        self.rows, self._config, self._text = rows, config, text
+        self._sets: dict[int, np.ndarray] = {}
+        self._size = 0
+
+    def __call__(self, pairs: np.ndarray) -> np.ndarray:
+        threshold, count = self._config.threshold, self._config.permutations
+        if not self._config.verify:
+            return np.ones(len(pairs), bool)
+        found = similarity(self.rows, pairs)
+        noise = NOISE * (threshold * (1 - threshold) / count) ** 0.5
+        for at in np.flatnonzero(np.abs(found - threshold) < noise) if self._text else ():
+            found[at] = _jaccard(*map(self._set, pairs[at].tolist()))
+        return found >= threshold
+
+    def _set(self, index: int) -> np.ndarray:
+        if index not in self._sets:
+            if self._size > SETS:
+                self._sets, self._size = {}, 0
+            found = (windows(part, self._config.ngram)[0] for part in units([self._text(index)]))
+            self._sets[index] = np.unique(np.concatenate([*found]))
+            self._size += len(self._sets[index])
+        return self._sets[index]
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
+
+
+def _pairs(indices: np.ndarray, groups: np.ndarray, alike: _Alike) -> np.ndarray:
     """Compare the first of each group with the others, then the first of those that differ with the rest, and so on."""
     found = [np.empty((0, 2), np.int64)]
-    while len(indices):
-        first = np.append(True, groups[1:] != groups[:-1])
+    for _ in range(ROUNDS):
+        if not len(indices):
+            break
+        first = _first(groups)
         pairs = np.stack([indices[first][np.cumsum(first) - 1], indices], axis=1)[~first]
-        alike = similarity(rows, pairs) >= config.threshold if config.verify else np.ones(len(pairs), bool)
-        found.append(pairs[alike])
-        indices, groups = indices[~first][~alike], groups[~first][~alike]
+        same = alike(pairs)
+        found.append(pairs[same])
+        indices, groups = indices[~first][~same], groups[~first][~same]
+    indices, groups = _sorted(indices, groups, alike.rows)
+    for step in range(1, min(NEIGHBOURS + 1, len(indices))):
+        pairs = np.sort(np.stack([indices[:-step], indices[step:]], axis=1)[groups[:-step] == groups[step:]], axis=1)
+        found.append(pairs[alike(pairs)])
     return np.concatenate(found)
+
+
+def _first(groups: np.ndarray) -> np.ndarray:
+    return np.append(True, groups[1:] != groups[:-1])[: len(groups)]
+
+
+def _sorted(indices: np.ndarray, groups: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put the members of each group in the order of some values of their signatures, in each group others."""
+    first = _first(groups)
+    begin = rows[indices[first], 0][np.cumsum(first) - 1].astype(np.int64)
+    values = rows[indices[:, None], (begin[:, None] + np.arange(SORTED)) % rows.shape[1]]
+    order = np.lexsort([*values.T[::-1], groups])
+    return indices[order], groups[order]
 
 
 def similarity(rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:

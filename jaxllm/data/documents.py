@@ -1,12 +1,11 @@
 """What flows out of every source: a document (text to predict) or a conversation (of which the answers are learned)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxllm.data.problems import as_json
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """One piece of running text.
 
     Attributes:
@@ -27,16 +26,14 @@ class Document:
     language: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One turn of a conversation; `role` is "system", "user" or "assistant"."""
 
     role: str
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Messages in order; only what the assistant says is learned. Where it comes from, as in `Document`."""
 
     messages: tuple[Message, ...]

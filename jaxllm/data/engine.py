@@ -84,7 +84,7 @@ class Work:
         self._sweep()
         kept = exception_type is not None and any(path.is_dir() for path in self.path.iterdir())
         if not kept:
-            shutil.rmtree(self.path)
+            _remove(self.path)
         os.close(self._lock)
         if kept:
             self._say(f"what is done is kept in {self.path}: the same command goes on from there")
@@ -94,21 +94,27 @@ class Work:
 
     def _sweep(self) -> None:
         """Remove what is half done."""
-        for path in self.path.glob(".*.tmp"):
+        for path in (self.path.with_name(f"{self.path.name}.tmp"), *self.path.glob(".*.tmp")):
             shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
         """Drop all results."""
         for path in self.path.iterdir():
             if path.is_dir():
-                shutil.rmtree(path)
+                _remove(path)
 
     def keep(self, stage: str, names: Sequence[str]) -> list[Path]:
         """Return the paths of the results of a stage, after what another config left of it is dropped."""
         paths = [self.path / f"{stage}-{name}" for name in names]
         for path in {*self.path.glob(f"{stage}-*")} - {*paths}:
-            shutil.rmtree(path)
+            _remove(path)
         return paths
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory; one that a kill leaves half removed has a name that only `Work._sweep` looks for."""
+    hidden = path.rename(path.with_name(f".{path.name.removeprefix('.')}.tmp"))
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def run(tasks: Sequence[Task], workers: int | None, tick: Tick) -> None:

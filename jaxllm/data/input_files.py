@@ -30,6 +30,7 @@ _NAMES = {  # of files of each kind, also numbered as in -00000-of-00008, also c
     for kind, endings in _ENDINGS.items()
 }
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
+_HIDDEN = re.compile(r"(^|/)(\.[^/.]|__MACOSX/)")
 
 
 def find(pattern: str, kind: str) -> list[str]:
@@ -67,15 +68,16 @@ def find(pattern: str, kind: str) -> list[str]:
     return paths
 
 
-def length(path: str) -> int | None:
-    """Return the size of a file in bytes now; None for a pipe and for what cannot be looked at."""
+def stamp(path: str) -> tuple[int, int] | None:
+    """Return (size in bytes, time of the last change) of a file; None for a pipe and for what cannot be looked at."""
     try:
         if "://" in path:
-            return _path(path).stat().length
+            found = _path(path).stat()
+            return found.length, int(found.mtime)
         found = os.stat(path)
     except OSError:  # whoever reads it will say so
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, str, BinaryIO]]:
@@ -94,21 +96,32 @@ def _members(path: str, size: int | None, kind: str, problems: Problems) -> Iter
     with open_file(path) as file:
         begin = Beginning(file, size)
         if path.lower().endswith(".zip"):
-            yield from _wanted(_zipped(file), kind)
+            yield from _wanted(_zipped(file), kind, problems)
         elif _TAR.search(path):
-            yield from _wanted(_tarred(unpacked(begin)), kind)
+            yield from _wanted(_tarred(unpacked(begin)), kind, problems)
         else:
             yield "", begin
         if begin.grew:
             problems.notes[f"{path} grew while it was read: only its first {size:,} bytes are used"] += 1
 
 
-def _wanted(members: Iterable[tuple[str, Callable[[], BinaryIO]]], kind: str) -> Iterator[tuple[str, BinaryIO]]:
+def is_archive(path: str) -> bool:
+    """Return whether a file is named as an archive is."""
+    return bool(_TAR.search(path)) or path.lower().endswith(".zip")
+
+
+def _wanted(
+    members: Iterable[tuple[str, Callable[[], BinaryIO]]], kind: str, problems: Problems
+) -> Iterator[tuple[str, BinaryIO]]:
     found = False
     for name, open_member in members:
-        if _NAMES[kind].search(name):
+        if _NAMES[kind].search(name) and not _HIDDEN.search(name):
             found = True
             yield name, open_member()
+        else:
+            suffix = os.path.splitext(name)[1].lower()
+            which = "hidden" if _HIDDEN.search(name) else suffix if suffix[1:].isalpha() else "others"
+            problems.notes[f"members of archives left out, which --{kind} does not read: {which}"] += 1
     if not found:
         raise OSError(f"no member of the archive is named as --{kind} demands")
 
@@ -116,7 +129,8 @@ def _wanted(members: Iterable[tuple[str, Callable[[], BinaryIO]]], kind: str) ->
 def _zipped(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            yield info.filename, partial(archive.open, info)
+            if not info.is_dir():
+                yield info.filename, partial(archive.open, info)
 
 
 def _tarred(file: BinaryIO) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:

@@ -17,14 +17,15 @@ from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
-from jaxllm.data import beam, engine, sources, stages, tokenizer
+from jaxllm.data import beam, decontaminate, engine, sources, stages, tokenizer
 from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
+from jaxllm.data.clean import rewrite
 from jaxllm.data.engine import Work
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
-from jaxllm.data.repeats import Sign, Verdicts, decide, write_evaluation
+from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates, repeated_ids
 from jaxllm.data.report import (
     Cluster,
     InputReport,
@@ -71,10 +72,11 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
     with Progress(console) as progress, Work(here(config.out), progress.note) as work:
         job = _Job(config, work, progress)
         tok = None if job.trains else make_tokenizer(config)
-        texts = job.clean()
+        texts = job.clean(job.find_evaluation())
         read = stages.merge(map(stages.read_account, texts))
         _check_any(read, work)
         kept = job.find_copies(texts)
+        job.notes += repeated_ids(Texts(tuple(texts), config.chat), kept)
         verdicts, left = job.find_repeats(texts, kept)
         tok = tok or job.train(texts, left, read.bytes_kept)
         encoded = job.encode(texts, kept, verdicts, tok)
@@ -91,7 +93,8 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
             datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
             progress.end()
             report = _report(config, account, tok, datasets, start)
-            report = report.model_copy(update={"stages": progress.seconds, "clusters": job.clusters})
+            changes = {"stages": progress.seconds, "clusters": job.clusters, "notes": (*report.notes, *job.notes)}
+            report = report.model_copy(update=changes)
             write_page(directory / "report.html", report, configs.dump(config))
             files.write_json(directory / "report.json", report.model_dump(mode="json"))
     return report
@@ -104,15 +107,28 @@ class _Job:
         self.config, self.work, self.progress = config, work, progress
         self.trains = isinstance(config.tokenizer, TokenizerConfig)
         self.clusters: tuple[Cluster, ...] = ()  # of near duplicates, the largest
+        self.notes: list[str] = []
 
-    def clean(self) -> list[Path]:
+    def find_evaluation(self) -> Path | None:
+        """Read the evaluation texts, if there are any to keep out; return where their n-grams are."""
+        config, against = self.config, self.config.decontaminate
+        if not against.against:
+            return None
+        if config.chat:
+            against = against.model_copy(update={"action": "drop"})  # a conversation is never cut
+        stamped = [sources.parts(each) for each in against.against]
+        [out] = self.work.keep("evaluation", [files.fingerprint(repr((against, config.clean, stamped)))])
+        if not out.exists():
+            with stages.result(out) as directory:
+                decontaminate.write(against, partial(rewrite, config=config.clean), directory)
+        self.notes += decontaminate.read(out).notes()
+        return out
+
+    def clean(self, evaluation: Path | None) -> list[Path]:
         """Read and clean; return where the documents are."""
         config = self.config
-        tasks = []
-        for inputs in parts(config):
-            paths = dict.fromkeys(each.path for each in inputs if each.size is not None)
-            stamps = tuple(stages.stamp(path) for path in paths)
-            tasks.append(Clean(Path(), inputs, stamps, config.clean, config.chat, config.errors))
+        rest = (config.clean, config.chat, config.errors, evaluation)
+        tasks = [Clean(Path(), inputs, *rest) for inputs in parts(config)]
         tasks = self._placed("text", tasks)
         self._run("reading for the tokenizer" if self.trains else "reading", tasks)
         return [task.out for task in tasks]
@@ -145,31 +161,26 @@ class _Job:
 
     def find_repeats(self, texts: Sequence[Path], kept: Sequence[Path]) -> tuple[list[Verdicts | None], Sequence[Path]]:
         """Compare what documents hold, if that is asked for; return what is said of each part, and which are left."""
-        dedup, against = self.config.dedup, self.config.decontaminate
-        if not (dedup.near or dedup.paragraphs != "keep" or against.against):
-            return [None] * len(texts), kept
-        evaluation = None
-        if against.against:
-            stamps = [stages.stamp(path) for each in against.against for path in sources.paths(each)]
-            [evaluation] = self.work.keep("evaluation", [files.fingerprint(repr(against), repr(stamps))])
-            if not evaluation.exists():
-                write_evaluation(against, evaluation)
-        tasks = [Sign(Path(), text, dedup, evaluation, self.config.chat) for text in texts]
+        dedup, texts = self.config.dedup, Texts(tuple(texts), self.config.chat)
+        if not (dedup.near or dedup.paragraphs != "keep"):
+            return [None] * len(kept), kept
+        tasks = [Sign(Path(), path, dedup, self.config.chat) for path in texts.paths]
         outs = self.work.keep("signed", [files.fingerprint(task.key) for task in tasks])
         tasks = [replace(task, out=out) for task, out in zip(tasks, outs, strict=True)]
         self._run("comparing", tasks)
         names = [path.name for path in (*outs, kept[0].parent)]
         [out] = self.work.keep("decided", [files.fingerprint(*names, repr(dedup))])
         if not out.exists():
-            with stages.result(out) as directory, TemporaryDirectory(dir=self.work.path) as scratch:
-                find = None
+            scratch = TemporaryDirectory(dir=self.work.path, prefix=".near.", suffix=".tmp")
+            with stages.result(out) as directory, scratch as place:
+                find = partial(near_duplicates, outs, config=dedup, texts=texts)
                 if isinstance(self.config.engine, BeamEngine):
                     options = self.config.engine.options
-                    find = lambda stays: beam.near_duplicates(outs, stays, dedup, options, Path(scratch))
+                    find = lambda stays: beam.near_duplicates(outs, stays, dedup, texts, options, Path(place))
                 decide(texts, outs, kept, dedup, directory, find)
         self.clusters = tuple(Cluster(**each) for each in files.read_json(out / "clusters.json"))
-        verdicts = [Verdicts(out / path.name, one, dedup) for path, one in zip(kept, outs, strict=True)]
-        return verdicts, [out / f"{path.stem}.keep.npy" for path in kept]
+        verdicts = [Verdicts(out / f"{path.stem}.near.npy", one, dedup) for path, one in zip(kept, outs, strict=True)]
+        return verdicts, [out / path.name for path in kept]
 
     def encode(
         self, texts: Sequence[Path], kept: Sequence[Path], verdicts: Sequence[Verdicts | None], tok: Tokenizer

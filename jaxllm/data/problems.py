@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -52,14 +53,24 @@ class Problems:
         if len(self.examples) < N_EXAMPLES:
             self.examples.append(message)
 
-    def decode(self, data: bytes, path: str, offset: int) -> str | None:
-        """Decode UTF-8 that starts at byte `offset` of the file `path`; None: left out."""
+    def decode(self, data: bytes, path: str, offset: int, encoding: str = "utf-8") -> str | None:
+        """Decode what starts at byte `offset` of the file `path`, by the first of the encodings "utf-8,gb18030" that it
+        can be in; None: left out.
+        """
+        first, *others = encoding.split(",")
         try:
-            return data.decode("utf-8")
+            return data.decode(first)
         except UnicodeDecodeError as error:
-            at, byte = offset + error.start, data[error.start]
-            self.report(f"{path}: not UTF-8 at byte offset {at} (byte 0x{byte:02x}: {error.reason})", replaceable=True)
-        return data.decode("utf-8", errors="replace") if self.policy == "replace" else None
+            wrong = error
+        for other in others:
+            with suppress(UnicodeDecodeError):
+                text = data.decode(other)
+                self.notes[f"documents in {other.upper()}"] += 1
+                return text
+        at, name = offset + wrong.start, encoding.upper().replace(",", " or ")
+        found = f"(byte 0x{data[wrong.start]:02x}: {wrong.reason}); if it is in another encoding, name it (--encoding)"
+        self.report(f"{path}: not {name} at byte offset {at} {found}", replaceable=True)
+        return data.decode(first, errors="replace") if self.policy == "replace" else None
 
     def attempt(self, place: str, read: Callable[..., T], *values: object) -> T | None:
         """Return `read(*values)`, or None after a report of the ValueError that it raised."""

@@ -7,14 +7,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from jaxllm.core.extras import extra
-from jaxllm.data.input_files import lines, open_file, streams
+from jaxllm.data.input_files import is_archive, lines, open_file, streams
 from jaxllm.data.problems import Problems
 
 if TYPE_CHECKING:
-    from jaxllm.data.sources import Part, Tfds
+    from jaxllm.data.sources import Part, RowFiles, Tfds
 
 BATCH = 256  # rows held in memory
 EXAMPLES = 1 << 16  # of a TFDS split, in one part
+_json = json.JSONDecoder().decode
 
 
 class Row(NamedTuple):
@@ -33,10 +34,14 @@ def read(part: "Part", problems: Problems, fields: list[str] | None) -> Iterator
       fields: the only ones that are needed, where others would cost time; a record of ArrayRecord that is text and no
         JSON has it in the field "text". None: all.
     """
-    match part.source.kind:
+    kind = part.source.kind
+    if kind in ("parquet", "arrayrecord") and is_archive(part.path):
+        problems.report(f"{part.path}: files of --{kind} cannot be read inside an archive; unpack it")
+        return
+    match kind:
         case "jsonl":
             for file, prefix, content in streams(part.path, part.size, "jsonl", problems):
-                yield from problems.guard(file, _json_lines(content, part.source.max_bytes, problems, file, prefix))
+                yield from problems.guard(file, _json_lines(content, part.source, problems, file, prefix))
         case "parquet":
             yield from problems.guard(part.path, _parquet(part.path, fields, problems))
         case "arrayrecord":
@@ -48,14 +53,15 @@ def read(part: "Part", problems: Problems, fields: list[str] | None) -> Iterator
             yield from problems.guard(part.path, _tfds(part))
 
 
-def _json_lines(content: BinaryIO, limit: int, problems: Problems, file: str, prefix: str) -> Iterator[Row]:
+def _json_lines(content: BinaryIO, source: "RowFiles", problems: Problems, file: str, prefix: str) -> Iterator[Row]:
+    limit = source.max_bytes
     for number, offset, size, data in lines(content, limit):
         place = f"{file}:{number}"
         if size > limit:
             problems.report(f"{place}: a line of {size:,} bytes, and max_bytes of this input is {limit:,}")
             continue
-        text = problems.decode(data, place, offset)
-        if text is not None and text.strip():
+        text = problems.decode(data, place, offset, source.encoding)
+        if text is not None and not text.isspace():
             row = problems.attempt(place, _object, text.removeprefix("\ufeff"))
             if row is not None:
                 yield Row(place, f"{prefix}line {number}", offset, row)
@@ -63,7 +69,7 @@ def _json_lines(content: BinaryIO, limit: int, problems: Problems, file: str, pr
 
 def _object(text: str) -> dict:
     try:
-        row = json.loads(text)
+        row = _json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:

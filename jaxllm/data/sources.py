@@ -5,9 +5,9 @@ same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, wh
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.data import input_files, pydocs, rows, texts
@@ -25,8 +25,37 @@ FIELDS = (
 LONGEST = "longest document or line that is read, in bytes; a longer one is a problem"
 
 
-class TextFiles(Config):
-    """Plain text or Markdown in UTF-8; the YAML at the beginning of Markdown is left out."""
+class Encoded(Config):
+    """Files in some encoding."""
+
+    encoding: str = Field(
+        "utf-8", description="of the files; several (utf-8,gb18030): of each document the first that it can be in"
+    )
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        for name in value.split(","):
+            try:
+                "\n".encode(name)
+            except LookupError as error:
+                raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
+        return value
+
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> Self:
+        if self.kind not in ("text", "markdown", "jsonl") and self.encoding != "utf-8":
+            raise ValueError(f"encoding={self.encoding}: --{self.kind} has no encoding of its own; leave it out")
+        wide = [name for name in self.encoding.split(",") if "\n".encode(name) != b"\n"]
+        if wide and getattr(self, "split", "") != "file":
+            raise ValueError(
+                f"encoding={wide[0]} cannot be cut at newlines; convert the file: iconv -f {wide[0]} -t utf-8"
+            )
+        return self
+
+
+class TextFiles(Encoded):
+    """Plain text or Markdown; the YAML at the beginning of Markdown is left out."""
 
     kind: Literal["text", "markdown"] = "text"
     path: str = Field(description=PATH)
@@ -44,7 +73,7 @@ class WebPages(Config):
     max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
 
 
-class RowFiles(Config):
+class RowFiles(Encoded):
     """Rows with named fields: JSON lines, Parquet, ArrayRecord (JSON or text), a directory of Hugging Face datasets."""
 
     kind: Literal["jsonl", "parquet", "arrayrecord", "hf"] = "jsonl"
@@ -87,13 +116,15 @@ class Part(NamedTuple):
 
     Attributes:
       path: the file, or what the source is called.
-      size: of the file when it was found, in bytes; what is appended later is not read. None: unknown.
+      size, changed: of the file when it was found, in bytes, and when it was written; what is appended later is not
+        read. None: unknown.
       first, stop: rows of a data set.
     """
 
     source: Input
     path: str
     size: int | None = None
+    changed: int | None = None
     first: int = 0
     stop: int = 0
 
@@ -109,15 +140,15 @@ def parts(source: Input) -> list[Part]:
         case Tfds():
             count, step = len(rows.tfds_data(source)), rows.EXAMPLES
             name = f"{source.name}[{source.split}]"
-            return [Part(source, name, None, at, min(at + step, count)) for at in range(0, count, step)]
+            return [Part(source, name, first=at, stop=min(at + step, count)) for at in range(0, count, step)]
         case PyDocs() | World():
             return [Part(source, source.kind)]
-    return [Part(source, path, input_files.length(path)) for path in paths(source)]
+    return [Part(source, path, *(input_files.stamp(path) or ())) for path in paths(source)]
 
 
 def name_of(source: Input) -> str:
-    """Return what a person calls a source beside its kind: the pattern of its files, the name of a data set."""
-    return getattr(source, "path", "") or getattr(source, "name", "")
+    """Return what a person calls a source: its kind, and the pattern of its files or the name of a data set."""
+    return " ".join(filter(None, [source.kind, getattr(source, "path", "") or getattr(source, "name", "")]))
 
 
 def paths(source: Input) -> list[str]:
@@ -206,8 +237,10 @@ def _row_conversations(part: Part, problems: Problems) -> Iterator[Conversation]
 
 def _id(row: dict) -> str | None:
     """What the row is called, if it says so."""
-    found = next((row[name] for name in IDS if row.get(name) not in (None, "")), None)
-    return found.decode("utf-8", "replace") if isinstance(found, bytes) else None if found is None else str(found)[:256]
+    for name in IDS:
+        if (found := row.get(name)) not in (None, "", b""):
+            return (found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found))[:256]
+    return None
 
 
 def _field(row: dict, name: str, max_bytes: int = MAX_BYTES) -> str:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import chain, compress, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, UInt64
@@ -25,10 +25,10 @@ from pydantic import TypeAdapter
 
 from jaxllm import __version__
 from jaxllm.core import files
-from jaxllm.data import clean, sources, tokenizer
+from jaxllm.data import clean, decontaminate, input_files, sources, tokenizer
 from jaxllm.data.chat import TemplateError, encode_chat
 from jaxllm.data.clean import CleanConfig, Cleaner, RuleCount
-from jaxllm.data.dedup import digest
+from jaxllm.data.dedup import digest, repeated
 from jaxllm.data.documents import Conversation, Document, Message, provenance
 from jaxllm.data.problems import Policy, Problems
 from jaxllm.data.shard_writer import Encoded, Stored, chat_tokens, save_array, text_tokens
@@ -39,16 +39,18 @@ if TYPE_CHECKING:
 
 BATCH_CHARS = 1 << 20  # text given to the tokenizer at once, so that it can use all cores
 Tick = Callable[[int, int], None]  # called with documents and bytes that are done since the last call
-Stamp = tuple[str, int, int]  # path, size in bytes, time of the last change in ns
+T = TypeVar("T", Document, Conversation)
 
 
 @dataclass
 class Account:
-    """What was read and what became of it; that of a stage says by how much it changes `n_kept` and `bytes_kept`.
+    """What was read and what became of it; that of a later stage says by how much it changes what was kept.
 
     Attributes:
-      inputs: of each, documents and bytes that were read, and those that the rules of cleaning left.
-      languages: of each, documents and bytes that these rules left.
+      inputs: of each, documents and bytes that were read, and those that were kept.
+      languages: of each, documents and bytes that were kept.
+      input: what the documents come from that are being counted.
+      runs: [input, how many] of the documents that cleaning left, in their order.
     """
 
     problems: Problems
@@ -59,42 +61,39 @@ class Account:
     rules: dict[str, RuleCount] = field(default_factory=dict)
     inputs: dict[str, list[int]] = field(default_factory=dict)
     languages: dict[str, list[int]] = field(default_factory=dict)
+    input: str = ""
+    runs: list[tuple[str, int]] = field(default_factory=list)
 
-    def read(self, name: str, item: Document | Conversation) -> int:
-        """Count what was read from the input `name`; return its bytes."""
+    def read(self, item: Document | Conversation) -> int:
+        """Count what was read; return its bytes."""
         size = size_of(item)
         self.n_read += 1
         self.bytes_read += size
-        _add(self.inputs, name, [1, size, 0, 0])
+        _add(self.inputs, self.input, [1, size, 0, 0])
         return size
 
-    def keep(self, name: str, item: Document | Conversation) -> None:
-        """Count what the rules left of it."""
-        size = size_of(item)
-        self.n_kept += 1
+    def keep(self, item: Document | Conversation, sign: int = 1) -> None:
+        """Count a document as kept; with `sign` -1, one that was kept as left out after all."""
+        size = sign * size_of(item)
+        self.n_kept += sign
         self.bytes_kept += size
-        _add(self.inputs, name, [0, 0, 1, size])
+        _add(self.inputs, self.input, [0, 0, sign, size])
         if isinstance(item, Document) and item.language is not None:
-            _add(self.languages, item.language, [1, size])
+            _add(self.languages, item.language, [sign, size])
 
     def reject(self, item: Conversation, why: ValueError) -> None:
         """Report a conversation that was kept and cannot be used."""
         self.problems.report(f"{item.source}, {item.location}: {why}")
-        self.leave_out(item)
+        self.keep(item, -1)
 
-    def leave_out(self, item: Document | Conversation) -> None:
-        """Count a document that was kept as left out after all."""
-        self.n_kept -= 1
-        self.bytes_kept -= size_of(item)
-
-    def drop(self, name: str, item: Document | Conversation, why: str = "") -> None:
+    def drop(self, name: str, item: Document | Conversation) -> None:
         """Count a document that was kept as left out by the rule `name`."""
-        self.leave_out(item)
+        self.keep(item, -1)
         rule, text = self.rules.setdefault(name, RuleCount()), identity(item)
         rule.dropped += 1
         if len(rule.examples) < clean.N_EXAMPLES:
             shown = repr(text[:60]) if isinstance(item, Document) else text[:60]
-            rule.examples.append(f"{item.source}, {item.location}: {why}{shown}")
+            rule.examples.append(f"{item.source}, {item.location}: {shown}")
 
 
 @contextmanager
@@ -141,23 +140,25 @@ def read_account(directory: Path) -> Account:
 
 @dataclass(frozen=True)
 class Clean:
-    """Reads a part and writes its cleaned documents: documents.jsonl, digests.npy (uint64 [n, 2]), account.json.
+    """Reads a part and writes its cleaned documents: documents.jsonl, digests.npy and ids.npy (of the texts and ids,
+    uint64 [n, 2]; 0 for no id), account.json.
 
     Attributes:
-      stamps: of the files among `inputs`, as they were when the work began.
+      evaluation: what `decontaminate.write` wrote, or None.
     """
 
     out: Path
     inputs: tuple[sources.Part, ...]
-    stamps: tuple[Stamp, ...]
     rules: CleanConfig
     chat: bool
     errors: Policy
+    evaluation: Path | None = None
 
     @property
     def key(self) -> str:
         """What decides the result, but for the policy."""
-        return repr((__version__, sys.version, self.inputs, self.stamps, self.rules, self.chat))
+        evaluation = self.evaluation and self.evaluation.name
+        return repr((__version__, sys.version, self.inputs, self.rules, self.chat, evaluation))
 
     def __call__(self, tick: Tick) -> None:
         """Do it.
@@ -165,30 +166,35 @@ class Clean:
         Raises:
           ValueError: unreadable input under the policy "error", or a file that changed since the work began.
         """
-        cleaner = Cleaner(self.rules.model_copy(update={"deduplicate": False}))  # copies are for `keep_first`
-        account = Account(Problems(self.errors), rules=cleaner.counts)
-        apply = cleaner.conversation if self.chat else cleaner.document
-        digests = bytearray()
+        account, digests, ids = Account(Problems(self.errors)), bytearray(), bytearray()
+        row = None
         with result(self.out) as directory:
             with open(directory / "documents.jsonl", "wb") as file:
-                for name, item in self._items(account.problems):
-                    tick(1, account.read(name, item))
-                    cleaned = apply(item)
-                    if cleaned is not None:
-                        account.keep(name, cleaned)
-                        digests += digest(identity(cleaned))
-                        file.write(_line(cleaned))
-            for path, *before in self.stamps:
-                if before != list(stamp(path)[1:]):
-                    raise ValueError(f"{path} changed while it was read; run this again when it is complete")
+                for item in self._cleaned(account, tick):
+                    digests += digest(identity(item))
+                    before, row = row, (item.source, item.location)
+                    ids += digest(f"{account.input} {item.id}") if item.id and row != before else bytes(16)
+                    file.write(_line(item))
+            save_array(directory / "ids.npy", np.frombuffer(ids, "<u8").reshape(-1, 2))
             save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
             files.write_json(directory / "account.json", asdict(account))
 
-    def _items(self, problems: Problems) -> Iterator[tuple[str, Document | Conversation]]:
-        read = sources.conversations if self.chat else sources.documents
+    def _cleaned(self, account: Account, tick: Tick) -> Iterator[Document | Conversation]:
+        cleaner = Cleaner(self.rules, self.evaluation and decontaminate.read(self.evaluation))
+        account.rules = cleaner.counts
+        read, apply = sources.documents, cleaner.document
+        if self.chat:
+            read, apply = sources.conversations, cleaner.conversation
         for part in self.inputs:
-            name = " ".join([part.source.kind, *filter(None, [sources.name_of(part.source)])])
-            yield from ((name, item) for item in read(part, problems))
+            account.input, before = sources.name_of(part.source), account.n_kept
+            for item in read(part, account.problems):
+                tick(1, account.read(item))
+                if (cleaned := apply(item)) is not None:
+                    account.keep(cleaned)
+                    yield cleaned
+            account.runs.append((account.input, account.n_kept - before))
+            if part.size is not None and input_files.stamp(part.path) != (part.size, part.changed):
+                raise ValueError(f"{part.path} changed while it was read; run this again when it is complete")
 
 
 @dataclass(frozen=True)
@@ -243,31 +249,25 @@ class Encode:
             files.write_json(directory / "account.json", asdict(account))
 
     def _encoded(self, tok: Tokenizer, account: Account, tick: Tick) -> Iterator[Encoded]:
-        batch: list[Document] = []
-        size = 0
-        for item in chain(self._kept(account, tick), [None]):
-            if isinstance(item, Conversation):
-                try:
-                    ids, trained = _encode_conversation(item, tok)
-                except TemplateError as error:  # no line of the user's is at fault
-                    raise ValueError(f"the chat template of {self.named} {error}") from error
-                except ValueError as error:
-                    account.reject(item, error)
-                else:
-                    yield Encoded(item.source, item.location, ids, trained, size_of(item), provenance(item))
-                continue
-            if item is not None:
-                batch.append(item)
-                size += len(item.text)
-            if item is None or size >= self.batch_chars:
-                for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
-                    yield Encoded(each.source, each.location, ids, [], size_of(each), provenance(each))
-                batch, size = [], 0
+        kept = self._kept(account, tick)
+        for batch in batches(kept, self.batch_chars) if not self.chat else ():
+            for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
+                yield Encoded(each.source, each.location, ids, [], size_of(each), provenance(each))
+        for item in kept if self.chat else ():
+            try:
+                ids, trained = _encode_conversation(item, tok)
+            except TemplateError as error:  # no line of the user's is at fault
+                raise ValueError(f"the chat template of {self.named} {error}") from error
+            except ValueError as error:
+                account.reject(item, error)
+            else:
+                yield Encoded(item.source, item.location, ids, trained, size_of(item), provenance(item))
 
     def _kept(self, account: Account, tick: Tick) -> Iterator[Document | Conversation]:
         judge = None if self.verdicts is None else self.verdicts.open()
         keep = np.load(self.keep).tolist()
-        for number, item in enumerate(read_documents(self.text, self.chat)):
+        inputs = chain.from_iterable(repeat(*run) for run in read_account(self.text).runs)
+        for number, (item, account.input) in enumerate(zip(read_documents(self.text, self.chat), inputs, strict=True)):
             tick(1, size_of(item))
             if not keep[number]:
                 account.drop("duplicate", item)
@@ -304,19 +304,27 @@ class EncodedPart:
 def keep_first(digests: Sequence[UInt64[np.ndarray, "n 2"]]) -> list[Bool[np.ndarray, "n"]]:
     """Return for each document of each part whether it is the first, in the order of parts, with its digest."""
     everything = np.concatenate([np.zeros((0, 2), np.uint64), *digests])
-    order = np.lexsort(everything.T)  # stable: of equal digests the first comes first
-    again = (everything[order[1:]] == everything[order[:-1]]).all(axis=-1)
-    keep = np.ones(len(everything), bool)
-    keep[order[1:][again]] = False
+    keep = ~repeated(everything, np.arange(len(everything)))
     return np.split(keep, np.cumsum([len(each) for each in digests])[:-1])
+
+
+def batches(items: Iterable[T], limit: int = BATCH_CHARS) -> Iterator[list[T]]:
+    """Yield documents or conversations in lists of about `limit` characters."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += sum(map(len, texts(item)))
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _line(item: Document | Conversation) -> bytes:
     """An item as `read_documents` reads it."""
-    first, *rest = (getattr(item, name) for name in item.__slots__)
-    if isinstance(item, Conversation):
-        first = [(message.role, message.content) for message in first]
-    return (json.dumps([first, *rest], ensure_ascii=False) + "\n").encode("utf-8")
+    return (json.dumps(item, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def read_documents(
@@ -324,9 +332,13 @@ def read_documents(
 ) -> Iterator[Document | Conversation]:
     """Yield what `Clean` left in `directory`, or the `chosen` of it."""
     with open(directory / "documents.jsonl", encoding="utf-8", newline="\n") as file:
-        for line in compress(file, chosen):
-            first, *rest = json.loads(line)
-            yield Conversation(tuple(Message(*each) for each in first), *rest) if chat else Document(first, *rest)
+        yield from (parse(line, chat) for line in compress(file, chosen))
+
+
+def parse(line: str | bytes, chat: bool) -> Document | Conversation:
+    """Return what a line says that `Clean` left."""
+    first, *rest = json.loads(line)
+    return Conversation(tuple(Message(*each) for each in first), *rest) if chat else Document(first, *rest)
 
 
 def texts(item: Document | Conversation) -> list[str]:
@@ -344,12 +356,6 @@ def identity(item: Document | Conversation) -> str:
     if isinstance(item, Document):
         return item.text
     return json.dumps([{message.role: message.content} for message in item.messages], ensure_ascii=False)
-
-
-def stamp(path: str) -> Stamp:
-    """Return what tells whether a file is the same as before."""
-    found = os.stat(path)
-    return path, found.st_size, found.st_mtime_ns
 
 
 def _encode_conversation(item: Conversation, tok: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -36,26 +36,31 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
     source = part.source
     readers = {"text": _plain, "markdown": _plain, "html": _page, "warc": _archive}
     for file, prefix, content in streams(part.path, part.size, source.kind, problems):
-        for found in problems.guard(file, readers[source.kind](content, source, problems, file)):
-            if found.size_bytes > source.max_bytes:
+        found = readers[source.kind](content, source, problems, file)
+        for location, offset, size, text, name in problems.guard(file, found):
+            if size > source.max_bytes:
                 finer = "cut finer (--split paragraph), or " if source.kind in ("text", "markdown") else ""
                 problems.report(
-                    f"{file}, {found.location}: a document of {found.size_bytes:,} bytes, and max_bytes is "
-                    f"{source.max_bytes:,}; {finer}set max_bytes of this input higher"
+                    f"{file}, {location}: a document of {size:,} bytes, and max_bytes is {source.max_bytes:,}; {finer}"
+                    "set max_bytes of this input higher"
                 )
                 continue
-            text = found.content
             if isinstance(text, bytes):
-                text = problems.decode(text, file, found.offset or 0)
+                text = problems.decode(text, file, offset or 0, getattr(source, "encoding", "utf-8"))
             if text is not None:
-                location = prefix[:-2] if found.offset is None and prefix else prefix + found.location
-                yield Document(text.removeprefix("\ufeff"), part.path, location, found.offset, found.id)
+                place = prefix[:-2] if offset is None and prefix else prefix + location
+                yield Document(text.removeprefix("\ufeff"), part.path, place, offset, name)
 
 
 def _plain(content: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
     found = lines(content, source.max_bytes)
     if source.kind == "markdown":
         found = _without_front_matter(found)
+    if source.split == "line":
+        for number, offset, size, data in found:
+            if not data.isspace():
+                yield _Text(f"line {number}", offset, size, data.rstrip(b"\r\n"))
+        return
     whole, held, first, size = source.split == "file", [], (1, 0), 0
     for number, offset, size_bytes, data in chain(found, [(0, 0, 0, b"")]):
         blank = not data.strip()
@@ -67,7 +72,7 @@ def _plain(content: BinaryIO, source, problems: Problems, file: str) -> Iterator
                 held.clear()
         if whole and not number:
             yield _Text("whole file", None, size, b"".join(held))
-        elif size and not whole and (blank or source.split == "line"):
+        elif size and not whole and blank:
             yield _Text(f"line {first[0]}", first[1], size, b"".join(held).rstrip(b"\r\n"))
             held, size = [], 0
 

@@ -39,20 +39,18 @@ def test_drops_are_counted_with_examples():
         cleaner.document(doc(text, str(i)))
         for i, text in enumerate(["abc", "ab", " a\n ", "abc", "abc \r\n", "", "xyz"])
     ]
-    assert [each.text for each in kept if each] == ["abc", "xyz"]
-    assert (cleaner.counts["min_chars"].dropped, cleaner.counts["duplicate"].dropped) == (3, 2)
+    assert [each.text for each in kept if each] == ["abc", "abc", "abc", "xyz"]
+    assert cleaner.counts["min_chars"].dropped == 3
     assert cleaner.counts["min_chars"].examples == ["s, 1: 'ab'", "s, 2: ' a'", "s, 5: ''"]
     assert cleaner.counts["trailing_space"].changed == 2
     assert cleaner.counts["control"].changed == 1
 
 
-def test_conversations_are_cleaned_and_compared_whole():
+def test_conversations_are_cleaned_and_dropped_whole():
     cleaner = Cleaner(CleanConfig())
     first = cleaner.conversation(Conversation.pair("q \r\n", "a", "s", "1"))
     assert [message.content for message in first.messages] == ["q", "a"]
-    assert cleaner.conversation(Conversation.pair("q", "a", "s", "2")) is None
-    assert cleaner.conversation(Conversation.pair("q", "other", "s", "3"))
     assert cleaner.conversation(Conversation.pair("q", " ", "s", "4")) is None
     with_system = Conversation((Message("system", " \n"), Message("user", "q"), Message("assistant", "b")), "s", "5")
     assert [message.role for message in cleaner.conversation(with_system).messages] == ["user", "assistant"]
-    assert (cleaner.counts["duplicate"].dropped, cleaner.counts["min_chars"].dropped) == (1, 1)
+    assert cleaner.counts["min_chars"].dropped == 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +147,21 @@ def test_what_changed_is_done_again_and_nothing_else(tmp_path, lines, monkeypatc
     assert len(list((tmp_path / ".d.work").glob("text-*"))) == len(list((tmp_path / ".d.work").glob("ids-*"))) == 6
 
 
+def test_a_kill_while_results_are_removed_leaves_none_of_them(tmp_path, lines, monkeypatch):
+    def killed(path, **_):
+        if path.exists():
+            next(path for path in sorted(path.rglob("*")) if path.is_file()).unlink()
+            raise KeyboardInterrupt
+
+    serial = {"engine": {"workers": 1}}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "shutil", SimpleNamespace(rmtree=killed))
+        prepare(config(lines, tmp_path / "d", **serial))
+    before = content(tmp_path / "d")
+    prepare(config(lines, tmp_path / "d", overwrite=True, **serial))
+    assert content(tmp_path / "d") == before and not list(tmp_path.glob(".*"))
+
+
 def test_two_at_once_on_one_directory(tmp_path, lines):
     with engine.Work(tmp_path / "d", print):
         second = start(lines, tmp_path / "d", 1)
@@ -197,14 +213,7 @@ def test_the_first_error_in_the_order_of_parts_is_told(tmp_path):
 def test_a_file_that_grows_while_it_is_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n")
-    task = Clean(
-        tmp_path / "o",
-        tuple(parts(TextFiles(path=str(path)))),
-        (stages.stamp(str(path)),),
-        CleanConfig(),
-        False,
-        "skip",
-    )
+    task = Clean(tmp_path / "o", tuple(parts(TextFiles(path=str(path)))), CleanConfig(), False, "skip")
     path.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"a\.txt changed while it was read; run this again"):
         task(lambda *_: None)

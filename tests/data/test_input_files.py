@@ -18,6 +18,8 @@ from etils import epath
 from pyarrow import parquet
 
 from jaxllm.data.clean import CleanConfig, Cleaner
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.problems import Problems
 from jaxllm.data.sources import RowFiles, TextFiles, documents, parts
 
@@ -64,7 +66,10 @@ def test_cut_compressed_files_give_what_is_whole(tmp_path, compress):
 
 
 def test_members_of_archives(tmp_path):
-    contents = {"a.txt": b"one", "sub/b.txt.gz": gzip.compress(b"two"), "c.bin": b"\xff", "d.txt": b""}
+    contents = {
+        "a.txt": b"one", "sub/b.txt.gz": gzip.compress(b"two"), "c.bin": b"\xff", "./d.txt": b"", "e.BIN": b"",
+        "__MACOSX/._a.txt": b"\xff", "README": b"x",
+    }  # fmt: skip
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
@@ -75,12 +80,17 @@ def test_members_of_archives(tmp_path):
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     for name in ("a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.xz"):
-        found = read(TextFiles(path=str(tmp_path / name)))
+        problems = Problems()
+        found = read(TextFiles(path=str(tmp_path / name)), problems)
         assert [(each.text, each.location) for each in found] == [
             ("one", "a.txt"),
             ("two", "sub/b.txt.gz"),
-            ("", "d.txt"),
+            ("", "./d.txt"),
         ]
+        left = "members of archives left out, which --text does not read: "
+        assert problems.notes == {f"{left}.bin": 2, f"{left}others": 1, f"{left}hidden": 1}
+        with pytest.raises(ValueError, match="files of --parquet cannot be read inside an archive; unpack it"):
+            read(RowFiles(kind="parquet", path=str(tmp_path / name)))
         found = read(TextFiles(path=str(tmp_path / name), split="line"))
         assert [(each.location, each.source) for each in found] == [
             ("a.txt, line 1", str(tmp_path / name)),
@@ -149,6 +159,11 @@ def test_remote_paths(tmp_path):
         assert texts(RowFiles(kind="parquet", path="gs://bucket/data/c.parquet")) == ["p"]
         with pytest.raises(FileNotFoundError, match=r"no file matches 'gs://bucket/data/\*\.csv'"):
             read(RowFiles(path="gs://bucket/data/*.csv"))
+        made = PrepareConfig(
+            inputs=(RowFiles(path="gs://bucket/data/**/*.jsonl*"),), out=f"{tmp_path}/out", tokenizer=BytesTokenizer(),
+            engine={"workers": 1},
+        )  # fmt: skip
+        assert prepare(made).documents_read == 3
 
 
 def _moved(bucket, directory):
@@ -246,3 +261,17 @@ def test_mixed_encodings(tmp_path):
     )
     left = skipped(TextFiles(path=f"{tmp_path}/a.txt", split="line"), "not UTF-8 at byte offset 7")
     assert [each.text for each in left] == ["你好", "end"]
+    problems = Problems()
+    several = TextFiles(path=f"{tmp_path}/a.txt", split="line", encoding="utf-8,gb18030,latin-1")
+    assert texts(several, problems) == ["你好", "你好", "café", "end"]
+    assert problems.notes == {"documents in GB18030": 1, "documents in LATIN-1": 1}
+    (tmp_path / "b.jsonl").write_bytes(lines(2).decode().encode("gbk"))
+    assert texts(RowFiles(path=f"{tmp_path}/b.jsonl", encoding="gbk")) == ["row 0 你好", "row 1 你好"]
+    (tmp_path / "c.txt").write_text("你\n好\n", encoding="utf-16")
+    assert texts(TextFiles(path=f"{tmp_path}/c.txt", encoding="utf-16")) == ["你\n好\n"]
+    wrong = {"unknown encoding: gbq": {"encoding": "gbq"}, "iconv -f utf-16": {"encoding": "utf-16", "split": "line"}}
+    for message, values in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            TextFiles(path="x", **values)
+    with pytest.raises(ValueError, match="--parquet has no encoding of its own"):
+        RowFiles(kind="parquet", path="x", encoding="gbk")

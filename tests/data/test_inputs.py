@@ -290,4 +290,4 @@ def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(zstandard.compress(b"x"))
     with pytest.raises(ValueError, match=r"pyarrow is not installed; run: pip install 'jaxllm\[prep\]'"):
         read(TextFiles(path=str(tmp_path)))
-    assert input_files.length(str(tmp_path / "none")) is None
+    assert input_files.stamp(str(tmp_path / "none")) is None

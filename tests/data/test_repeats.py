@@ -74,6 +74,31 @@ def test_near_duplicates_go_and_the_first_stays(files):
     assert "Largest groups of near duplicates" in (files / "out" / "report.html").read_text()
 
 
+def test_what_is_kept_is_counted_by_input_to_the_end(files):
+    again = [{"id": "one", "text": text(20)}, {"id": "one", "text": text(21)}, {"id": "one", "text": text(1)}]
+    (files / "a.jsonl").open("a").writelines(json.dumps(row) + "\n" for row in again)
+    against = {"against": [{"kind": "jsonl", "path": "evaluation.jsonl"}]}
+    report = prepare(config(dedup={"near": True}, decontaminate=against, clean={"languages": ["any"]}))
+    assert [each.documents_kept for each in report.inputs] == [6, 2]
+    assert sum(each.bytes_kept for each in report.inputs) == report.bytes_kept
+    assert sum(each.documents for each in report.languages.values()) == report.documents_kept == len(left()) == 8
+    assert report.notes == (
+        "2 documents kept with an id that an earlier one of the same input has; the first: a.jsonl, line 5, id one",
+    )
+
+
+def test_evaluation_texts_are_found_before_lines_go(files):
+    speech = [f"Name{n}.\n{text(40 + n, 12)}." for n in range(4)]
+    (files / "b.jsonl").write_text(json.dumps({"id": "play", "text": "\n".join([text(50), *speech])}) + "\n")
+    (files / "evaluation.jsonl").write_text(
+        json.dumps({"text": "\n".join(speech[1:3])[-90:]}) + "\n" + '{"text": "six words are not looked for"}\n'
+    )
+    against = {"against": [{"kind": "jsonl", "path": "evaluation.jsonl"}]}
+    report = prepare(config(clean={"lines": {"min_words": 3}}, decontaminate=against))
+    assert "play" not in left() and report.rules["contaminated"].dropped == 1
+    assert report.notes[-1].startswith("1 of 2 evaluation texts of jsonl evaluation.jsonl have fewer than 8 words")
+
+
 def test_paragraphs_of_earlier_documents_go(files):
     report = prepare(config(dedup={"paragraphs": "blank_line", "paragraph_min_bytes": 40}))
     assert set(left()) == ALL - {"copy", "only"}
@@ -90,7 +115,7 @@ def test_evaluation_texts_are_kept_out(files, action):
     if action == "drop":
         assert "tested" not in left()
         assert (rule.dropped, rule.changed) == (1, 0)
-        assert rule.examples[0].startswith("b.jsonl, line 5: evaluation.jsonl: ")
+        assert rule.examples[0].startswith("b.jsonl, line 5: jsonl evaluation.jsonl: ")
     else:
         assert "tested" in left()
         assert (rule.dropped, rule.changed) == (0, 1)

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -154,7 +153,7 @@ def test_conversation_formats(tmp_path):
         },
     )
     found = list(conversations(RowFiles(path=path), Problems()))
-    assert [replace(each, offset=None) for each in found] == [
+    assert [each._replace(offset=None) for each in found] == [
         Conversation.pair("Add.\n\n1 2", "3", path, "line 1"),
         Conversation.pair("Hi", "Hello", path, "line 2"),
         Conversation((Message("system", "S"), Message("user", "q"), Message("assistant", "a")), path, "line 3"),
@@ -164,13 +163,13 @@ def test_conversation_formats(tmp_path):
         {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}, {"input": "", "output": "?"}]},
     )
     found = list(conversations(RowFiles(path=seeds), Problems()))
-    assert [replace(each, offset=None) for each in found] == [
+    assert [each._replace(offset=None) for each in found] == [
         Conversation.pair("Add.\n\n1 2", "3", seeds, "line 1"),
         Conversation.pair("Add.", "?", seeds, "line 1"),
     ]
     pairs = rows(tmp_path / "b.jsonl", {"question": "q", "answer": "a"})
     [pair] = conversations(RowFiles(path=pairs, fields="question,answer"), Problems())
-    assert pair == replace(Conversation.pair("q", "a", pairs, "line 1"), offset=0)
+    assert pair == Conversation.pair("q", "a", pairs, "line 1")._replace(offset=0)
 
 
 @pytest.mark.parametrize(
