@@ -161,7 +161,10 @@ def _shape(mesh: jax.sharding.Mesh) -> str:
 
 def _kernels(run: Run) -> str:
     compute = run.compute
-    return f"{compute.dtype} by XLA on {jax.default_backend()}, layers={compute.layers}, remat={compute.remat}"
+    return (
+        f"{compute.dtype} by XLA on {jax.default_backend()}, attention by {run.kernel}, layers={compute.layers}, "
+        f"remat={compute.remat}"
+    )
 
 
 def _memory(run: Run, state: TrainState) -> str:

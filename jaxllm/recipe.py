@@ -17,7 +17,7 @@ from jaxllm.core.schema import describe
 from jaxllm.data.loader import DataConfig
 from jaxllm.data.objectives import HiddenTokens, Labels, NextToken, Objective, Pairs
 from jaxllm.data.shards import read_manifest
-from jaxllm.layers.config import Experts
+from jaxllm.layers.config import Experts, RelativeBias
 from jaxllm.locate import look
 from jaxllm.models import presets
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
@@ -224,6 +224,18 @@ def _objective_problems(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         yield recipe.step.z_loss > 0, "step.z_loss is for tokens, and not for labels; set it to 0"
 
 
+def _context_problems(recipe: Recipe, context: int) -> Iterator[tuple[bool, str]]:
+    """Yield what speaks against rows that `context` devices share, and whether it does."""
+    model, length = recipe.model, recipe.data.packing.seq_len
+    if context == 1:
+        return
+    plain = isinstance(model, ModelConfig) and not is_vae(model) and not isinstance(model.positions, RelativeBias)
+    kinds = "decoder-only models without a bias on scores (positions.kind=relative) and without `latent`"
+    yield not plain, f"mesh.context={context} is for {kinds}; set it to 1"
+    multiples = f"a multiple of {2 * context}, or of {256 * context} for the kernel of TPUs"
+    yield length % (2 * context), f"data.packing.seq_len={length} for mesh.context={context} must be {multiples}"
+
+
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
     """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
 
@@ -265,9 +277,11 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
         (rows % parts and not rest,
          (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "
          f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
-        (n_processes > 1 and devices % sizes["tensor"],
-         (f"mesh.tensor={recipe.mesh.tensor} spans processes of {devices} devices each, and the rows of a batch cannot "
-         "be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher")),
+        *_context_problems(recipe, sizes["context"]),
+        (n_processes > 1 and devices % (sizes["context"] * sizes["tensor"]),
+         (f"mesh.tensor={recipe.mesh.tensor}{f' x mesh.context={recipe.mesh.context}' * (sizes['context'] > 1)} spans "
+          f"processes of {devices} devices each, and the rows of a batch cannot be shared by processes; set it to a "
+          "divisor of that, and mesh.fsdp higher")),
         (monitor.prompts and monitor.sample_tokens >= model.max_seq_len and not isinstance(model, EncoderConfig),
          f"monitor.sample_tokens={monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"),
     ]  # fmt: skip

@@ -29,6 +29,7 @@ from jaxllm.models import accounting
 from jaxllm.models.build import AnyConfig, init_params
 from jaxllm.models.config import ModelConfig, is_vae
 from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
+from jaxllm.models.kernel import attention_kernel
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
@@ -54,14 +55,17 @@ class Run:
 
     Attributes:
       begin: where this process begins; known after `start`.
+      kernel: what computes attention.
     Raises:
-      ValueError: a prompt or the validation data cannot be used.
+      ValueError: a prompt, the validation data or the kernel cannot be used.
     """
 
     def __init__(self, recipe: Recipe, loader: Loader, mesh: Mesh):
         self.recipe, self.loader, self.mesh = recipe, loader, mesh
         self.run_dir = here(recipe.out)
         self.compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
+        platform, shared = mesh.devices.flat[0].platform, mesh.shape["context"]
+        self.kernel = attention_kernel(recipe.model, self.compute, platform, recipe.data.packing.seq_len, shared)
         self.tokens_per_step = recipe.data.batch_size * recipe.data.packing.seq_len
         self.begin = Position(0, 0, recipe.data.batch_size)
         self.val_loss: float | None = None  # the last one measured
@@ -264,7 +268,8 @@ class Run:
         kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
         copies = kept / 4 / accounting.param_count(model)
         split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
-        split |= {"optimizer": self.mesh.size, "activations": shape["tensor"], "logits": shape["tensor"]}
+        split |= dict.fromkeys(("activations", "logits"), shape["context"] * shape["tensor"])
+        split["optimizer"] = self.mesh.size
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
         sizes = {key: size / split[key] for key, size in sizes.items()}
         needed = sum(sizes.values())

@@ -91,6 +91,17 @@ def test_a_tensor_axis_that_takes_all_devices_may_not_span_processes_either():
     assert problem.startswith("mesh.tensor=-1 spans processes of 4 devices each")
 
 
+def test_rows_are_shared_by_devices_in_two_chunks_each_within_a_process():
+    check(recipe("mesh.context=4"), vocab_size=300, n_devices=8, n_processes=2)
+    assert problems(recipe("mesh.context=3", "mesh.data=1", "data.packing.seq_len=32"), 3) == [
+        "data.packing.seq_len=32 for mesh.context=3 must be a multiple of 6, or of 768 for the kernel of TPUs"
+    ]
+    [problem] = problems(recipe("mesh.context=4", "model.positions.kind=relative"), 8)
+    assert problem.startswith("mesh.context=4 is for decoder-only models without a bias on scores")
+    [problem] = problems(recipe("mesh.context=4", "mesh.tensor=2"), 8, 2)
+    assert problem.startswith("mesh.tensor=2 x mesh.context=4 spans processes of 4 devices each")
+
+
 def test_all_contradictions_are_said_at_once():
     made = recipe("model.max_seq_len=16", "step.accumulate=7", "monitor.prompts=[a]", "mesh.data=1", "mesh.tensor=4")
     assert [problem.split()[0] for problem in problems(made, 4, 2, vocab_size=301)] == [

@@ -110,6 +110,9 @@ def _scores(rows: Rows, rule: Rule, q: Array, k: Array) -> Callable[[Array], tup
 
 
 def _forward(q, k, v, sinks, rows, rule):
+    # Tied together: what depends on `rows` alone, as whether a key is seen, JAX would compute once for all layers and
+    # all pairs, and keep.
+    q, rows = jax.lax.optimization_barrier((q, rows))
     shape, scores = q.shape[:-1], _scores(rows, rule, q, k)
     top = jnp.full(shape, HIDDEN) if sinks is None else jnp.broadcast_to(sinks[None], shape)
     total = jnp.zeros(shape) if sinks is None else jnp.ones(shape)
@@ -134,6 +137,7 @@ def _forward(q, k, v, sinks, rows, rule):
 
 def _backward(rule, residuals, dy):
     q, k, v, sinks, rows, y, log_total = residuals
+    dy, rows = jax.lax.optimization_barrier((dy, rows))
     scores = _scores(rows, rule, q, k)
     inner = jnp.sum(dy.astype(jnp.float32) * y, axis=-1)
 

@@ -56,7 +56,7 @@ class Transformer(nnx.Module):
         self.embed = None if encoder else Embed(rngs, config.vocab_size, d_model, std=std)
         places = config.positions
         rows = config.max_seq_len + places.offset if isinstance(places, Learned) else 0
-        self.position_embed = Embed(rngs, rows, d_model, axis="length", std=std) if rows else None
+        self.position_embed = Embed(rngs, rows, d_model, axis="positions", std=std) if rows else None
         relative = isinstance(places, RelativeBias)
         self.relative = RelativeScores(rngs, places, config.n_heads, both_ways=encoder, std=std) if relative else None
         self.embed_norm = Norm(config.norm, d_model) if config.embed_norm else None

@@ -27,6 +27,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "latent": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "positions": (),
     "norm": (),
     "types": (),
     "labels": (),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.models.decoder import soft_cap
+from jaxllm.sharding import shards
 from jaxllm.sharding.rules import constrain
 
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
@@ -55,8 +56,8 @@ def token_nats(
         logits, log_z = _logits(inputs[0], table, cap)
         return None, (log_z - _chosen(logits, inputs[1]), jnp.argmax(logits, axis=-1) == inputs[1])
 
-    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
-    return jax.tree.map(join, jax.lax.scan(body, None, chunks((hidden, targets), chunk))[1])
+    found = jax.lax.scan(body, None, chunks((hidden, targets), chunk))[1]
+    return jax.tree.map(lambda x: whole(x, targets.shape[1]), found)
 
 
 def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):
@@ -84,9 +85,7 @@ def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):
 
     start = (_zeros(), jnp.zeros(table.shape[::-1], jnp.float32))
     (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, chunks((hidden, targets, weights), chunk))
-    rows, length, width = hidden.shape
-    hidden_gradient = jnp.swapaxes(hidden_gradient, 0, 1).reshape(rows, -1, width)[:, :length]
-    return sums, (hidden_gradient, table_gradient.T.astype(table.dtype))
+    return sums, (whole(hidden_gradient, hidden.shape[1]), table_gradient.T.astype(table.dtype))
 
 
 def _backward(z, chunk, cap, smoothing, gradients, cotangents):
@@ -106,15 +105,36 @@ def chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
 
     What is missing at the end, fewer than n positions, is filled with zeros: tokens of weight 0.
 
+    Of rows that devices share, each chunk has as many positions of every device's part.
+
     Example, chunk = 4: T = 8 -> 2 chunks of 4, T = 9 -> 3 of 3, T = 7 -> 2 of 4 with one position of padding
     """
-    length = arrays[0].shape[1]
+    parts = _parts(arrays[0].shape[1])
+    length = arrays[0].shape[1] // parts
     count = -(-length // chunk)
     size = -(-length // count)
-    if missing := count * size - length:
-        arrays = tuple(jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) for x in arrays)
-    cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0], count, size, *x.shape[2:]), 0, 1)
-    return tuple(constrain(cut(x), None, "batch", *(None,) * (x.ndim - 1)) for x in arrays)
+
+    def cut(x: Array) -> Array:
+        rest = x.shape[2:]
+        x = x.reshape(-1, length, *rest)  # [B * parts, T / parts]: a part is a row of its own
+        if missing := count * size - length:
+            x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * len(rest)))
+        x = jnp.swapaxes(x.reshape(-1, count, size, *rest), 0, 1).reshape(count, -1, parts * size, *rest)
+        return constrain(x, None, "batch", "length", *(None,) * len(rest))
+
+    return tuple(cut(x) for x in arrays)
+
+
+def whole(chunked: Float[Array, "n B c *D"], length: int) -> Float[Array, "B T *D"]:
+    """Put together what was made of `chunks` of rows of a length."""
+    parts, (count, batch, size, *rest) = _parts(length), chunked.shape
+    x = jnp.swapaxes(chunked.reshape(count, batch * parts, size // parts, *rest), 0, 1)
+    return x.reshape(batch * parts, -1, *rest)[:, : length // parts].reshape(batch, length, *rest)
+
+
+def _parts(length: int) -> int:
+    parts = shards.parts("context")
+    return 1 if length % parts else parts
 
 
 def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"], cap: float | None) -> tuple[Array, Array]:
