@@ -18,10 +18,10 @@ from jaxllm.data.shards import read_manifest
 from jaxllm.layers.config import Experts
 from jaxllm.locate import look
 from jaxllm.models import presets
-from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
+from jaxllm.models.config import ComputeConfig, ModelConfig, Pipeline, is_vae
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
+from jaxllm.sharding.config import ROW_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
 from jaxllm.training.config import AdamW, CheckpointConfig, Elbo, MonitorConfig, OptimConfig, StepConfig
 
@@ -207,6 +207,22 @@ def _objective_problems(recipe: Recipe) -> Iterator[tuple[bool, str]]:
         yield recipe.step.z_loss > 0, "step.z_loss is for tokens, and not for labels; set it to 0"
 
 
+def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> str | None:
+    """Say why the layers or the rows of a microbatch cannot be dealt out to the stages of the mesh."""
+    model, stages = recipe.model, sizes["stage"]
+    if stages == 1:
+        unused = recipe.compute.pipeline != Pipeline()
+        return "compute.pipeline is for mesh.stage, which is 1; leave one out or set the other" if unused else None
+    if isinstance(model, Seq2SeqConfig) or is_vae(model):
+        return f"mesh.stage={stages} is for models of one row of layers, and this one has two; set it to 1"
+    layers = len((model.stack if isinstance(model, EncoderConfig) else model).stacks()[-1].layers)
+    try:
+        recipe.compute.pipeline.check(stages, layers, rows, batch_parts(sizes) // stages)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
     """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
 
@@ -246,8 +262,9 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
          "step.router_bias_step is for model.ffn.biased, which is not set; leave one out or set the other"),
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
-         (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "
+         (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(ROW_AXES)} = {parts} "
          f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
+        (pipeline := _pipeline_problem(recipe, sizes, rows), pipeline),
         (n_processes > 1 and devices % sizes["tensor"],
          (f"mesh.tensor={recipe.mesh.tensor} spans processes of {devices} devices each, and the rows of a batch cannot "
          "be shared by processes; set mesh.tensor to a divisor of that, and mesh.fsdp higher")),

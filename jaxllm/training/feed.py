@@ -54,5 +54,5 @@ class Feed:
 def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
     """Join the rows [B / processes, ...] of every process to one global array [B, ...], rows over the batch axes."""
     shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
-    sharding = named_sharding(mesh, ("batch", "length")[: len(shape)], shape)
+    sharding = named_sharding(mesh, ("rows", "length")[: len(shape)], shape)
     return jax.make_array_from_process_local_data(sharding, local, shape)

@@ -114,7 +114,7 @@ def chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
     if missing := count * size - length:
         arrays = tuple(jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2))) for x in arrays)
     cut = lambda x: jnp.swapaxes(x.reshape(x.shape[0], count, size, *x.shape[2:]), 0, 1)
-    return tuple(constrain(cut(x), None, "batch", *(None,) * (x.ndim - 1)) for x in arrays)
+    return tuple(constrain(cut(x), None, "rows", *(None,) * (x.ndim - 1)) for x in arrays)
 
 
 def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"], cap: float | None) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Everything that training carries from step to step, and its layout on the mesh."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -59,11 +60,12 @@ def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState
 
 
 def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """Split the first dimension over the "data" axis if it is whole and divisible."""
+    """Split the first dimension over the "data" axis as well, if it divides."""
     first, *rest = sharding.spec
-    if first is None and leaf.shape[0] % sharding.mesh.shape["data"] == 0:
-        return NamedSharding(sharding.mesh, PartitionSpec("data", *rest))
-    return sharding
+    mesh, taken = sharding.mesh.shape, first if isinstance(first, tuple) else (first,) if first else ()
+    if mesh["data"] == 1 or leaf.shape[0] % math.prod(mesh[axis] for axis in (*taken, "data")):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec((*taken, "data"), *rest))
 
 
 def init_state(
