@@ -20,10 +20,10 @@ from jaxllm.data.shards import read_manifest
 from jaxllm.layers.config import Experts, RelativeBias
 from jaxllm.locate import look
 from jaxllm.models import presets
-from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
+from jaxllm.models.config import ComputeConfig, ModelConfig, Pipeline, is_vae
 from jaxllm.models.encoder_config import Classes, EncoderConfig, MaskedLM
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.sharding.config import BATCH_AXES, MeshConfig, axis_sizes, batch_parts
+from jaxllm.sharding.config import ROW_AXES, MeshConfig, axis_sizes, batch_parts
 from jaxllm.sharding.distributed import PlatformConfig
 from jaxllm.training.config import AdamW, CheckpointConfig, Elbo, MonitorConfig, OptimConfig, StepConfig
 
@@ -234,6 +234,24 @@ def _context_problems(recipe: Recipe, context: int) -> Iterator[tuple[bool, str]
     yield not plain, f"mesh.context={context} is for {kinds}; set it to 1"
     multiples = f"a multiple of {2 * context}, or of {256 * context} for the kernel of TPUs"
     yield length % (2 * context), f"data.packing.seq_len={length} for mesh.context={context} must be {multiples}"
+    stage = recipe.mesh.stage
+    yield stage != 1, f"mesh.context={context} and mesh.stage={stage} do not go together; set one to 1"
+
+
+def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> str | None:
+    """Say why the layers or the rows of a microbatch cannot be dealt out to the stages of the mesh."""
+    model, stages = recipe.model, sizes["stage"]
+    if stages == 1:
+        unused = recipe.compute.pipeline != Pipeline()
+        return "compute.pipeline is for mesh.stage, which is 1; leave one out or set the other" if unused else None
+    if isinstance(model, Seq2SeqConfig) or is_vae(model):
+        return f"mesh.stage={stages} is for models of one row of layers, and this one has two; set it to 1"
+    layers = len((model.stack if isinstance(model, EncoderConfig) else model).stacks()[-1].layers)
+    try:
+        recipe.compute.pipeline.check(stages, layers, rows, batch_parts(sizes) // stages)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
@@ -275,8 +293,9 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
          "step.router_bias_step is for model.ffn.biased, which is not set; leave one out or set the other"),
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
-         (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(BATCH_AXES)} = {parts} "
+         (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(ROW_AXES)} = {parts} "
          f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
+        (pipeline := _pipeline_problem(recipe, sizes, rows), pipeline),
         *_context_problems(recipe, sizes["context"]),
         (n_processes > 1 and devices % (sizes["context"] * sizes["tensor"]),
          (f"mesh.tensor={recipe.mesh.tensor}{f' x mesh.context={recipe.mesh.context}' * (sizes['context'] > 1)} spans "

@@ -260,14 +260,14 @@ class Run:
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
 
     def memory(self, opt_state: Any) -> tuple[str, float]:
-        """Estimate a device's share, in words and in bytes: parameters lie over fsdp x expert x tensor, optimizer state
+        """Estimate a device's share, in words and in bytes: parameters lie over all axes but data, optimizer state
         over all devices.
         """
         model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
         rows = data.batch_size // self.recipe.step.accumulate // batch_parts(shape)
         kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
         copies = kept / 4 / accounting.param_count(model)
-        split = dict.fromkeys(("parameters", "gradients"), shape["fsdp"] * shape["expert"] * shape["tensor"])
+        split = dict.fromkeys(("parameters", "gradients"), self.mesh.size // shape["data"] // shape["context"])
         split |= dict.fromkeys(("activations", "logits"), shape["context"] * shape["tensor"])
         split["optimizer"] = self.mesh.size
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)

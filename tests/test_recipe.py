@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.core import config as configs
 from jaxllm.data.loader import DataConfig, Source
-from jaxllm.models.config import ModelConfig
+from jaxllm.models.config import ModelConfig, Pipeline
 from jaxllm.recipe import Recipe, check, knows_world, load_recipe, of_command_line
 from jaxllm.train import main as train
 
@@ -72,7 +72,7 @@ def test_microbatches_divide_the_batch(accumulate):
 def test_microbatches_of_one_row_are_for_one_device_and_the_size_that_is_advised_is_accepted():
     check(recipe("step.accumulate=24"), vocab_size=300, n_devices=1)
     [problem] = problems(recipe("step.accumulate=24"), n_devices=2)
-    assert "= 1 rows is not divisible by data x fsdp x expert = 2 devices; use data.batch_size=48, or" in problem
+    assert "= 1 rows is not divisible by stage x data x fsdp x expert = 2 devices; use data.batch_size=48" in problem
     check(recipe("step.accumulate=24", "data.batch_size=48"), vocab_size=300, n_devices=2)
     check(recipe("step.accumulate=24", "mesh.tensor=2"), vocab_size=300, n_devices=2)
 
@@ -180,3 +180,29 @@ def test_parts_that_would_be_computed_without_a_clamped_gate_are_refused(overrid
     recipe(*EXPERTS, "model.ffn.clamped.limit=5")
     with pytest.raises(ValueError, match=said):
         recipe(*EXPERTS, "model.ffn.clamped.limit=5", *overrides)
+
+
+STAGES = ("mesh.data=1", "mesh.stage=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "found"),
+    [
+        (("compute.pipeline.rounds=2",), 1, "compute.pipeline is for mesh.stage, which is 1; leave one out"),
+        ((*STAGES, "model.n_layers=3"), 2, "3 layers are not divisible by mesh.stage=2 x compute.pipeline.rounds=1;"),
+        ((*STAGES, "compute.pipeline.rounds=2", "model.n_layers=6"), 2, "6 layers are not divisible by mesh.stage=2 x"),
+        ((*STAGES, "compute.pipeline.microbatches=3"), 2, "compute.pipeline.microbatches=3 is not a multiple of mesh"),
+        ((*STAGES, "mesh.fsdp=2", "data.batch_size=40"), 4, "40 rows are not divisible by 8 microbatches (compute"),
+        ((*STAGES, "step.accumulate=2"), 2, "12 rows are not divisible by 8 microbatches (compute.pipeline) x 1 parts"),
+    ],
+)
+def test_layers_and_rows_are_dealt_out_evenly_to_the_stages(overrides, devices, found):
+    [problem] = problems(recipe("model.n_layers=4", *overrides), devices)
+    assert problem.startswith(found)
+
+
+def test_a_pipeline_is_idle_while_it_fills_and_empties():
+    check(recipe("model.n_layers=4", *STAGES), vocab_size=300, n_devices=2)
+    assert Pipeline().idle(1) == 0
+    assert Pipeline(microbatches=4).idle(4) == pytest.approx(3 / 7)
+    assert Pipeline(microbatches=4, rounds=2).idle(4) == pytest.approx(3 / 11)

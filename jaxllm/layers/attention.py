@@ -113,7 +113,8 @@ class Attention(nnx.Module):
             elif isinstance(mask, CacheMask):
                 raise TypeError("CacheMask needs a cache; pass one, or a mask of whole rows")
             k, v = stored if self.kv_latent is None else self._expand(stored[0])
-            return self.o(attend(q, k, v, mask, *self._how())), cache
+            # Split by heads up to here: the output may be split by rows.
+            return self.o(constrain(attend(q, k, v, mask, *self._how()), "batch", "length", "heads", None)), cache
 
     def _project(self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         """Return queries, keys and values."""

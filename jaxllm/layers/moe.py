@@ -167,6 +167,8 @@ def apply_experts(
     wide = partition_spec(("experts", None, "mlp"), kernels.up.shape, mesh.shape)
     owners, parts = wide[0], wide[2]
     gathers = owners in jax.tree.leaves(rows[0])  # one mesh axis, several, or None
+    # JAX cannot type what varies over devices under a vmap that is split over them (a pipeline); one more sum, then.
+    typed = mesh.shape.get("stage", 1) == 1
 
     def local(x: Array, choice: Array, weights: Array, kernels: Kernels) -> Array:
         if gathers:
@@ -174,7 +176,7 @@ def apply_experts(
             x, choice, weights = gather(x), gather(choice), gather(weights)
         # Here, so that gradients are summed over devices once per token, not once per expert of a token.
         alone = tuple(axis for axis in (owners, parts) if axis is not None and not (gathers and axis == owners))
-        x, weights = (jax.lax.pcast(y, alone, to="varying") if alone else y for y in (x, weights))
+        x, weights = (jax.lax.pcast(y, alone, to="varying") if alone and typed else y for y in (x, weights))
         if owners is not None:
             choice = choice - jax.lax.axis_index(owners) * kernels.up.shape[0]
         y = _mix(x, choice, weights, kernels, activation, some=owners is not None)
@@ -184,7 +186,7 @@ def apply_experts(
     narrow = PartitionSpec(owners, parts, None)
     inner = None if kernels.up_bias is None else PartitionSpec(owners, parts)
     specs = (rows, rows, rows, Kernels(wide, wide, narrow, inner, inner))
-    return jax.shard_map(local, in_specs=specs, out_specs=rows)(x, choice, weights, kernels)
+    return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=typed)(x, choice, weights, kernels)
 
 
 def _mix(

@@ -13,6 +13,7 @@ from jaxllm.layers.masks import CausalMask, Mask
 from jaxllm.layers.moe import Moe, RouterSums
 from jaxllm.layers.norms import Norm
 from jaxllm.models.config import ModelConfig
+from jaxllm.sharding.rules import constrain
 
 
 class Block(nnx.Module):
@@ -24,6 +25,10 @@ class Block(nnx.Module):
 
     The two projections that write into the residual stream start smaller by 1 / sqrt(2 L), so that its variance does
     not grow with depth; post-norm keeps it. Source: Radford et al. 2019 (GPT-2), section 2.3.
+
+    Devices that split the products of a layer (mesh axis "tensor") split the rows of x between them: each normalises
+    its part of a row, the parts are gathered for a product and what it puts out is summed and scattered in one, which
+    moves as much as the sum alone. Source: Korthikanti et al. 2022, section 4.2.2.
 
     Args:
       kernel: `ComputeConfig.kernel`.
@@ -67,16 +72,17 @@ class Block(nnx.Module):
         Args:
           memory: the source, for a layer that attends to one; the memory of `cache`, where there is a cache.
         """
-        attended, cache = self.attention(_apply(self.attention_norm, x), mask, angles, cache, positions)
+        attended, cache = self.attention(_whole(self.attention_norm, x), mask, angles, cache, positions)
         joined = self._join(x, attended, self.attention_out_norm, self.attention_gate)
         if self.cross:
-            read = self.cross_attention.read(_apply(self.cross_norm, joined), memory if cache is None else cache.memory)
+            read = self.cross_attention.read(_whole(self.cross_norm, joined), memory if cache is None else cache.memory)
             joined = self._join(joined, read, self.cross_out_norm, self.cross_gate)
-        y, sums = self._feed_forward(_apply(self.ffn_norm, x if self.parallel else joined), mask)
+        y, sums = self._feed_forward(_whole(self.ffn_norm, x if self.parallel else joined), mask)
         return self._join(joined, y, self.ffn_out_norm, self.ffn_gate), cache, sums
 
     def _join(self, x: Array, y: Array, norm: Norm | None, gate: nnx.Param | None) -> Array:
         """Add what a part of the layer puts out to the stream."""
+        y = constrain(y, "batch", "stream", None)
         y = y if gate is None else y * gate[0].astype(y.dtype)
         return norm(x + y) if self.post else x + _apply(norm, y)
 
@@ -89,6 +95,11 @@ class Block(nnx.Module):
 
 def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
+
+
+def _whole(norm: Norm | None, x: Array) -> Array:
+    """Return what a part of the layer reads: normalised in parts of rows, then gathered once for all its products."""
+    return constrain(_apply(norm, x), "batch", "length", None)
 
 
 def _attention(rngs: nnx.Rngs, config: ModelConfig, kernel: Kernel, out_std: float) -> Attention:

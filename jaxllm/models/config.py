@@ -185,6 +185,51 @@ def is_vae(config: Config) -> bool:
     return isinstance(config, ModelConfig) and config.latent is not None
 
 
+class Pipeline(Config):
+    """How rows go through the stages of mesh.stage; read where there is more than one."""
+
+    microbatches: int | None = Field(
+        None, ge=1, description="parts that the rows of a step go through the stages in; none = 4 for each stage"
+    )
+    rounds: int = Field(
+        1, ge=1, description="times that each goes through all stages: less idle time, more communication"
+    )
+
+    def parts(self, stages: int) -> int:
+        """Return the number of microbatches."""
+        return 4 * stages if self.microbatches is None else self.microbatches
+
+    def idle(self, stages: int) -> float:
+        """Return the share of a step's turns in which a stage has nothing to do: (s - 1) / (m r + s - 1).
+
+        Source: Narayanan et al. 2021, section 2.2.2, where it is given as a multiple of the rest, (s - 1) / (m r).
+        """
+        return (stages - 1) / (self.parts(stages) * self.rounds + stages - 1)
+
+    def check(self, stages: int, layers: int, rows: int, parts: int) -> None:
+        """Refuse what cannot be dealt out evenly.
+
+        Args:
+          rows: of a step's batch, or of a part of it where gradients are accumulated.
+          parts: into which the mesh splits the rows that a stage works on.
+        Raises:
+          ValueError: layers or rows are no multiple of what they are dealt out to.
+        """
+        number = self.parts(stages)
+        if layers % (stages * self.rounds):
+            raise ValueError(
+                f"{layers} layers are not divisible by mesh.stage={stages} x compute.pipeline.rounds={self.rounds}; "
+                "change one"
+            )
+        if number % stages:
+            raise ValueError(f"compute.pipeline.microbatches={number} is not a multiple of mesh.stage={stages}")
+        if rows % (number * parts):
+            raise ValueError(
+                f"{rows} rows are not divisible by {number} microbatches (compute.pipeline) x {parts} parts of each "
+                f"(mesh: data x fsdp x expert); use a multiple of {number * parts}, or other microbatches"
+            )
+
+
 class ComputeConfig(Config):
     """How the same model is computed: precision and memory, nothing that changes what it is."""
 
@@ -203,6 +248,7 @@ class ComputeConfig(Config):
         "where that cannot do what the model asks",
     )
     loss_chunk: int = Field(512, ge=1, description="tokens of a row whose logits exist at one time, in training")
+    pipeline: Pipeline = Field(Pipeline(), description="how rows go through the stages of a mesh that has some")
 
     def resolve(self, platform: str, n_layers: int) -> "ComputeConfig":
         """Replace each auto by the choice for `platform` ("cpu", "gpu", "tpu")."""

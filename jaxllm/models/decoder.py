@@ -22,6 +22,7 @@ from jaxllm.layers.norms import Norm
 from jaxllm.layers.positions import RelativeScores, sinusoids
 from jaxllm.models.block import Block
 from jaxllm.models.config import ComputeConfig, ModelConfig, Stack
+from jaxllm.models.pipeline import pipelined, spread, stages
 from jaxllm.models.views import Traits, Views, layer_traits
 from jaxllm.sharding.rules import constrain
 
@@ -88,7 +89,7 @@ class Transformer(nnx.Module):
                 x = x + self.position_embed(positions + offset if offset else positions, x.dtype)
             case Sinusoids():
                 x = x + sinusoids(positions, config.d_model, config.positions).astype(x.dtype)
-        x = constrain(x, "batch", "length", None)  # right after the gather, which otherwise loses the batch's sharding
+        x = constrain(x, "rows", "stream", None)  # right after the gather, which otherwise loses the batch's sharding
         return x if self.embed_norm is None else self.embed_norm(x)
 
     def run(
@@ -104,12 +105,13 @@ class Transformer(nnx.Module):
         views = Views(self.config, mask, positions)
         sums = None
         if cache is None:
-            x, sums = self.run_blocks(x, views, memory)
+            x, sums = self.run_blocks(x, mask, positions, memory)
         elif not isinstance(self.blocks, nnx.List):
             updated = []
             for stack in self.config.stacks():
                 layers = jax.tree.map(lambda *z: jnp.stack(z), *(cache[i] for i in stack.layers))
-                x, layers, _ = self._run_stack(x, stack, views, None, layers, positions)
+                layers = *self._layers(stack)[:2], layers
+                x, (layers, _) = self._scan(x, stack, layers, views, positions=positions)
                 updated += [jax.tree.map(lambda z, i=i: z[i], layers) for i in range(len(stack.layers))]
             cache = tuple(updated)
         else:
@@ -120,22 +122,50 @@ class Transformer(nnx.Module):
             cache = tuple(updated)
         return (x if self.final_norm is None else self.final_norm(x)), cache, sums
 
-    def run_blocks(self, x: Array, views: Views, memory: Memory | None = None) -> tuple[Array, RouterSums | None]:
+    def run_blocks(
+        self, x: Array, mask: Mask, positions: Int[Array, "B T"], memory: Memory | None = None
+    ) -> tuple[Array, RouterSums | None]:
         """Run the blocks without a cache: scanned, or unrolled from the same stacked parameters.
+
+        On a mesh with stages those of the last stack, which is nearly all of them, go through `pipeline.pipelined`.
 
         Returns:
           (x, what the routers did, stacked on the L of the layers that have one).
         """
-        for stack in self.config.stacks():
-            x, _, sums = self._run_stack(x, stack, views, memory)
+        stacks = self.config.stacks()
+        for stack in stacks:
+            layers = self._layers(stack)
+            if stages() == 1:
+                x, (_, sums) = self._scan(x, stack, layers, Views(self.config, mask, positions), memory=memory)
+                continue
+
+            def run(x: Array, layers: tuple, sides: tuple, stack: Stack = stack) -> tuple[Array, RouterSums | None]:
+                views = Views(self.config, mask._replace(segments=sides[1]), sides[0])
+                x, (_, sums) = self._scan(x, stack, layers, views)
+                return x, sums
+
+            if stack is stacks[-1]:
+                x, sums = pipelined(run, x, layers, (positions, mask.segments), self.compute.pipeline)
+            else:
+                x = spread(run, x, layers, (positions, mask.segments))
         return x, sums
 
-    def _run_stack(
-        self, x: Array, stack: Stack, views: Views, memory: Memory | None, cache: LayerCache | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Array, LayerCache | None, RouterSums | None]:  # fmt: skip
-        """Run the blocks of one kind; `cache` is stacked as they are."""
-        blocks, traits = getattr(self, stack.name), layer_traits(self.config)[stack.layers.start : stack.layers.stop]
+    def _layers(self, stack: Stack) -> tuple[Block, Traits | None, None]:
+        """Return what a loop over the blocks of one kind reads of each: itself, its traits, and no cache."""
+        traits = self._traits(stack)
+        # If no layer differs, traits are facts of the program, not data of the loop.
+        differ = Traits(*(jnp.asarray(z) for z in zip(*traits, strict=True))) if len(set(traits)) > 1 else None
+        return getattr(self, stack.name), differ, None
+
+    def _traits(self, stack: Stack) -> list[Traits]:
+        return layer_traits(self.config)[stack.layers.start : stack.layers.stop]
+
+    def _scan(
+        self, x: Array, stack: Stack, layers: tuple[Block, Traits | None, LayerCache | None], views: Views,
+        memory: Memory | None = None, positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Array, tuple[LayerCache | None, RouterSums | None]]:  # fmt: skip
+        """Run blocks of one kind; `layers` are stacked."""
+        alike = self._traits(stack)[0]
 
         def apply(x: Array, layer: tuple[Block, Traits | None, LayerCache | None]) -> tuple[Array, tuple]:
             block, own, cache = layer
@@ -143,16 +173,13 @@ class Transformer(nnx.Module):
                 block = jax.tree.map(
                     lambda z: jax.lax.bitcast_convert_type(z, self.packed) if z.dtype == jnp.uint16 else z, block
                 )
-            x, *rest = block(x, *views.of(own or traits[0]), cache, positions, memory)
-            return constrain(x, "batch", "length", None), tuple(rest)
+            x, *rest = block(x, *views.of(own or alike), cache, positions, memory)
+            return constrain(x, "batch", "stream", None), tuple(rest)
 
         if self.compute.remat != "none":
             apply = jax.checkpoint(apply, policy=REMAT[self.compute.remat], prevent_cse=False)
-        unroll = len(traits) if self.compute.layers == "unroll" and not self.packed else 1
-        # If no layer differs, traits are facts of the program, not data of the loop.
-        differ = Traits(*(jnp.asarray(z) for z in zip(*traits, strict=True))) if len(set(traits)) > 1 else None
-        x, (cache, sums) = jax.lax.scan(apply, x, (blocks, differ, cache), unroll=unroll)
-        return x, cache, sums
+        unroll = self.compute.layers == "unroll" and not self.packed
+        return jax.lax.scan(apply, x, layers, unroll=True if unroll else 1)
 
     def output_table(self) -> Float[Array, "V D"]:
         """Return the table of output vectors: logits are products of hidden states with its rows."""

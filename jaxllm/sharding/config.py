@@ -2,25 +2,35 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field
 
 from jaxllm.core.config import Config
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # those that split the rows of a batch
+# From the outside in: what talks least lies furthest apart.
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # those that split the rows that a layer works on
+ROW_AXES = ("stage", *BATCH_AXES)  # those that split the rows of a batch everywhere else: embedding, head and loss
 
 
 class MeshConfig(Config):
     """Sizes of the mesh axes; their product is the number of devices, and one of them may be -1 (all that are left)."""
 
+    stage: int = Field(1, ge=-1, description="devices in a row that each have some of the layers (pipeline)")
     data: int = Field(-1, ge=-1, description="replicas of the model, each with its own part of the batch")
     fsdp: int = Field(1, ge=-1, description="devices that share one replica's parameters and optimizer state (ZeRO-3)")
     expert: int = Field(
         1, ge=-1, description="devices that share the experts of each layer, and split the batch as data and fsdp do"
     )
     context: int = Field(1, ge=-1, description="devices that share each row of tokens, for long ones")
-    tensor: int = Field(1, ge=-1, description="devices that split every matrix product (heads, ffn width, vocabulary)")
+    tensor: int = Field(
+        1, ge=-1,
+        description="devices that split every matrix product (heads, ffn width, vocabulary), and rows between them",
+    )  # fmt: skip
+    across: Literal["stage", "data", "fsdp"] = Field(
+        "data", description="the axis that goes over several TPU slices or GPU hosts, whose network is the slowest"
+    )
 
 
 def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
@@ -29,7 +39,7 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     Raises:
       ValueError: the sizes do not multiply to the device count.
     """
-    sizes = dict(zip(AXES, (config.data, config.fsdp, config.expert, config.context, config.tensor), strict=True))
+    sizes = {axis: size for axis, size in config if axis in AXES}
     described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if 0 in sizes.values() or len(free) > 1:
@@ -42,6 +52,21 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     return sizes
 
 
+def slice_sizes(config: MeshConfig, sizes: Mapping[str, int], slices: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the axis sizes within a slice, and those over slices: all 1 but `config.across`.
+
+    Raises:
+      ValueError: the slices do not divide that axis.
+    """
+    axis = config.across
+    if sizes[axis] % slices:
+        raise ValueError(
+            f"the devices lie in {slices} slices, which do not divide mesh.{axis}={sizes[axis]}; make it a multiple of "
+            f"{slices}, or let another axis go over them (mesh.across={axis})"
+        )
+    return {**sizes, axis: sizes[axis] // slices}, {**dict.fromkeys(sizes, 1), axis: slices}
+
+
 def batch_parts(sizes: Mapping[str, int]) -> int:
     """Return into how many parts a mesh of these axis sizes splits the rows of a batch."""
-    return math.prod(sizes[axis] for axis in BATCH_AXES)
+    return math.prod(sizes[axis] for axis in ROW_AXES)

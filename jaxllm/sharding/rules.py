@@ -10,15 +10,19 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxllm.sharding.config import BATCH_AXES
+from jaxllm.sharding.config import BATCH_AXES, ROW_AXES
 
 Axes = tuple[str | None, ...]
 
 # Mesh axes in the order in which they are tried. An empty tuple means "never sharded".
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": BATCH_AXES,
+    "rows": ROW_AXES,  # of a batch, outside of the layers
+    "batch": BATCH_AXES,  # rows that a layer works on
     "length": ("context",),
-    "layers": (),
+    # Of what goes from layer to layer: there, devices that split products have nothing to split but the row.
+    "stream": ("context", "tensor"),
+    "stages": ("stage",),
+    "layers": ("stage",),
     "vocab": ("tensor",),
     "embed": ("fsdp", "expert"),
     "heads": ("tensor",),

@@ -59,4 +59,4 @@ def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Return how a field [B, T] or [B] of a batch lies on `mesh`."""
-    return named_sharding(mesh, ("batch", "length")[: len(shape)], shape)
+    return named_sharding(mesh, ("rows", "length")[: len(shape)], shape)

@@ -120,7 +120,7 @@ def chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
         if missing := count * size - length:
             x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * len(rest)))
         x = jnp.swapaxes(x.reshape(-1, count, size, *rest), 0, 1).reshape(count, -1, parts * size, *rest)
-        return constrain(x, None, "batch", "length", *(None,) * len(rest))
+        return constrain(x, None, "rows", "length", *(None,) * len(rest))
 
     return tuple(cut(x) for x in arrays)
 

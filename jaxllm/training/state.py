@@ -69,11 +69,12 @@ def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """Split the first dimension over the "data" axis if it is whole and divisible."""
+    """Split the first dimension over the "data" axis as well, if it divides."""
     first, *rest = sharding.spec
-    if first is None and leaf.shape[0] % sharding.mesh.shape["data"] == 0:
-        return NamedSharding(sharding.mesh, PartitionSpec("data", *rest))
-    return sharding
+    mesh, taken = sharding.mesh.shape, first if isinstance(first, tuple) else (first,) if first else ()
+    if mesh["data"] == 1 or leaf.shape[0] % math.prod(mesh[axis] for axis in (*taken, "data")):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec((*taken, "data"), *rest))
 
 
 def init_state(

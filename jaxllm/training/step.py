@@ -74,7 +74,7 @@ def gradient_sums(
     def split(x: Array) -> Array:
         # Strided, so that each device's rows stay on it: [B] -> [B / A, A] -> [A, B / A].
         x = jnp.swapaxes(x.reshape(x.shape[0] // step.accumulate, step.accumulate, *x.shape[1:]), 0, 1)
-        return constrain(x, *(None, "batch", "length", None)[: x.ndim])
+        return constrain(x, *(None, "rows", "length", None)[: x.ndim])
 
     def add(carry: tuple, microbatch: AnyBatch | Texts) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, carry, both(params, microbatch)), None

@@ -20,7 +20,6 @@ from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
 from jaxllm.models.build import bind, graph, init_params, logical_axes, unstack
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.views import Views
 
 LLAMA = ModelConfig(
     vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160, qk_norm="head"
@@ -94,8 +93,7 @@ def test_no_gradient_flows_from_the_future(config, length, probe):
 
     def probed(x):
         # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
-        views = Views(config, CausalMask(), jnp.arange(length)[None])
-        hidden, _ = module.run_blocks(x, views)
+        hidden, _ = module.run_blocks(x, CausalMask(), jnp.arange(length)[None])
         return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
 
     x = jax.random.normal(jax.random.key(0), (1, length, 32))

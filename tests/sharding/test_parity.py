@@ -9,7 +9,7 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.layers.config import Experts, SlidingWindow
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, Pipeline
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.config import AdamW, StepConfig
@@ -57,18 +57,21 @@ def run(model, sizes=(), accumulate=1, **how):
         return history, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize(
-    ("model", "sizes", "how"),
-    [
-        (GROUPED, {"fsdp": 2, "tensor": 2}, {"accumulate": 2, "remat": "full"}),
-        (GROUPED, {"tensor": 4}, {"remat": "dots"}),
-        (GROUPED, {"fsdp": 8}, {"accumulate": 2}),
-        (WINDOWS, {"fsdp": 2, "tensor": 4}, {}),
-        (SPARSE, {"expert": 2, "tensor": 2}, {"remat": "dots"}),
-        (SPARSE, {"fsdp": 2, "expert": 4}, {"remat": "full"}),
-    ],
-    ids=lambda x: "-".join(f"{key}{value}" for key, value in x.items()) if isinstance(x, dict) else "",
-)
+CASES = {
+    "tensor": (GROUPED, {"fsdp": 2, "tensor": 2}, {"accumulate": 2, "remat": "full"}),
+    "more-tensor-than-kv": (GROUPED, {"tensor": 4}, {"remat": "dots"}),
+    "fsdp": (GROUPED, {"fsdp": 8}, {"accumulate": 2}),
+    "windows": (WINDOWS, {"fsdp": 2, "tensor": 4}, {}),
+    "expert-tensor": (SPARSE, {"expert": 2, "tensor": 2}, {"remat": "dots"}),
+    "expert-fsdp": (SPARSE, {"fsdp": 2, "expert": 4}, {"remat": "full"}),
+    "stage-tensor": (GROUPED, {"stage": 2, "fsdp": 2, "tensor": 2}, {"remat": "full", "pipeline": Pipeline()}),
+    "stage-windows": (WINDOWS, {"stage": 4}, {"accumulate": 2, "pipeline": Pipeline(microbatches=4)}),
+    "rounds": (WINDOWS, {"stage": 2, "tensor": 2}, {"remat": "dots", "pipeline": Pipeline(microbatches=4, rounds=2)}),
+    "stage-expert": (SPARSE, {"stage": 2, "expert": 2, "tensor": 2}, {"pipeline": Pipeline(microbatches=2, rounds=2)}),
+}
+
+
+@pytest.mark.parametrize(("model", "sizes", "how"), CASES.values(), ids=CASES)
 def test_a_mesh_equals_one_device(model, sizes, how):
     history, params = run(model, tuple(sizes.items()), **how)
     expected, wanted = run(model)

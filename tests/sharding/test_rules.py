@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.sharding.mesh import MeshConfig, axis_sizes
+from jaxllm.sharding.config import MeshConfig, axis_sizes
+from jaxllm.sharding.mesh import arrange
 from jaxllm.sharding.rules import partition_spec
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -35,7 +39,7 @@ def test_axes_missing_from_the_mesh_are_not_used():
 
 
 def test_unknown_axis_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown logical axis 'embeds'; the rules have batch"):
+    with pytest.raises(ValueError, match="unknown logical axis 'embeds'; the rules have rows"):
         partition_spec(("embeds",), (4,), MESH)
 
 
@@ -45,7 +49,8 @@ def test_rank_mismatch():
 
 
 def test_free_axis_takes_what_is_left():
-    assert axis_sizes(MeshConfig(fsdp=2), 8) == {"data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
+    sizes = {"stage": 1, "data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 1}
+    assert axis_sizes(MeshConfig(fsdp=2), 8) == sizes
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,34 @@ def test_free_axis_takes_what_is_left():
 def test_impossible_meshes(config, message):
     with pytest.raises(ValueError, match=message):
         axis_sizes(config, 8)
+
+
+def hosts(*counts):
+    """GPUs of hosts, of which one after the other has its devices named by turns."""
+    slices = [number for number, count in enumerate(counts) for _ in range(count)]
+    return [SimpleNamespace(platform="gpu", device_kind="H100", slice_index=s, id=i) for i, s in enumerate(slices)][
+        ::-1
+    ]
+
+
+@pytest.mark.parametrize("across", ["stage", "data", "fsdp"])
+def test_one_axis_goes_over_the_slices_and_all_others_stay_within(across):
+    config = MeshConfig(stage=2, data=2, fsdp=4, tensor=2, across=across)
+    found = np.vectorize(lambda device: device.slice_index)(arrange(config, hosts(16, 16)))
+    axis = ["stage", "data", "fsdp"].index(across)
+    first, second = np.split(found, 2, axis=axis)
+    assert found.shape == (2, 2, 4, 1, 2)
+    assert (first == 0).all()
+    assert (second == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (MeshConfig(data=1, fsdp=8), hosts(4, 4), "2 slices, which do not divide mesh.data=1; make it a multiple of 2"),
+        (MeshConfig(data=8), hosts(5, 3), "differ in size: {1: 3, 0: 5} devices by slice"),
+    ],
+)
+def test_slices_that_do_not_fit(config, devices, message):
+    with pytest.raises(ValueError, match=message):
+        arrange(config, devices)
