@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from rich.console import Console
 
     from jaxllm.core import config
-    from jaxllm.planning import search
+    from jaxllm.planning import decoding, search
     from jaxllm.planning.aot import Job
     from jaxllm.planning.report import show, show_ranking
     from jaxllm.recipe import check, load_recipe
@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> int | None:
     data, out = recipe.data, Path(arguments.out)
     parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
+    if arguments.decode:
+        rows, slots = map(int, arguments.decode.split("x"))
+        decoding.show(plan := decoding.plan_decoding(recipe.model, recipe.compute, place, rows, slots), console)
+        files.write_json(out / "plan.json", plan.model_dump(mode="json"))
+        return 0 if plan.needed is not None else 1
     if arguments.search:
         found = search.search(job, place, arguments.tries, arguments.jobs, console.print)
         show_ranking([plan for _, plan in found], console)
@@ -64,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", metavar="key=value", nargs="*", help="keys of the recipe to change")
     add("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5p:4x4x4, 2*v5e:16x16, h200:8")
     add("--search", action="store_true", help="try other meshes, rematerialisation and microbatches")
+    add("--decode", metavar="ROWSxTOKENS", help="plan decoding instead: rows at one time, tokens of each, as 8x4096")
     add("--tries", metavar="N", type=int, default=12, help="of a search, how many are compiled (default: 12)")
     cores = max(1, (os.cpu_count() or 1) // 2)
     add("--jobs", metavar="N", type=int, default=cores, help="compilations at one time (default: half of the cores)")
