@@ -1,12 +1,14 @@
-"""python -m jaxllm.plan: compile a recipe's training step for chips that are not here: memory, predicted step time.
+"""python -m jaxllm.plan: compile a training step for chips that are not here: memory, predicted time, the best layout.
 
-usage: python -m jaxllm.plan RECIPE.yaml [key=value ...] --topology v5p:4x4x4
+  python -m jaxllm.plan configs/llama2-7b/v5p-pretrain.yaml --topology v5p:4x4x4 --search
 
 Needs the compiler of the chip: pip install 'jaxllm[plan]' for TPUs (v4, v5e, v5p, v6e), 'jaxllm[plan-cuda]' for one
-node of GPUs (h100:8, h200:1), of which memory and collectives are told, and no times. Times are model estimates.
+node of GPUs (h100:8, h200:1), of which memory and collectives are told, and no times. Times are model estimates. The
+status is 1 if nothing fits.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -16,32 +18,48 @@ from jaxllm.core.command import command, parser
 
 @command
 def main(argv: list[str] | None = None) -> int | None:
-    """Plan a recipe; the status is 1 if it does not fit."""
+    """Plan a recipe, or look for the best layout of its mesh."""
     arguments = _parser().parse_intermixed_args(argv)
 
     from jaxllm.planning import topology as topologies
 
+    place = topologies.parse(arguments.topology)
     topologies.without_hardware()
-    topology = topologies.parse(arguments.topology)
 
     from rich.console import Console
 
-    from jaxllm.planning.aot import Job, abstract, compile_step
-    from jaxllm.planning.report import plan_of, show
+    from jaxllm.core import config
+    from jaxllm.planning import decoding, search
+    from jaxllm.planning.aot import Job
+    from jaxllm.planning.report import show, show_ranking
     from jaxllm.recipe import check, load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    devices = topologies.devices(topology)
-    hosts = 1 + max(device.process_index for device in devices)
-    check(recipe, vocab_size=recipe.model.vocab_size, n_devices=len(devices), n_processes=hosts)
-    job = Job(
-        recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh, recipe.data.batch_size,
-        recipe.data.packing.seq_len,
-    )  # fmt: skip
-    plan = plan_of(job, topology, abstract(job, devices), compile_step(job, topology, devices))
-    show(plan, Console(highlight=False))
-    files.write_json(Path(arguments.out) / "plan.json", plan.model_dump(mode="json"))
-    return 0 if plan.fits else 1
+    recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(highlight=False)
+    data, out = recipe.data, Path(arguments.out)
+    parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
+    job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
+    if arguments.decode:
+        rows, slots = map(int, arguments.decode.split("x"))
+        decoding.show(plan := decoding.plan_decoding(recipe.model, recipe.compute, place, rows, slots), console)
+        files.write_json(out / "plan.json", plan.model_dump(mode="json"))
+        return 0 if plan.needed is not None else 1
+    if arguments.search:
+        found = search.search(job, place, arguments.tries, arguments.jobs, console.print)
+        show_ranking([plan for _, plan in found], console)
+    else:
+        hosts = 1 + max(device.process_index for device in devices)
+        check(recipe, vocab_size=recipe.model.vocab_size, n_devices=len(devices), n_processes=hosts)
+        plan = search.make_plan(job, place)
+        show(plan, console)
+        found = [(job, plan)] if plan.fits else search.nearest(job, plan, place)
+    if found and (changed := search.changes(job, found[0][0])):
+        console.print(f"{'the best' if arguments.search else 'the nearest that fits'}: {' '.join(changed)}")
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *changed])
+    files.write_json(out / "plan.json", [each.model_dump(mode="json") for _, each in found])
+    if found:
+        files.write_text(out / "recipe.yaml", config.dump(recipe))
+        console.print(f"written: {out}/recipe.yaml, {out}/plan.json")
+    return 0 if found else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", metavar="RECIPE", help="recipe file, or a run directory")
     add("overrides", metavar="key=value", nargs="*", help="keys of the recipe to change")
     add("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5p:4x4x4, 2*v5e:16x16, h200:8")
-    add("--out", metavar="DIR", default="plan", help="where plan.json is written (default: plan)")
+    add("--search", action="store_true", help="try other meshes, rematerialisation and microbatches")
+    add("--decode", metavar="ROWSxTOKENS", help="plan decoding instead: rows at one time, tokens of each, as 8x4096")
+    add("--tries", metavar="N", type=int, default=12, help="of a search, how many are compiled (default: 12)")
+    cores = max(1, (os.cpu_count() or 1) // 2)
+    add("--jobs", metavar="N", type=int, default=cores, help="compilations at one time (default: half of the cores)")
+    add("--out", metavar="DIR", default="plan", help="for plan.json and recipe.yaml (default: plan)")
     return result
 
 

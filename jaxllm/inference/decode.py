@@ -101,8 +101,8 @@ class Decoder:
         self._shortest = min(MAX_PADDING, int(PADDING_FLOPS / (2 * n_params)))  # a token takes two per parameter
         self._latent = config.latent.size if isinstance(config, ModelConfig) and config.latent else 0
         layout = choose_layout(params, compute)
-        programs = (on_mesh_of(params, program) for program in _programs(config, compute, layout))
-        self._prefill, self._step, self._advance, self._search = programs
+        on_mesh = (on_mesh_of(params, program) for program in programs(config, compute, layout))
+        self._prefill, self._step, self._advance, self._search = on_mesh
         self.params = on_mesh_of(params, prepare)(params, layout, compute.dtype)
 
     def generate(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> list[Completion]:
@@ -311,7 +311,7 @@ def _answers(state: State) -> list[tuple[list[int], list[float]]]:
 
 
 @cache
-def _programs(
+def programs(
     config: ModelConfig | Seq2SeqConfig, compute: ComputeConfig, layout: Layout
 ) -> tuple[Callable, Callable, Callable, Callable]:
     """Return (prefill, step, loop, beam search) of a model, compiled once; all decoders of one process share them."""

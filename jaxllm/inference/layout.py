@@ -59,11 +59,12 @@ def prepare(params: Params, layout: Layout, dtype: str) -> Params:
     rest = {name: part for name, part in params.items() if name not in same}
     if _one_cpu(params) and stay(rest):
         return _share(unstack(_host(rest))) | same
-    return _cut(rest, dtype) | same
+    return cut(rest, dtype) | same
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cut(params: Params, dtype: str) -> Params:
+def cut(params: Params, dtype: str) -> Params:
+    """Return `params` as a decoder holds them on accelerators: by layer, matrices in `dtype`."""
     return map_named(lambda name, leaf: leaf if _stays(name, leaf, dtype) else leaf.astype(dtype), unstack(params))
 
 

@@ -104,15 +104,26 @@ def compile_step(job: Job, topology: Topology, devices: list[Any]) -> Compiled:
     compute = job.compute.resolve(topology.chip.kind, job.model.n_layers)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jit_step(job.model, compute, job.optim, job.step, shardings)
-    platform = {"gpu": "cuda"}.get(topology.chip.kind, topology.chip.kind)
     with jax.set_mesh(mesh):
         rate = jax.ShapeDtypeStruct((), jnp.float32)
-        lowered = step.trace(state, batch, rate).lower(lowering_platforms=(platform,))
+        lowered = step.trace(state, batch, rate).lower(lowering_platforms=(platform(topology),))
+    return compile_lowered(lowered, topology, mesh, start)
+
+
+def platform(topology: Topology) -> str:
+    """Return the name of its platform, as programs are lowered for."""
+    return "cuda" if topology.chip.kind == "gpu" else topology.chip.kind
+
+
+def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh, start: float) -> Compiled:
+    """Compile a program, or take it from the cache: by its text, chips, options and versions of what compiles.
+
+    Args:
+      start: `time.perf_counter()` when its tracing began.
+    """
     versions = [jax.__version__, *(f"{name} {metadata.version(name)}" for name in topology.compilers)]
-    order = [str(each) for each in mesh.devices.flat]
-    key = files.fingerprint(
-        lowered.as_text(), json.dumps([str(topology), order, compiler_options(devices[0]), versions])
-    )
+    order, options = [str(each) for each in mesh.devices.flat], compiler_options(mesh.devices.flat[0])
+    key = files.fingerprint(lowered.as_text(), json.dumps([str(topology), order, options, versions]))
     path = CACHE.expanduser() / f"{key}.json.gz"
     if path.exists():
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())), cached=True)

@@ -53,7 +53,7 @@ def read(text: str) -> Module:
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)) and (found := _instruction(match)):
             current.append(found)
@@ -66,7 +66,7 @@ def _joined(text: str) -> Iterator[str]:
     """Yield lines, those that go on (metadata of kernels) joined."""
     held = ""
     for line in text.splitlines():
-        starts = not line or line[0] in "%E}H" or _INSTRUCTION.match(line)
+        starts = not line or line[0] in "%EH" or line.rstrip() == "}" or _INSTRUCTION.match(line)
         if starts and held:
             yield held
             held = ""

@@ -111,9 +111,8 @@ def _time(job: Job, topology: Topology, found: schedule.Estimate) -> Time:
 def show(plan: Plan, console: Console) -> None:
     """Print a plan: two tables, and what they mean."""
     say = lambda text: console.print(escape(text), highlight=False, soft_wrap=True)
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     say(
-        f"{plan.topology}: {count(plan.devices, 'chip')} as {mesh}; {short(plan.parameters)} parameters, "
+        f"{plan.topology}: {count(plan.devices, 'chip')} as {_mesh(plan)}; {short(plan.parameters)} parameters, "
         f"{plan.rows:,} rows of {plan.seq_len:,} tokens a step in {count(plan.accumulate, 'microbatch')[:-1]}"
         f"{'es' if plan.accumulate > 1 else 'h'}, remat={plan.remat}"
     )
@@ -130,6 +129,37 @@ def show(plan: Plan, console: Console) -> None:
         )
     for line in sentences(plan):
         say(line)
+
+
+def line(plan: Plan) -> str:
+    """Return a plan in a few words."""
+    if not plan.fits:
+        return "does not fit"
+    if plan.time is None:
+        return f"fits, {plan.needed:.1f} GiB"
+    time = plan.time
+    return (
+        f"{time.step:.3f} s a step, MFU {time.mfu:.1%} (model estimate), {time.exposed:.3f} s of collectives exposed, "
+        f"{plan.needed:.1f} GiB"
+    )
+
+
+def show_ranking(plans: list[Plan], console: Console) -> None:
+    """Print what fits, the best first."""
+    table = Table("mesh", "remat", "microbatches", "GiB", "s/step", "MFU", "exposed s", "compiled s", box=None)
+    for plan in plans:
+        time = plan.time
+        times = [f"{time.step:.3f}", f"{time.mfu:.1%}", f"{time.exposed:.3f}"] if time else ["", "", ""]
+        table.add_row(
+            _mesh(plan), plan.remat, str(plan.accumulate), f"{plan.needed:.1f}", *times, f"{plan.compile_seconds:.0f}"
+        )
+    console.print(table)
+    if plans and plans[0].time:
+        console.print(f"times are a {plans[0].time.basis}")
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
 
 
 def sentences(plan: Plan) -> list[str]:

@@ -4,7 +4,9 @@ A candidate is first judged by its shapes: does it fit, and how long do products
 promising are compiled, some at a time, and ranked by the model estimate of their schedule.
 """
 
+import collections
 import itertools
+import math
 import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,12 +22,13 @@ from jaxllm.models.config import ComputeConfig
 from jaxllm.planning import memory, topology
 from jaxllm.planning.aot import Abstract, Job, abstract, compile_step
 from jaxllm.planning.network import Network
-from jaxllm.planning.report import Plan, plan_of
+from jaxllm.planning.report import Plan, line, plan_of
 from jaxllm.planning.topology import Topology
-from jaxllm.sharding.config import MeshConfig, batch_parts
+from jaxllm.sharding.config import AXES, MeshConfig, batch_parts
 
 SLACK = 1.1  # a candidate is tried if its shapes need up to so much more than there is: they are an estimate
 AGAIN = {"none": 0.0, "full": 1 / 3}  # of the model's FLOPs, what the backward pass computes again; of others a tenth
+TRIED, MAX_TENSOR = ("data", "fsdp", "tensor"), 8  # axes whose sizes are tried; more than a host's chips are too slow
 BEST_SHARE = 0.7  # of the peak, for the order in which candidates are tried
 
 
@@ -51,7 +54,7 @@ def candidates(job: Job, place: Topology, devices: list[Any]) -> list[Candidate]
             needed = sum(memory.expected(each, parts, place.chip.kind).values())
             if needed <= SLACK * place.chip.hbm_bytes:
                 found.append(Candidate(each, needed, speed.seconds(each)))
-    return sorted(found, key=lambda each: each.seconds)
+    return sorted(found, key=lambda each: (each.seconds, each.job.step.accumulate, each.bytes))
 
 
 def remats() -> tuple[str, ...]:
@@ -60,13 +63,14 @@ def remats() -> tuple[str, ...]:
 
 
 def _meshes(job: Job, count: int) -> Iterator[MeshConfig]:
-    """Yield shapes of the mesh whose tensor axis divides the heads, and whose fsdp axis the width."""
-    model = job.model
+    """Yield shapes of the mesh whose tensor axis divides the heads, and fsdp the width; other axes are as they are."""
+    model, mesh = job.model, job.mesh
+    count //= math.prod(max(getattr(mesh, axis), 1) for axis in AXES if axis not in TRIED)
     for fsdp, tensor in itertools.product(_divisors(count), _divisors(count)):
         data, rest = divmod(count, fsdp * tensor)
         whole = model.kv_heads % tensor == 0 and model.d_ff % tensor == 0 and model.d_model % fsdp == 0
-        if not rest and whole and tensor <= 8 and job.rows % (data * fsdp) == 0:
-            yield job.mesh.model_copy(update={"data": data, "fsdp": fsdp, "expert": 1, "tensor": tensor})
+        if not rest and whole and tensor <= MAX_TENSOR and job.rows % (data * fsdp) == 0:
+            yield mesh.model_copy(update=dict(zip(TRIED, (data, fsdp, tensor), strict=True)))
 
 
 def _divisors(number: int) -> list[int]:
@@ -128,24 +132,41 @@ def make_plan(job: Job, place: Topology) -> Plan:
     return plan_of(job, place, abstract(job, devices), compile_step(job, place, devices))
 
 
-def search(jobs: list[Job], place: Topology, workers: int, tell: Callable[[int, Plan], None]) -> list[tuple[Job, Plan]]:
-    """Compile `jobs`, `workers` at a time; return those that fit, the best first.
+def search(job: Job, place: Topology, tries: int, workers: int, say: Callable[[str], None]) -> list[tuple[Job, Plan]]:
+    """Compile the most promising candidates, `workers` at a time; return those that fit, the best first.
 
-    Args:
-      tell: called with each as it is finished, and its number.
+    Raises:
+      ValueError: nothing can fit, by the shapes alone.
     """
-    found = []
+    possible = candidates(job, place, topology.devices(place))
+    if not possible:
+        raise ValueError(
+            f"no mesh of {place} holds this model and batch of {job.rows} rows, whatever is recomputed; take more chips"
+        )
+    jobs, found = [each.job for each in _varied(possible)[:tries]], []
+    say(f"{len(possible)} layouts may fit; {len(jobs)} are compiled, {workers} at a time")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=topology.without_hardware) as pool:
-        running = {pool.submit(make_plan, job, place): number for number, job in enumerate(jobs)}
+        running = {pool.submit(make_plan, each, place): each for each in jobs}
         for future in as_completed(running):
-            plan, number = future.result(), running[future]
-            tell(number, plan)
+            plan, own = future.result(), running[future]
+            say(f"{' '.join(changes(job, own)) or 'as it is'}: {line(plan)}")
             if plan.fits:
-                found.append((jobs[number], plan))
+                found.append((own, plan))
     return sorted(found, key=lambda each: each[1].time.step if each[1].time else each[1].needed)
 
 
-def nearest(job: Job, plan: Plan, place: Topology) -> tuple[Job, Plan] | None:
+def _varied(possible: list[Candidate]) -> list[Candidate]:
+    """Return candidates so that each mesh and policy comes once, with its fastest cut, before any comes twice."""
+    seen: dict[tuple, int] = collections.defaultdict(int)
+    turns = []
+    for place, each in enumerate(possible):
+        key = each.job.mesh, each.job.compute
+        turns.append((seen[key], place, each))
+        seen[key] += 1
+    return [each for _, _, each in sorted(turns, key=lambda turn: turn[:2])]
+
+
+def nearest(job: Job, plan: Plan, place: Topology) -> list[tuple[Job, Plan]]:
     """Return what differs least from a job that does not fit, and does fit, with its plan; at most three are compiled.
 
     Of each kind of change (recompute more, smaller microbatches, another mesh, several of them) the fastest that needs
@@ -154,17 +175,16 @@ def nearest(job: Job, plan: Plan, place: Topology) -> tuple[Job, Plan] | None:
     devices = topology.devices(place)
     own = sum(memory.expected(job, abstract(job, devices), place.chip.kind).values())
     limit = min(own * plan.available / plan.needed if plan.needed else own, place.chip.hbm_bytes)
-    changes: dict[tuple[bool, ...], Job] = {}
+    changed: dict[tuple[bool, ...], Job] = {}
     for each in candidates(job, place, devices):
         if each.bytes < limit:
             other = each.job
-            changed = other.mesh != job.mesh, other.step != job.step, other.compute != job.compute
-            changes.setdefault(changed, other)
-    for key in sorted(changes, key=lambda key: (sum(key), key))[:3]:
-        found = make_plan(changes[key], place)
+            changed.setdefault((other.mesh != job.mesh, other.step != job.step, other.compute != job.compute), other)
+    for key in sorted(changed, key=lambda key: (sum(key), key))[:3]:
+        found = make_plan(changed[key], place)
         if found.fits:
-            return changes[key], found
-    return None
+            return [(changed[key], found)]
+    return []
 
 
 def changes(job: Job, other: Job) -> list[str]:

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, _programs, bucket
+from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, bucket, programs
 from jaxllm.inference.layout import Layout
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
@@ -157,10 +157,10 @@ def test_max_new_tokens_must_be_positive(decoder):
         decoder.generate([Request([3])], GREEDY, Limits(0))
 
 
-def test_every_decoder_of_a_model_uses_the_same_programs(decoder, params):
+def test_every_decoder_of_a_model_uses_the_sameprograms(decoder, params):
     other = Decoder(decoder.config, params, COMPUTE)
     assert other._advance is decoder._advance
-    assert _programs(decoder.config, COMPUTE, Layout(columns=True)) is _programs(
+    assert programs(decoder.config, COMPUTE, Layout(columns=True)) is programs(
         decoder.config, COMPUTE, Layout(columns=True)
     )
     assert other.params["embed"]["table"] is params["embed"]["table"]  # no copy in float32

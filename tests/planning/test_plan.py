@@ -1,0 +1,95 @@
+"""Plans of a tiny recipe: with the compiler of TPUs where it is installed (pip install 'jaxllm[plan]')."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from jaxllm import plan
+from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.planning import aot, memory, search, topology
+from jaxllm.planning.aot import Job
+from jaxllm.sharding.config import MeshConfig, axis_sizes
+from jaxllm.training.config import AdamW, StepConfig
+
+MODEL = ModelConfig(vocab_size=512, d_model=128, n_layers=2, n_heads=4, d_ff=256, max_seq_len=128)
+JOB = Job(MODEL, ComputeConfig(), AdamW(), StepConfig(), MeshConfig(data=1, fsdp=4), 64, 128)
+NODE = topology.parse("h100:8")
+RECIPE = """
+out: run
+model: {vocab_size: 512, d_model: 128, n_layers: 2, n_heads: 4, d_ff: 256, max_seq_len: 128}
+data: {sources: [{path: nowhere}], packing: {seq_len: 128}, batch_size: 16}
+compute: {remat: full}
+mesh: {data: 1, fsdp: 4}
+"""
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan: libtpu")
+
+
+def test_candidates_are_all_that_may_fit():
+    found = search.candidates(JOB, NODE, jax.devices())
+    for each in found:
+        sizes = axis_sizes(each.job.mesh, 8)
+        assert JOB.rows % (sizes["data"] * sizes["fsdp"] * each.job.step.accumulate) == 0
+        assert MODEL.kv_heads % sizes["tensor"] == 0
+    meshes = {tuple(axis_sizes(each.job.mesh, 8)[axis] for axis in ("data", "fsdp", "tensor")) for each in found}
+    assert {(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)} < meshes
+    assert {each.job.compute.remat for each in found} == set(search.remats())
+    assert [each.seconds for each in found] == sorted(each.seconds for each in found)
+    small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": min(each.bytes for each in found)}))
+    fewer = search.candidates(JOB, small, jax.devices())
+    assert 0 < len(fewer) < len(found)
+    assert max(each.bytes for each in fewer) <= search.SLACK * small.chip.hbm_bytes
+
+
+def test_memory_by_category_is_that_of_the_shapes():
+    parts = aot.abstract(JOB._replace(mesh=MeshConfig(data=2, fsdp=4)), jax.devices())
+    sizes = memory.expected(JOB, parts, "gpu")
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(parts.state.params))
+    assert whole / 4 <= sizes["parameters"] < whole / 3.9  # norms are not split
+    assert sizes["optimizer"] < 2 * sizes["parameters"] / 1.9  # over the replicas as well
+    assert sizes["batch"] == 5 * 4 * 64 * 128 / 8
+    assert sum(memory.by_category(sizes, 1e9).values()) == pytest.approx(1e9)
+
+
+SHORT = "The total memory required for HLO temporaries (47.70G) exceeds available HBM (15.75G)."
+LONG = """Ran out of memory in memory space hbm. Used 20.11G of 15.75G hbm. Exceeded hbm capacity by 4.36G.
+  Largest program allocations in hbm:
+  1. Size: 4.00G
+     Operator: op_name="jit(train_step)/loss" source_file="a.py"
+     Shape: f32[32768,32000]{1,0:T(8,128)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("problem", "needed", "available", "buffers"), [(SHORT, 47.7, 15.75, 0), (LONG, 20.11, 15.75, 1)]
+)
+def test_what_the_compiler_says_about_memory(problem, needed, available, buffers):
+    found = aot.shortage(problem)
+    assert (found.needed / 2**30, found.available / 2**30) == pytest.approx((needed, available))
+    assert len(found.buffers) == buffers
+    if buffers:
+        assert found.buffers[0] == (4 * 2**30, "f32[32768,32000]{1,0:T(8,128)} jit(train_step)/loss")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2"]) == 2
+    assert "a plan for v5e:2x2 needs libtpu; run: pip install 'jaxllm[plan]'" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_plan_for_tpus(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(aot, "CACHE", tmp_path / "cache")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = [str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2", "--out", str(tmp_path / "plan")]
+    for cached in (False, True):
+        assert plan.main(command) == 0
+        [found] = json.loads((tmp_path / "plan/plan.json").read_text())
+        assert found["cached"] == cached
+    assert "it fits" in capsys.readouterr().out
+    assert sum(found["memory"].values()) == pytest.approx(found["needed"])
+    assert 0 < found["time"]["mfu"] < 1
+    assert found["time"]["basis"].startswith("model estimate")
+    assert {each["kind"] for each in found["collectives"]} & {"all-gather", "all-reduce", "reduce-scatter"}
