@@ -81,7 +81,7 @@ def test_one_axis_goes_over_the_slices_and_all_others_stay_within(across):
     found = np.vectorize(lambda device: device.slice_index)(arrange(config, hosts(16, 16)))
     axis = ["stage", "data", "fsdp"].index(across)
     first, second = np.split(found, 2, axis=axis)
-    assert found.shape == (2, 2, 4, 1, 2)
+    assert found.shape == (2, 2, 4, 1, 1, 2)
     assert (first == 0).all()
     assert (second == 1).all()
 
