@@ -34,6 +34,7 @@ from jaxllm.core.config import Config
 from jaxllm.data.ngrams import constants, mix, units, windows
 
 ROWS_AT_ONCE = 1 << 14  # signatures worked on at once: 8 MiB
+PAIRS_AT_ONCE = 1 << 9  # of which the n-grams are compared
 ROUNDS, NEIGHBOURS, SORTED = 32, 8, 32  # SORTED: values of a signature that decide who is a neighbour
 NOISE = 3.0  # standard deviations of a similarity by signatures
 SETS = 1 << 23  # n-grams of documents kept in memory for comparing: 64 MiB
@@ -193,7 +194,6 @@ class _Alike:
     def __init__(self, rows: np.ndarray, config: DedupConfig, text: Callable[[int], str] | None):
         self.rows, self._config, self._text = rows, config, text
         self._sets: dict[int, np.ndarray] = {}
-        self._size = 0
 
     def __call__(self, pairs: np.ndarray) -> np.ndarray:
         threshold, count = self._config.threshold, self._config.permutations
@@ -201,18 +201,24 @@ class _Alike:
             return np.ones(len(pairs), bool)
         found = similarity(self.rows, pairs)
         noise = NOISE * (threshold * (1 - threshold) / count) ** 0.5
-        for at in np.flatnonzero(np.abs(found - threshold) < noise) if self._text else ():
-            found[at] = _jaccard(*map(self._set, pairs[at].tolist()))
+        open_ = np.flatnonzero(np.abs(found - threshold) < noise) if self._text else []
+        for start in range(0, len(open_), PAIRS_AT_ONCE):
+            some = open_[start : start + PAIRS_AT_ONCE]
+            self._read(pairs[some].ravel().tolist())
+            found[some] = [_jaccard(self._sets[a], self._sets[b]) for a, b in pairs[some].tolist()]
         return found >= threshold
 
-    def _set(self, index: int) -> np.ndarray:
-        if index not in self._sets:
-            if self._size > SETS:
-                self._sets, self._size = {}, 0
-            found = (windows(part, self._config.ngram)[0] for part in units([self._text(index)]))
-            self._sets[index] = np.unique(np.concatenate([*found]))
-            self._size += len(self._sets[index])
-        return self._sets[index]
+    def _read(self, indices: Sequence[int]) -> None:
+        """Have the n-grams of these texts in `_sets`; beside them, those of some that were asked for before."""
+        if sum(map(len, self._sets.values())) > SETS:
+            self._sets.clear()
+        new = [index for index in dict.fromkeys(indices) if index not in self._sets]
+        parts: dict[int, list[np.ndarray]] = {index: [] for index in new}
+        for found in units([self._text(index) for index in new]):
+            hashes, bounds = windows(found, self._config.ngram)
+            for owner, each in zip(found.owners.tolist(), np.split(hashes, bounds[1:-1]), strict=True):
+                parts[new[owner]].append(each)
+        self._sets |= {index: np.unique(np.concatenate(each)) for index, each in parts.items()}
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:

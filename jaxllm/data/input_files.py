@@ -6,6 +6,7 @@ import glob
 import gzip
 import io
 import lzma
+import mmap
 import os
 import re
 import stat
@@ -14,10 +15,13 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from jaxllm.core.extras import extra
 from jaxllm.data.problems import Problems
+
+if TYPE_CHECKING:
+    from jaxllm.data.sources import Part
 
 BUFFER = 1 << 18
 Line = tuple[int, int, int, bytes]  # number, offset, size, content
@@ -30,6 +34,7 @@ _NAMES = {  # of files of each kind, also numbered as in -00000-of-00008, also c
     for kind, endings in _ENDINGS.items()
 }
 _TAR = re.compile(r"\.(tar|tar\.\w+|tgz)$", re.IGNORECASE)
+_PACKED = re.compile(rb"\x1f\x8b|\xfd7zXZ\0|BZh[1-9]1AY&SY|\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # how files begin
 _HIDDEN = re.compile(r"(^|/)(\.[^/.]|__MACOSX/)")
 
 
@@ -80,21 +85,38 @@ def stamp(path: str) -> tuple[int, int] | None:
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
-def streams(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, str, BinaryIO]]:
-    """Yield a file, or those members of an archive that are named as `kind` demands.
+def cut(path: str, size: int, step: int, end: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (first byte, end, lines before) of stretches of `step` bytes or more of a file here, or all of it at once,
+    where it is compressed.
 
     Args:
-      size: how much of the file is read, in bytes, so that what a writer appends meanwhile is not seen.
+      end: pattern of what a stretch ends with, such as a newline.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        step = size if _PACKED.match(content) else step
+        first = before = 0
+        while first < size:
+            found = re.compile(end).search(content, first + step - 1, size)
+            stop = found.end() if found else size
+            yield first, stop, before
+            before += content[first:stop].count(b"\n")
+            first = stop
+
+
+def streams(part: "Part", problems: Problems) -> Iterator[tuple[str, str, BinaryIO]]:
+    """Yield a file, or a stretch of it, or those members of an archive that are named as its kind demands.
+
     Returns:
       (what it is called in messages, what its locations begin with, content).
     """
-    for member, content in problems.guard(path, _members(path, size, kind, problems)):
-        yield (f"{path}/{member}", f"{member}, ", content) if member else (path, "", content)
+    for member, content in problems.guard(part.path, _members(part, problems)):
+        yield (f"{part.path}/{member}", f"{member}, ", content) if member else (part.path, "", content)
 
 
-def _members(path: str, size: int | None, kind: str, problems: Problems) -> Iterator[tuple[str, BinaryIO]]:
+def _members(part: "Part", problems: Problems) -> Iterator[tuple[str, BinaryIO]]:
+    path, kind = part.path, part.source.kind
     with open_file(path) as file:
-        begin = Beginning(file, size)
+        begin = Stretch(file, part)
         if path.lower().endswith(".zip"):
             yield from _wanted(_zipped(file), kind, problems)
         elif _TAR.search(path):
@@ -102,7 +124,7 @@ def _members(path: str, size: int | None, kind: str, problems: Problems) -> Iter
         else:
             yield "", begin
         if begin.grew:
-            problems.notes[f"{path} grew while it was read: only its first {size:,} bytes are used"] += 1
+            problems.notes[f"{path} grew while it was read: only its first {part.size:,} bytes are used"] += 1
 
 
 def is_archive(path: str) -> bool:
@@ -161,12 +183,12 @@ def open_file(path: str) -> BinaryIO:
 
 def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
     """Yield the lines, which end at newlines only: (number from 1, offset, size, at most `limit` + 1 of its bytes)."""
-    stream, offset, number = unpacked(content), 0, 0
+    stream, offset, number = unpacked(content), getattr(content, "first", 0), getattr(content, "before", 0)
     while data := stream.readline(limit + 1):
         size, end = len(data), data
         while not end.endswith(b"\n"):
             if not (end := stream.readline(BUFFER)):
-                if isinstance(content, Beginning) and content.grew:
+                if isinstance(content, Stretch) and content.grew:
                     return  # half a line: the writer was not done
                 break
             size += len(end)
@@ -175,11 +197,15 @@ def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
         offset += size
 
 
-class Beginning(io.RawIOBase):
-    """The first `size` bytes of a file, or all of it if that is None; `grew`: there was more in the end."""
+class Stretch(io.RawIOBase):
+    """A part of a file, so that what a writer appends meanwhile is not seen; `grew`: there was more in the end."""
 
-    def __init__(self, file: BinaryIO, size: int | None):
-        self.file, self.left, self.grew = file, size, False
+    def __init__(self, file: BinaryIO, part: "Part"):
+        self.file, self.grew, self.first, self.before = file, False, part.first, part.before
+        self.left = None if part.size is None else part.stop - part.first
+        self._last = part.stop == part.size
+        if part.first:
+            file.seek(part.first)
 
     def readable(self) -> bool:
         return True
@@ -190,7 +216,7 @@ class Beginning(io.RawIOBase):
             if not count and self.left:
                 raise OSError(f"the file lost its last {self.left:,} bytes while it was read")
             self.left -= count
-            self.grew = self.grew or (not self.left and bool(self.file.read(1)))
+            self.grew = self.grew or (not self.left and self._last and bool(self.file.read(1)))
         return count
 
 
@@ -198,17 +224,17 @@ def unpacked(content: BinaryIO) -> BinaryIO:
     """Decompress what looks compressed, whatever it is called."""
     stream = io.BufferedReader(content, BUFFER)
     head = stream.peek(16)
+    if not _PACKED.match(head):
+        return stream
     if head.startswith(b"\x1f\x8b"):
         return io.BufferedReader(gzip.GzipFile(fileobj=stream), BUFFER)
     if head.startswith(b"\xfd7zXZ\x00"):
         return io.BufferedReader(lzma.LZMAFile(stream), BUFFER)
-    if re.match(rb"BZh[1-9]1AY&SY", head):
+    if head.startswith(b"BZh"):
         return io.BufferedReader(bz2.BZ2File(stream), BUFFER)
-    if re.match(rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)", head):
-        with extra("prep"):
-            import pyarrow
-        return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BUFFER)  # it finds cut ones
-    return stream
+    with extra("prep"):
+        import pyarrow
+    return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BUFFER)  # it finds cut ones
 
 
 def _path(path: str):

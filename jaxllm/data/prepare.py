@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
+LEAST_BYTES, ENOUGH_PARTS = 1 << 22, 64  # of a part that is worth a worker's start; for any number of cores
 SAMPLES = 8  # the tokenizer's sample is drawn from at most about this many times its size
 T = TypeVar("T")
 
@@ -224,12 +225,17 @@ class _Job:
 
 
 def parts(config: PrepareConfig) -> list[tuple[sources.Part, ...]]:
-    """Return the inputs cut into what one worker reads at a time: files that follow each other, up to `part_bytes`."""
+    """Return the inputs cut into what one worker reads at a time: files that follow each other, or stretches of one.
+
+    These have up to `part_bytes`, or less where all inputs are small, so that there is work for many.
+    """
+    found = list(chain.from_iterable(map(sources.parts, config.inputs)))
+    step = min(config.part_bytes, max(LEAST_BYTES, sum(each.size or 0 for each in found) // ENOUGH_PARTS))
     result: list[list[sources.Part]] = []
     total = 0
-    for each in chain.from_iterable(map(sources.parts, config.inputs)):
-        size = each.size or 0
-        if not result or total + size > config.part_bytes or each.size is None:
+    for each in chain.from_iterable(sources.cut(each, max(step, LEAST_BYTES)) for each in found):
+        size = 0 if each.size is None else each.stop - each.first
+        if not result or total + size > step or each.size is None:
             result.append([])
             total = 0
         result[-1].append(each)
@@ -248,10 +254,11 @@ def make_tokenizer(config: PrepareConfig) -> Tokenizer:
 
 def _sample(texts: Sequence[Path], kept: Sequence[Path], share: float, chat: bool) -> Iterator[str]:
     """The texts that are kept, or an evenly spread share of them, below 1."""
-    for number, (path, keep) in enumerate(zip(texts, kept, strict=True)):
+    draw = np.random.Generator(np.random.Philox(0))  # the same for a document, whatever the parts are
+    for path, keep in zip(texts, kept, strict=True):
         chosen = np.load(keep)
         if share < 1:
-            chosen &= np.random.Generator(np.random.Philox(number)).random(len(chosen)) < share
+            chosen &= draw.random(len(chosen)) < share
         for item in stages.read_documents(path, chat, chosen):
             yield from stages.texts(item)
 

@@ -8,7 +8,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -148,21 +148,19 @@ class Texts:
 
     def item(self, number: int) -> Document | Conversation:
         """Return document `number`."""
-        ends = _document_ends(self.paths)
-        part = bisect_right(ends, number)
+        part = bisect_right(self._ends, number)
         path = self.paths[part] / "documents.jsonl"
         with open(path, "rb") as file:
-            file.seek(_line_starts(path)[number - (ends[part - 1] if part else 0)])
+            file.seek(_line_starts(path)[number - (self._ends[part - 1] if part else 0)])
             return stages.parse(file.readline(), self.chat)
 
     def __call__(self, number: int) -> str:
         """Return the text by which document `number` is compared."""
         return stages.identity(self.item(number))
 
-
-@lru_cache(maxsize=1)
-def _document_ends(paths: tuple[Path, ...]) -> list[int]:
-    return np.cumsum([len(np.load(path / "digests.npy", mmap_mode="r")) for path in paths]).tolist()
+    @cached_property
+    def _ends(self) -> list[int]:
+        return np.cumsum([len(np.load(path / "digests.npy", mmap_mode="r")) for path in self.paths]).tolist()
 
 
 @lru_cache(maxsize=1 << 12)

@@ -40,7 +40,7 @@ def read(part: "Part", problems: Problems, fields: list[str] | None) -> Iterator
         return
     match kind:
         case "jsonl":
-            for file, prefix, content in streams(part.path, part.size, "jsonl", problems):
+            for file, prefix, content in streams(part, problems):
                 yield from problems.guard(file, _json_lines(content, part.source, problems, file, prefix))
         case "parquet":
             yield from problems.guard(part.path, _parquet(part.path, fields, problems))

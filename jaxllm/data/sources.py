@@ -112,13 +112,14 @@ Input = Annotated[FileInput | Tfds | PyDocs | World, Field(discriminator="kind")
 
 
 class Part(NamedTuple):
-    """What one worker reads alone: one file, or a stretch of a data set.
+    """What one worker reads alone: a file, or a stretch of one or of a data set.
 
     Attributes:
       path: the file, or what the source is called.
       size, changed: of the file when it was found, in bytes, and when it was written; what is appended later is not
         read. None: unknown.
-      first, stop: rows of a data set.
+      first, stop: bytes of the file, or rows of a data set.
+      before: lines of the file before `first`.
     """
 
     source: Input
@@ -127,6 +128,7 @@ class Part(NamedTuple):
     changed: int | None = None
     first: int = 0
     stop: int = 0
+    before: int = 0
 
 
 def parts(source: Input) -> list[Part]:
@@ -143,7 +145,23 @@ def parts(source: Input) -> list[Part]:
             return [Part(source, name, first=at, stop=min(at + step, count)) for at in range(0, count, step)]
         case PyDocs() | World():
             return [Part(source, source.kind)]
-    return [Part(source, path, *(input_files.stamp(path) or ())) for path in paths(source)]
+    stamped = ((path, input_files.stamp(path) or (None, None)) for path in paths(source))
+    return [Part(source, path, size, changed, stop=size or 0) for path, (size, changed) in stamped]
+
+
+def cut(part: Part, step: int) -> list[Part]:
+    """Return stretches of `step` bytes or more of a file of lines, if it is here and not compressed, or `part`."""
+    match part.source:
+        case RowFiles(kind="jsonl") | TextFiles(kind="text", split="line"):
+            end = rb"\n"
+        case TextFiles(kind="text", split="paragraph"):
+            end = rb"\n\r?\n"
+        case _:
+            return [part]
+    if part.size is None or part.size <= step or "://" in part.path or input_files.is_archive(part.path):
+        return [part]
+    found = input_files.cut(part.path, part.size, step, end)
+    return [part._replace(first=first, stop=stop, before=before) for first, stop, before in found]
 
 
 def name_of(source: Input) -> str:

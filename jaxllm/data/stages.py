@@ -208,7 +208,6 @@ class Encode:
       text: what `Clean` left. keep: .npy, bool for each document of it.
       tokenizer: directory; named: what errors call it.
       verdicts: what else is left out, or changed.
-      batch_chars: text given to the tokenizer at once.
     """
 
     out: Path
@@ -219,7 +218,6 @@ class Encode:
     chat: bool
     errors: Policy
     verdicts: "repeats.Verdicts | None" = None
-    batch_chars: int = BATCH_CHARS
 
     @property
     def key(self) -> str:
@@ -250,7 +248,7 @@ class Encode:
 
     def _encoded(self, tok: Tokenizer, account: Account, tick: Tick) -> Iterator[Encoded]:
         kept = self._kept(account, tick)
-        for batch in batches(kept, self.batch_chars) if not self.chat else ():
+        for batch in batches(kept) if not self.chat else ():
             for each, ids in zip(batch, tok.encode_batch([each.text for each in batch]), strict=True):
                 yield Encoded(each.source, each.location, ids, [], size_of(each), provenance(each))
         for item in kept if self.chat else ():
@@ -308,14 +306,14 @@ def keep_first(digests: Sequence[UInt64[np.ndarray, "n 2"]]) -> list[Bool[np.nda
     return np.split(keep, np.cumsum([len(each) for each in digests])[:-1])
 
 
-def batches(items: Iterable[T], limit: int = BATCH_CHARS) -> Iterator[list[T]]:
-    """Yield documents or conversations in lists of about `limit` characters."""
+def batches(items: Iterable[T]) -> Iterator[list[T]]:
+    """Yield documents or conversations in lists of about `BATCH_CHARS` characters."""
     batch: list[T] = []
     size = 0
     for item in items:
         batch.append(item)
         size += sum(map(len, texts(item)))
-        if size >= limit:
+        if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -35,7 +35,7 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
     """Yield the documents of one input file; those longer than the source's `max_bytes` are problems."""
     source = part.source
     readers = {"text": _plain, "markdown": _plain, "html": _page, "warc": _archive}
-    for file, prefix, content in streams(part.path, part.size, source.kind, problems):
+    for file, prefix, content in streams(part, problems):
         found = readers[source.kind](content, source, problems, file)
         for location, offset, size, text, name in problems.guard(file, found):
             if size > source.max_bytes:

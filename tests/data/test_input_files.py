@@ -21,7 +21,7 @@ from jaxllm.data.clean import CleanConfig, Cleaner
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.problems import Problems
-from jaxllm.data.sources import RowFiles, TextFiles, documents, parts
+from jaxllm.data.sources import RowFiles, TextFiles, cut, documents, parts
 
 
 def read(source, problems=None):
@@ -96,6 +96,26 @@ def test_members_of_archives(tmp_path):
             ("a.txt, line 1", str(tmp_path / name)),
             ("sub/b.txt.gz, line 1", str(tmp_path / name)),
         ]
+
+
+@pytest.mark.parametrize("split", ["line", "paragraph", "jsonl"])
+def test_stretches_of_a_file_have_its_documents(tmp_path, split):
+    if split == "jsonl":
+        (tmp_path / "a").write_bytes(b"\n" + lines(40) + b"{bad\n\n" + lines(3)[:-1])
+        source = RowFiles(path=f"{tmp_path}/a")
+    else:
+        text = "".join(f"row {n} 你好\nand more{end}" for n in range(40) for end in ("\n", "\r\n\r\n", "\n\n\n \n"))
+        (tmp_path / "a").write_bytes(f"\ufeff{text}end".encode())
+        source = TextFiles(path=f"{tmp_path}/a", split=split)
+    [whole] = parts(source)
+    expected = read(source, all_problems := Problems("skip"))
+    for step in (1, 50, 700, 10_000):
+        found, problems = cut(whole, step), Problems("skip")
+        assert [each for part in found for each in documents(part, problems)] == expected
+        assert (problems.examples, problems.notes) == (all_problems.examples, {})
+        assert (len(found) > 1) == (step < 1000) and found[-1].stop == whole.size
+    (tmp_path / "a").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    assert len(cut(parts(source)[0], 50)) == 1 and read(source, Problems("skip")) == expected
 
 
 def test_broken_archives(tmp_path):

@@ -135,3 +135,14 @@ def test_any_number_of_workers_and_beam_give_the_same_bytes(files):
         prepare(config(f"out{number}", engine=engine, **options))
         made.append({path.name: path.read_bytes() for path in files.glob(f"out{number}/train/*")})
     assert made[0] == made[1] == made[-1]
+
+
+def test_evaluation_texts_are_written_as_the_documents_are(files):
+    traditional = "這個學習問題的答案應該沒有人會說出來，因為書裡寫得很長。"
+    rows = {"a": [{"text": f"前面。{traditional}後面。"}, {"text": "別的"}], "evaluation": [{"text": traditional}]}
+    for name, each in rows.items():
+        (files / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    against = {"against": [{"kind": "jsonl", "path": "evaluation.jsonl"}]}
+    for chinese in ("simplified", "keep"):
+        report = prepare(config(overwrite=True, clean={"chinese": chinese}, decontaminate=against))
+        assert report.rules["contaminated"].dropped == 1
