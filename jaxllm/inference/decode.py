@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxllm.inference.beam import Ranking, beam_search
-from jaxllm.inference.layout import Layout, choose_layout, prepare
+from jaxllm.inference.layout import Layout, choose_layout, join, prepare
 from jaxllm.inference.rules import Rules
 from jaxllm.inference.sampling import Sampler, row_key, settings
 from jaxllm.inference.search import Search
@@ -104,6 +104,9 @@ class Decoder:
         on_mesh = (on_mesh_of(params, program) for program in programs(config, compute, layout))
         self._prefill, self._step, self._advance, self._search = on_mesh
         self.params = on_mesh_of(params, prepare)(params, layout, compute.dtype)
+        if layout.joined:
+            apart = layout._replace(joined=False)
+            self.params = join(bind(graph(config, compute, **apart._asdict())[0], self.params))
 
     def generate(self, requests: Sequence[Request], sampler: Sampler, limits: Limits) -> list[Completion]:
         """Answer every request, in order; impossible ones are refused as by `check`."""

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.models.build import EXACT, STACKS, Params, unstack
+from jaxllm.models.build import EXACT, STACKS, AnyModel, Params, unstack
 from jaxllm.models.config import ComputeConfig
 
 MAX_WIDENED = 0.4  # of the host's memory: a copy in float32 may take so much
-MAX_TURNED = 256 * 2**20  # bytes of a float32 table that is held a second time, turned; a larger one is read as it is
+MAX_COPIED = 256 * 2**20  # bytes of float32 that are held a second time: the table turned, and the layers joined
 
 
 class Layout(NamedTuple):
@@ -21,6 +22,7 @@ class Layout(NamedTuple):
 
     stacked: bool = False
     columns: bool = False
+    joined: bool = False
     packed: str | None = None
 
 
@@ -30,15 +32,21 @@ def choose_layout(params: Params, compute: ComputeConfig) -> Layout:
     Layers are cut, because a loop over a stacked array copies the weights per token. Only where a float32 copy of
     narrow weights takes most of a CPU's memory, they stay stacked and packed; then the cache is copied per token, which
     is little beside widening all weights unless a text is very long.
+
+    Matrices that are multiplied by one input are joined: a CPU reads long lines of memory faster than short ones, and
+    a token of a model of 15M parameters takes a sixth less time. They are copied for it, so a large model stays apart.
     """
     if not _one_cpu(params) or compute.dtype != "float32":
         return Layout()
-    matrices = [leaf for leaf in jax.tree.leaves([params.get(name) for name in STACKS]) if leaf.ndim > 2]
+    writer = params.get("decoder", params)
+    matrices = [leaf for leaf in jax.tree.leaves([writer.get(name) for name in STACKS]) if leaf.ndim > 2]
+    size = 4 * sum(leaf.size for leaf in matrices)
     narrow = {str(leaf.dtype) for leaf in matrices} & {"bfloat16", "float16"}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if len(narrow) != 1 or 4 * sum(leaf.size for leaf in matrices) < MAX_WIDENED * memory:
-        table = _output_table(params.get("decoder", params))
-        return Layout(columns=table.dtype != "float32" or table.nbytes <= MAX_TURNED)  # a narrow one is copied anyway
+    if len(narrow) != 1 or size < MAX_WIDENED * memory:
+        table = _output_table(writer)
+        columns = table.dtype != "float32" or table.nbytes <= MAX_COPIED  # a narrow one is copied anyway
+        return Layout(columns=columns, joined=size <= MAX_COPIED)
     return Layout(stacked=True, packed=narrow.pop())
 
 
@@ -84,6 +92,12 @@ def _host(params: Params) -> Params:
 def _share(params: Params) -> Params:
     """Return arrays of JAX in the memory of NumPy's."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices("cpu")[0], may_alias=True), params)
+
+
+def join(model: AnyModel) -> Params:
+    """Return the parameters of a cut model as one that is `joined` has them."""
+    getattr(model, "decoder", model).join()
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def _turn(params: Params) -> Params:

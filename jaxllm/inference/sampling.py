@@ -100,9 +100,16 @@ def choose(
         scores = filtered(scores / settings.temperature, settings)
         steps = jax.vmap(lambda key: jax.random.fold_in(jax.random.wrap_key_data(key), step))(keys)
         scores = scores + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(steps)
-    tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    tokens = _first_best(scores)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _first_best(scores: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """Return the argmax, of two plain reductions: XLA on a CPU makes one of pairs number by number."""
+    ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    best = scores == jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(best, ids, ids[-1]), axis=-1)
 
 
 def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]) -> Float[Array, "B V"]:

@@ -116,9 +116,20 @@ class Attention(nnx.Module):
             # Split by heads up to here: the output may be split by rows.
             return self.o(constrain(attend(q, k, v, mask, *self._how()), "batch", "length", "heads", None)), cache
 
+    def join(self) -> None:
+        """Hold k and v in q, as one projection."""
+        if self.kv_latent is None:
+            self.q.join(self.k, self.v)
+            self.k = self.v = None
+
     def _project(self, x: Float[Array, "B T D"], angles: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         """Return queries, keys and values."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.k is None:
+            n_heads, n_kv_heads, head_dim, *_ = self.heads
+            joined = rearrange(self.q(x), "B T (N H) -> B T N H", H=head_dim)
+            q, k, v = jnp.split(joined, [n_heads, n_heads + n_kv_heads], axis=2)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
         if self.q_norm is not None:
             q, k = _normalise(self.q_norm, q), _normalise(self.k_norm, k)
         if angles is not None:

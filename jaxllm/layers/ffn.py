@@ -1,6 +1,7 @@
 """Position-wise feed-forward layers."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -29,8 +30,19 @@ class Ffn(nnx.Module):
         self.up = Projection(rngs, narrow, wide, bias=bias, std=std)
         self.down = Projection(rngs, wide, narrow, bias=bias, std=out_std)
 
+    def join(self) -> None:
+        """Hold up in gate, as one projection, and down with its longer lines."""
+        if self.gate is not None:
+            self.gate.join(self.up)
+            self.up = None
+        self.down.turn()
+
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation = ACTIVATIONS[self.activation]
         with jax.named_scope("ffn"):
-            hidden = activation(self.up(x)) if self.gate is None else activation(self.gate(x)) * self.up(x)
+            if self.gate is None:
+                hidden = activation(self.up(x))
+            else:
+                gate, up = jnp.split(self.gate(x), 2, axis=-1) if self.up is None else (self.gate(x), self.up(x))
+                hidden = activation(gate) * up
             return self.down(constrain(hidden, "batch", "length", "mlp"))

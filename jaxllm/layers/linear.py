@@ -14,6 +14,7 @@ from jaxllm.sharding.rules import constrain
 
 PRODUCT = "projection"  # by this name rematerialisation knows what is dear to recompute
 ROW_PARTS = 4
+FEW_ROWS = 64  # so many are multiplied faster in parts than at once
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], std: float) -> nnx.Param:
@@ -50,12 +51,30 @@ class Projection(nnx.Module):
         # The axis of a bias must not take the mesh axis of the batch away from activations: only heads and mlp shard.
         axes = tuple("norm" if name == "embed" else name for name in outputs)
         self.bias = constant(tuple(outputs.values()), axes, 0.0) if bias else None
+        self.turned = False
 
     def __call__(self, x: Float[Array, "B T *inputs"]) -> Float[Array, "B T *outputs"]:
-        y = checkpoint_name(_product(x, self.kernel[...].astype(x.dtype), self.n_inputs), PRODUCT)
+        kernel = self.kernel[...].astype(x.dtype)
+        if self.turned:
+            y = _turned_product(x, kernel)
+        else:
+            y = checkpoint_name(_product(x, kernel, self.n_inputs), PRODUCT)
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
         return y
+
+    def join(self, *others: "Projection") -> None:
+        """Become one map, to a flat output, with `others` of the same input: theirs come behind its own."""
+        parts = [self, *others]
+        flat = lambda leaf, kept: leaf[...].reshape(*leaf.shape[:kept], -1)
+        self.kernel = nnx.Param(jnp.concatenate([flat(part.kernel, self.n_inputs) for part in parts], axis=-1))
+        if self.bias is not None:
+            self.bias = nnx.Param(jnp.concatenate([flat(part.bias, 0) for part in parts]))
+
+    def turn(self) -> None:
+        """Hold W[in, out] as W[out, in], if these lines are longer."""
+        if self.kernel.shape[0] > self.kernel.shape[1]:
+            self.kernel, self.turned = nnx.Param(self.kernel[...].T), True
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -80,7 +99,17 @@ def _row_product(n_inputs: int, x: Array, kernel: Array) -> Array:
     inputs = math.prod(kernel.shape[:n_inputs])
     parts = math.gcd(inputs, ROW_PARTS)
     y = jnp.einsum("pk,pkn->pn", x.reshape(parts, -1), kernel.reshape(parts, inputs // parts, -1))
-    return jnp.sum(y, axis=0).reshape(1, 1, *kernel.shape[n_inputs:])
+    return functools.reduce(jnp.add, y).reshape(1, 1, *kernel.shape[n_inputs:])
+
+
+def _turned_product(x: Float[Array, "B T K"], kernel: Float[Array, "N K"]) -> Float[Array, "B T N"]:
+    """y = x W^T, for few rows as products that each read their own rows of W, as in `_row_product`."""
+    rows = x.reshape(-1, x.shape[-1])
+    parts = math.gcd(kernel.shape[0], ROW_PARTS) if len(rows) <= FEW_ROWS else 1
+    rows = jnp.broadcast_to(rows, (parts, *rows.shape))
+    # The order of the operands is that of the product: jnp.einsum may swap them, and it is slower then.
+    y = jax.lax.dot_general(kernel.reshape(parts, -1, x.shape[-1]), rows, (((2,), (2,)), ((0,), (0,))))
+    return jnp.moveaxis(y, 2, 0).reshape(*x.shape[:2], -1)
 
 
 def _product_backward(n_inputs: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:

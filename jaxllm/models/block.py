@@ -63,6 +63,12 @@ class Block(nnx.Module):
             self.ffn = Ffn(rngs, config.ffn, **shape)
         self.ffn_out_norm, self.ffn_gate = norm(after), gate()
 
+    def join(self) -> None:
+        """Hold together what is multiplied by one input: fewer and larger matrices, for decoding."""
+        self.attention.join()
+        if isinstance(self.ffn, Ffn):
+            self.ffn.join()
+
     def __call__(
         self, x: Float[Array, "B T D"], mask: Mask, angles: tuple[Array, Array] | None = None,
         cache: LayerCache | None = None, positions: Int[Array, "B T"] | None = None, memory: Memory | None = None,

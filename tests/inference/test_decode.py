@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jaxllm.inference.decode import CHECK_EVERY, Decoder, Limits, Request, bucket, programs
-from jaxllm.inference.layout import Layout
+from jaxllm.inference.layout import Layout, choose_layout
 from jaxllm.inference.sampling import Sampler, penalise
 from jaxllm.layers.cache import init_cache
 from jaxllm.layers.config import Experts, LongRopeScaling, Rope
@@ -45,9 +45,9 @@ def test_logprobs_are_those_of_the_full_forward(decoder, forward):
         np.testing.assert_allclose(answer.logprobs, expected[np.arange(8), answer.tokens], atol=1e-4)
 
 
-def test_cached_logits_equal_the_full_forward(decoder, forward):
+def test_cached_logits_equal_the_full_forward(decoder, forward, params):
     config = decoder.config
-    model = bind(graph(config, COMPUTE, stacked=False, columns=True)[0], decoder.params)
+    model = bind(graph(config, COMPUTE, **choose_layout(params, COMPUTE)._asdict())[0], decoder.params)
     tokens = np.asarray(PROMPTS[4])[None]
     positions = np.arange(17)[None]
     cache = init_cache(config.n_layers, (1, 32, config.kv_heads, config.head_width), np.float32)
@@ -184,7 +184,8 @@ def test_buckets():
     assert found == [32, 32, 48, 48, 64, 96, 96, 128, 256, 1000, 1000]
 
 
-def test_a_decoder_on_a_cpu_shares_the_memory_of_the_model():
+def test_a_decoder_on_a_cpu_shares_the_memory_of_a_large_model(monkeypatch):
+    monkeypatch.setattr("jaxllm.inference.layout.MAX_COPIED", 0)
     config = CONFIG.model_copy(update={"d_model": 64, "n_heads": 4, "d_ff": 64})
     params = jax.device_put(jax.jit(lambda: init_params(config, 0))(), jax.devices()[0])
     stacked, layers = params["blocks"]["ffn"]["up"]["kernel"], Decoder(config, params, COMPUTE).params["blocks"]
@@ -215,7 +216,7 @@ def test_a_large_table_is_in_memory_once_and_a_narrow_one_is_widened_once(tied, 
     params = jax.jit(lambda: jax.tree.map(lambda leaf: 6 * leaf, init_params(config, 3)))()
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16") if leaf.ndim > 1 else leaf, params)
     turned = Decoder(config, params, COMPUTE)
-    monkeypatch.setattr("jaxllm.inference.layout.MAX_TURNED", 0)
+    monkeypatch.setattr("jaxllm.inference.layout.MAX_COPIED", 0)
     plain, narrow = Decoder(config, params, COMPUTE), Decoder(config, half, COMPUTE)
     assert ("columns" in turned.params, "columns" in plain.params, "columns" in narrow.params) == (True, False, True)
     assert plain.params["embed"] is params["embed"] and plain.params.get("head") is params.get("head")
