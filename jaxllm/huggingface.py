@@ -13,6 +13,7 @@ from jaxllm.core import files
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens, text_pairs, text_pieces
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.chat import PAIR_TEMPLATE
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.encoder import Encoder
@@ -108,7 +109,8 @@ def load(
         config = config.model_copy(update={"start_token": said.get("decoder_start_token_id", config.start_token)})
         forced = _several(said.get("forced_bos_token_id"))
         return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, asked=said, compute=compute)
-    return LanguageModel(config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=ends)
+    chat = tokenizer.chat is not None and tokenizer.chat.source != PAIR_TEMPLATE
+    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends)
 
 
 def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.cache import Cache, LayerCache, Memory, init_cache
 from jaxllm.layers.config import Learned, RelativeBias, Sinusoids
+from jaxllm.layers.dropout import Drop
 from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, Projection, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
@@ -52,6 +53,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.compute = compute
         self.packed = packed
+        self.drop: Drop | None = None  # while training; see `models.build.bind`
         d_model, std, encoder = config.d_model, config.init_std, part == "encoder"
         self.embed = None if encoder else Embed(rngs, config.vocab_size, d_model, std=std)
         places = config.positions
@@ -89,7 +91,8 @@ class Transformer(nnx.Module):
             case Sinusoids():
                 x = x + sinusoids(positions, config.d_model, config.positions).astype(x.dtype)
         x = constrain(x, "batch", "length", None)  # right after the gather, which otherwise loses the batch's sharding
-        return x if self.embed_norm is None else self.embed_norm(x)
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        return x if self.drop is None else self.drop.at(config.n_layers)(x)
 
     def run(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None,
@@ -137,13 +140,14 @@ class Transformer(nnx.Module):
         """Run the blocks of one kind; `cache` is stacked as they are."""
         blocks, traits = getattr(self, stack.name), layer_traits(self.config)[stack.layers.start : stack.layers.stop]
 
-        def apply(x: Array, layer: tuple[Block, Traits | None, LayerCache | None]) -> tuple[Array, tuple]:
-            block, own, cache = layer
+        def apply(x: Array, layer: tuple[Block, Traits | None, LayerCache | None, Array | None]) -> tuple[Array, tuple]:
+            block, own, cache, number = layer
             if self.packed:
                 block = jax.tree.map(
                     lambda z: jax.lax.bitcast_convert_type(z, self.packed) if z.dtype == jnp.uint16 else z, block
                 )
-            x, *rest = block(x, *views.of(own or traits[0]), cache, positions, memory)
+            drop = None if self.drop is None else self.drop.at(number)
+            x, *rest = block(x, *views.of(own or traits[0]), cache, positions, memory, drop)
             return constrain(x, "batch", "length", None), tuple(rest)
 
         if self.compute.remat != "none":
@@ -151,7 +155,8 @@ class Transformer(nnx.Module):
         unroll = len(traits) if self.compute.layers == "unroll" and not self.packed else 1
         # If no layer differs, traits are facts of the program, not data of the loop.
         differ = Traits(*(jnp.asarray(z) for z in zip(*traits, strict=True))) if len(set(traits)) > 1 else None
-        x, (cache, sums) = jax.lax.scan(apply, x, (blocks, differ, cache), unroll=unroll)
+        numbers = None if self.drop is None else jnp.arange(stack.layers.start, stack.layers.stop)
+        x, (cache, sums) = jax.lax.scan(apply, x, (blocks, differ, cache, numbers), unroll=unroll)
         return x, cache, sums
 
     def output_table(self) -> Float[Array, "V D"]:
