@@ -125,7 +125,7 @@ def _asked(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
         found = files.read_json(path)
     else:
         begin = {"forced_bos_token_id": raw.get("bos_token_id")} if raw.get("force_bos_token_to_be_generated") else {}
-        found = begin | {word: raw[word] for word in WORDS if word in raw}
+        found = {word: raw[word] for word in WORDS if word in raw} | begin  # which transformers sets over another one
     return {word: value for word, value in found.items() if value is not None}
 
 

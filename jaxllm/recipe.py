@@ -93,6 +93,11 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
             model = _with_vocabulary(model, read_manifest(path).vocab_size)
     if "preset" in model:
         preset = presets.raw(str(model["preset"]))
+        if (kind := _kind(model)) != "decoder-only":
+            raise ConfigError(
+                f"model.preset={model['preset']} is decoder-only, and {', '.join(sorted({*model} - {'preset'}))} of "
+                f"`model` in this recipe are {kind}; leave the preset out, or take a recipe of a decoder"
+            )
         model = configs.merge(preset, {key: value for key, value in model.items() if key != "preset"})
     return {**raw, "model": model}
 

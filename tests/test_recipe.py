@@ -169,3 +169,13 @@ def test_parts_that_would_be_computed_without_a_clamped_gate_are_refused(overrid
     recipe(*EXPERTS, "model.ffn.clamped.limit=5")
     with pytest.raises(ValueError, match=said):
         recipe(*EXPERTS, "model.ffn.clamped.limit=5", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("masked-lm", "head, stack"), ("translation", "decoder, encoder, logit_bias")]
+)
+def test_a_preset_of_another_kind_of_model_is_refused(name, own):
+    with pytest.raises(
+        configs.ConfigError, match=f"model.preset=llama-3m is decoder-only, and {own} of `model`.* leave the pre"
+    ):
+        load_recipe(f"configs/{name}.yaml", ["model.preset=llama-3m"])
