@@ -14,6 +14,7 @@ from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens, text_pairs, text_pieces
 from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.chat import PAIR_TEMPLATE
 from jaxllm.data.fast_export import to_json
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.encoder import Encoder
@@ -110,7 +111,8 @@ def load(
         config = config.model_copy(update={"start_token": said.get("decoder_start_token_id", config.start_token)})
         forced = _several(said.get("forced_bos_token_id"))
         return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, asked=said, compute=compute)
-    return LanguageModel(config, params, tokenizer, chat=tokenizer.chat is not None, compute=compute, stop_ids=ends)
+    chat = tokenizer.chat is not None and tokenizer.chat.source != PAIR_TEMPLATE
+    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends)
 
 
 def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _asked(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
         found = files.read_json(path)
     else:
         begin = {"forced_bos_token_id": raw.get("bos_token_id")} if raw.get("force_bos_token_to_be_generated") else {}
-        found = begin | {word: raw[word] for word in WORDS if word in raw}
+        found = {word: raw[word] for word in WORDS if word in raw} | begin  # which transformers sets over another one
     return {word: value for word, value in found.items() if value is not None}
 
 

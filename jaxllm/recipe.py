@@ -94,6 +94,11 @@ def _expand(raw: dict[str, Any]) -> dict[str, Any]:
             model = _with_vocabulary(model, read_manifest(path).vocab_size)
     if "preset" in model:
         preset = presets.raw(str(model["preset"]))
+        if (kind := _kind(model)) != "decoder-only":
+            raise ConfigError(
+                f"model.preset={model['preset']} is decoder-only, and {', '.join(sorted({*model} - {'preset'}))} of "
+                f"`model` in this recipe are {kind}; leave the preset out, or take a recipe of a decoder"
+            )
         model = configs.merge(preset, {key: value for key, value in model.items() if key != "preset"})
     return {**raw, "model": model}
 
@@ -246,6 +251,8 @@ def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> st
         return "compute.pipeline is for mesh.stage, which is 1; leave one out or set the other" if unused else None
     if isinstance(model, Seq2SeqConfig) or is_vae(model):
         return f"mesh.stage={stages} is for models of one row of layers, and this one has two; set it to 1"
+    if recipe.step.dropout.rate:
+        return f"mesh.stage={stages} and step.dropout do not go together; set mesh.stage=1, or step.dropout.rate=0"
     layers = len((model.stack if isinstance(model, EncoderConfig) else model).stacks()[-1].layers)
     try:
         recipe.compute.pipeline.check(stages, layers, rows, batch_parts(sizes) // stages)

@@ -28,8 +28,9 @@ from jaxllm.locate import is_huggingface, locate, look
 from jaxllm.models import accounting
 from jaxllm.models.build import AnyConfig, init_params
 from jaxllm.models.config import ModelConfig, is_vae
-from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
+from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.models.kernel import attention_kernel
+from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
@@ -48,6 +49,7 @@ from jaxllm.vae import VAE
 # Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
 # multiple of the estimate, with what glibc keeps of freed memory and without.
 PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4, 2
+SAID = ("stop_ids", "forced", "asked")
 
 
 class Run:
@@ -69,6 +71,7 @@ class Run:
         self.tokens_per_step = recipe.data.batch_size * recipe.data.packing.seq_len
         self.begin = Position(0, 0, recipe.data.batch_size)
         self.val_loss: float | None = None  # the last one measured
+        self._said: dict[str, Any] = {}  # by the model that an encoder-decoder starts from, of how targets are written
         if recipe.monitor.prompts:
             self._check_prompts()
         manifests = {source.path: read_manifest(source.path) for source in recipe.data.sources if source.validate_on}
@@ -127,7 +130,7 @@ class Run:
                 hint = f" (not as in its recipe: {', '.join(changed)})" if changed else ""
                 raise ValueError(f"{error}{hint}") from error
             self.begin = self.begin._replace(step=int(state.step), sample=meta["sample"])
-            self.val_loss = meta.get("val_loss")
+            self.val_loss, self._said = meta.get("val_loss"), {name: meta[name] for name in SAID if name in meta}
         return state
 
     def _starting_params(self) -> Any:
@@ -145,12 +148,18 @@ class Run:
         if is_huggingface(source):
             from jaxllm import huggingface
 
-            params = huggingface.load(opened, mesh=self.mesh, dtype="float32").params
+            model = huggingface.load(opened, mesh=self.mesh, dtype="float32")
+            params, meta = model.params, vars(model)
         else:
-            params = load_params(run_dir, found, step=step, shardings=param_shardings(found, self.mesh))[0]
+            params, meta = load_params(run_dir, found, step=step, shardings=param_shardings(found, self.mesh))
+        if isinstance(wanted, Seq2SeqConfig):
+            self._said = {name: meta[name] for name in SAID if name in meta}
         if isinstance(wanted, EncoderConfig) and wanted.head != found.head:  # a new one on top of what reads
             fresh = jax.jit(init_params, static_argnums=(0, 1), out_shardings=param_shardings(wanted, self.mesh))
-            params = {**fresh(wanted, self.recipe.seed), **{name: params[name] for name in params if name != "head"}}
+            head = fresh(wanted, self.recipe.seed)["head"]
+            if isinstance(found.head, Embeddings) and isinstance(wanted.head, Classes) and found.head.pooler:
+                head["pooler"] = params["head"]
+            params = {**params, "head": head}
         return params
 
     def _fingerprints(self) -> dict[str, str]:
@@ -210,7 +219,7 @@ class Run:
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
         parts = self.recipe.model, _best_params(state), self.run_dir / "tokenizer"
-        model = of_run(*parts, {"chat": self.is_chat}, compute=self.recipe.compute)
+        model = of_run(*parts, {"chat": self.is_chat, **self._said}, compute=self.recipe.compute)
         for prompt in self.recipe.monitor.prompts:
             self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))
 
@@ -235,7 +244,7 @@ class Run:
         sample = min(self.begin.at(step), self.loader.n_samples or self.begin.at(step))
         meta = {
             "step": step, "sample": sample, "fingerprints": self._fingerprints(), "chat": self.is_chat,
-            "val_loss": self.val_loss,
+            "val_loss": self.val_loss, **self._said,
         }  # fmt: skip
         self.checkpoints.save(state, meta, self.val_loss)
 

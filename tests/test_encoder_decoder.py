@@ -302,6 +302,10 @@ def test_only_without_a_generation_config_its_words_in_config_json_count(asking,
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(copied).eval()
     written = theirs.generate(torch.tensor([again.encode(TEXTS[0])]))[0].tolist()
     assert [again.config.start_token, 7, *again.generate(TEXTS[0])[0].tokens] == written
+    raw |= {"force_bos_token_to_be_generated": True, "bos_token_id": 5}  # of old files, where both are said
+    (copied / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(copied)
+    assert jaxllm.load(copied).forced == (theirs.generation_config.forced_bos_token_id,) == (5,)
 
 
 def test_a_streamed_target_and_one_that_is_stopped_are_the_beginning_of_the_whole(lm):

@@ -206,3 +206,13 @@ def test_a_pipeline_is_idle_while_it_fills_and_empties():
     assert Pipeline().idle(1) == 0
     assert Pipeline(microbatches=4).idle(4) == pytest.approx(3 / 7)
     assert Pipeline(microbatches=4, rounds=2).idle(4) == pytest.approx(3 / 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("masked-lm", "head, stack"), ("translation", "decoder, encoder, logit_bias")]
+)
+def test_a_preset_of_another_kind_of_model_is_refused(name, own):
+    with pytest.raises(
+        configs.ConfigError, match=f"model.preset=llama-3m is decoder-only, and {own} of `model`.* leave the pre"
+    ):
+        load_recipe(f"configs/{name}.yaml", ["model.preset=llama-3m"])

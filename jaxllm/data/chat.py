@@ -33,6 +33,12 @@ _ADVICE = (
 # The answer ends with eos inside the generation block, so that the model learns to stop.
 DEFAULT_TEMPLATE = resources.files(__package__).joinpath("chat_template.jinja").read_text("utf-8")
 
+# Of tokenizers of models with an encoder, which have no template: texts, each with its end, of which the last is said.
+PAIR_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content + eos_token }}"
+    "{% endgeneration %}{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
+)
+
 
 class TemplateError(ValueError):
     """The template itself does not allow to tell what the assistant says."""
@@ -144,7 +150,7 @@ def encode_chat(
     pieces = template_of(tokenizer).render(messages, add_generation_prompt)
     # The text of a message that spells a special token must stay text.
     spelled = any(name in piece.text for piece in pieces if not piece.special for name in tokenizer.special)
-    if isinstance(tokenizer.pieces, FastPieces) and not spelled:
+    if isinstance(tokenizer.pieces, FastPieces) and not spelled and tokenizer.chat.source != PAIR_TEMPLATE:
         # At once, as transformers does: some of these tokenizers treat the start of a text in a way of its own.
         ids, starts = tokenizer.pieces.encode_whole("".join(piece.text for piece in pieces))
         learned = [piece.trained for piece in pieces for _ in piece.text]

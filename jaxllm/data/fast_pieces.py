@@ -1,13 +1,16 @@
 """Piece models of Hugging Face: any `tokenizer.json`, run by the `tokenizers` library."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jaxllm.core import files
 from jaxllm.data.pieces import SPACE_MARK
+
+# BERT's names, where tokenizer_config.json has no others.
+NAMES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
 
 class FastPieces:
@@ -90,9 +93,11 @@ class FastPieces:
 
 
 def read_source(directory: Path) -> str | None:
-    """Return the `tokenizer.json` of a Hugging Face directory, or one made from GPT-2's two files; None: neither."""
+    """Return the `tokenizer.json` of a Hugging Face directory, or one of BERT's or GPT-2's own files; None: neither."""
     if (directory / "tokenizer.json").is_file():
         return (directory / "tokenizer.json").read_text(encoding="utf-8")
+    if (directory / "vocab.txt").is_file():
+        return word_pieces(directory / "vocab.txt", files.read_json(directory / "tokenizer_config.json", {}))
     vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
     if not (vocabulary.is_file() and merges.is_file()):
         return None
@@ -109,6 +114,36 @@ def read_source(directory: Path) -> str | None:
     model.decoder = decoders.ByteLevel()
     model.add_special_tokens(["<|endoftext|>"])
     return model.to_str()
+
+
+def word_pieces(vocabulary: Path, settings: Mapping[str, Any]) -> str:
+    """Return the tokenizer.json of a WordPiece vocabulary, one piece a line, as BERT cuts text.
+
+    Args:
+      settings: do_lower_case (default: true), strip_accents (default: as do_lower_case), tokenize_chinese_chars
+        (default: true), and the names of special tokens.
+    Raises:
+      ValueError: a special token is not in the vocabulary.
+    Source: Wu et al. 2016 (WordPiece); Devlin et al. 2019.
+    """
+    from tokenizers.implementations import BertWordPieceTokenizer
+    from tokenizers.models import WordPiece
+
+    names = {role: name_of(settings.get(f"{role}_token")) or name for role, name in NAMES.items()}
+    pieces = WordPiece.read_file(str(vocabulary))
+    if missing := [name for name in names.values() if name not in pieces]:
+        raise ValueError(f"{vocabulary} lacks {', '.join(missing)}; name the special tokens in tokenizer_config.json")
+    model = BertWordPieceTokenizer(
+        pieces, lowercase=settings.get("do_lower_case", True), strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        **{f"{role}_token": name for role, name in names.items()},
+    )  # fmt: skip
+    return json.dumps(json.loads(model.to_str()), ensure_ascii=False)
+
+
+def name_of(token: str | Mapping[str, Any] | None) -> str | None:
+    """Return the text of a special token, which tokenizer_config.json may describe at length."""
+    return token["content"] if isinstance(token, Mapping) else token
 
 
 # The printable character that byte-level BPE writes for each byte. Source: GPT-2's encoder.

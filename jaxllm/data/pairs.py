@@ -1,7 +1,10 @@
 """Conversations of one answer as pairs: a source and its target, or a text and its label.
 
-The source is the text of all messages before the answer, without the special tokens of the chat template, and eos.
+The source is the text of all messages before the answer, without the special tokens of the chat template, and eos. What
+the tokenizer of a published model puts before a text (BART: <s>) is before the source and before the target.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -16,16 +19,19 @@ from jaxllm.data.tokenizer import Tokenizer
 class Sides:
     """The two sides of each conversation of a dataset.
 
+    Args:
+      begin: ids before each side; default: what the tokenizer puts there.
     Attributes:
       sources, targets: int64 [n_documents], tokens of either side.
     Raises:
       ValueError: the dataset has text, or conversations of several answers.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer):
+    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, begin: Sequence[int] | None = None):
         if dataset.kind != "chat":
             raise ValueError(f"{dataset.directory} has text, and pairs are conversations; prepare it with --chat")
         self._dataset, self._eos = dataset, tokenizer.eos_id
+        self._begin = (tokenizer.prefix if tokenizer.surrounds else ()) if begin is None else begin
         self._special = np.zeros(tokenizer.vocab_size, bool)
         self._special[list(tokenizer.special.values())] = True
         starts, end = dataset.starts[:-1], int(dataset.starts[-1])
@@ -38,14 +44,15 @@ class Sides:
                 "has one; prepare conversations of one answer each"
             )
         answered = np.cumsum(begins) > np.repeat(np.arange(len(starts)), dataset.lengths)  # from the answer on
-        self.sources = count(~answered & ~self._special[dataset.stream(0, end)]) + 1
-        self.targets = count(said)
+        self.sources = len(self._begin) + count(~answered & ~self._special[dataset.stream(0, end)]) + 1
+        self.targets = len(self._begin) + count(said)
 
     def of(self, document: int) -> tuple[Int[np.ndarray, "S"], Int[np.ndarray, "T"]]:
         """Return (source, target) of a document."""
         tokens, said = self._dataset.tokens(document), self._dataset.trained(document)
         source = tokens[: int(said.argmax())]
-        return np.append(source[~self._special[source]], self._eos), tokens[said]
+        source = [*self._begin, *source[~self._special[source]], self._eos]
+        return np.array(source), np.array([*self._begin, *tokens[said]])
 
 
 class PairPlan(WholePlan):
@@ -79,22 +86,27 @@ class LabelPlan(WholePlan):
     """
 
     def __init__(self, dataset: Dataset, config: PackingConfig, tokenizer: Tokenizer, labels: tuple[str, ...]):
-        self.sides, self._bos = Sides(dataset, tokenizer), tokenizer.bos_id
+        self.sides = Sides(dataset, tokenizer, (tokenizer.bos_id,))
         said = [tokenizer.decode(self.sides.of(document)[1]) for document in range(len(dataset))]
-        if unknown := sorted({*said} - {*labels}):
+        names = {tokenizer.decode(tokenizer.encode(label)): i for i, label in enumerate(labels)}  # as tokens spell them
+        if len(names) < len(labels):
+            raise ValueError(
+                f"{dataset.directory}: to its tokenizer some of {', '.join(labels)} are the same; rename them"
+            )
+        if unknown := sorted({*said} - {*names}):
             raise ValueError(
                 f"{dataset.directory} has the answers {', '.join(map(repr, unknown[:5]))}, and data.objective.labels "
                 f"are {', '.join(map(repr, labels))}; name all answers there and in model.head.labels"
             )
-        self._labels = np.array([labels.index(each) for each in said], np.int32)
+        self._labels = np.array([names[each] for each in said], np.int32)
         # A text takes more than half a row, so that no two share one.
-        sizes = np.maximum(self.sides.sources + 1, config.seq_len // 2 + 1)
+        sizes = np.maximum(self.sides.sources, config.seq_len // 2 + 1)
         super().__init__(dataset, config, sizes, "text")
 
     def row(self, index: int) -> LabelledTexts:
         """Return row `index`: tokens and segments [T], label and weight []."""
         [document] = self.documents(index).tolist()
-        text = np.append(self._bos, self.sides.of(document)[0])
+        text, _ = self.sides.of(document)
         tokens, segments = np.zeros((2, self.seq_len), np.int32)
         tokens[: len(text)], segments[: len(text)] = text, 1
         return LabelledTexts(tokens, segments, self._labels[document], np.float32(1))

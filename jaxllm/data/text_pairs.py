@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from jaxllm.core import files
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import surrounded, to_json
+from jaxllm.data.fast_pieces import name_of, read_source
 from jaxllm.data.tokenizer import MASKS, Tokenizer
 
 Text = str | tuple[str, str]
 ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>"), "eos": ("</s>", "[SEP]")}
-# BERT's names, where tokenizer_config.json has no others.
-NAMES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 
 
 class Encoded(NamedTuple):
@@ -65,7 +64,7 @@ class PairTokenizer:
         self.eos_id = self._special("eos")[1]
 
     def _special(self, role: str) -> tuple[str, int | None]:
-        named = _name(self.settings.get(f"{role}_token"))
+        named = name_of(self.settings.get(f"{role}_token"))
         for name in (named, *ROLES[role]):
             if name is not None and (token := self._model.token_to_id(name)) is not None:
                 return name, token
@@ -137,44 +136,11 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
     """
     directory = Path(directory)
     settings = files.read_json(directory / "tokenizer_config.json", {})
-    if (directory / "tokenizer.json").is_file():
-        source = (directory / "tokenizer.json").read_text(encoding="utf-8")
-        if "model" not in json.loads(source):
-            return surrounding(tokenizers.load(directory), bos=bos, mask=mask)
+    if files.read_json(directory / "tokenizer.json", {"model": True}).get("model") is None:
+        return surrounding(tokenizers.load(directory), bos=bos, mask=mask)
+    if source := read_source(directory):
         return PairTokenizer(source, settings)
-    if (directory / "vocab.txt").is_file():
-        return PairTokenizer(word_pieces(directory / "vocab.txt", settings), settings)
     raise FileNotFoundError(
         f"{directory} has no tokenizer.json and no vocab.txt; save the tokenizer with transformers once, which writes "
         "tokenizer.json"
     )
-
-
-def word_pieces(vocabulary: str | Path, settings: Mapping[str, Any]) -> str:
-    """Return the tokenizer.json of a WordPiece vocabulary, one piece a line, as BERT cuts text.
-
-    Args:
-      settings: do_lower_case (default: true), strip_accents (default: as do_lower_case), tokenize_chinese_chars
-        (default: true), and the names of special tokens.
-    Raises:
-      ValueError: a special token is not in the vocabulary.
-    Source: Wu et al. 2016 (WordPiece); Devlin et al. 2019.
-    """
-    from tokenizers.implementations import BertWordPieceTokenizer
-    from tokenizers.models import WordPiece
-
-    names = {role: _name(settings.get(f"{role}_token")) or name for role, name in NAMES.items()}
-    pieces = WordPiece.read_file(str(vocabulary))
-    if missing := [name for name in names.values() if name not in pieces]:
-        raise ValueError(f"{vocabulary} lacks {', '.join(missing)}; name the special tokens in tokenizer_config.json")
-    model = BertWordPieceTokenizer(
-        pieces, lowercase=settings.get("do_lower_case", True), strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        **{f"{role}_token": name for role, name in names.items()},
-    )  # fmt: skip
-    return json.dumps(json.loads(model.to_str()), ensure_ascii=False)
-
-
-def _name(token: str | Mapping[str, Any] | None) -> str | None:
-    """Return the text of a special token, which tokenizer_config.json may describe at length."""
-    return token["content"] if isinstance(token, Mapping) else token

@@ -14,7 +14,7 @@ from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens
-from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, ROLE_TOKENS, ChatTemplate
+from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, PAIR_TEMPLATE, ROLE_TOKENS, ChatTemplate
 from jaxllm.data.fast_pieces import FastPieces, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
@@ -252,7 +252,8 @@ def _from_fast(pieces: FastPieces, config: Mapping[str, Any], origin: Path) -> T
     if bos is None:
         bos = pieces.prefix[0] if pieces.prefix else eos  # BERT's [CLS]
     ids = (eos if pad is None else pad, bos, eos)
-    return Tokenizer(pieces, pieces.special, ids, _chat(_template(config), pieces.special, bos, eos))
+    template = _template(config) or (PAIR_TEMPLATE if pieces.suffix == (eos,) else None)
+    return Tokenizer(pieces, pieces.special, ids, _chat(template, pieces.special, bos, eos))
 
 
 def _template(config: Mapping[str, Any]) -> str | None:

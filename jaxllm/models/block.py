@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 from jaxllm.layers.attention import Attention, Heads
 from jaxllm.layers.cache import LayerCache, Memory
 from jaxllm.layers.config import Experts, Kernel, Rope
+from jaxllm.layers.dropout import Drop
 from jaxllm.layers.ffn import Ffn
 from jaxllm.layers.kernels import Scores
 from jaxllm.layers.linear import constant
@@ -72,25 +73,30 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], mask: Mask, angles: tuple[Array, Array] | None = None,
         cache: LayerCache | None = None, positions: Int[Array, "B T"] | None = None, memory: Memory | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterSums | None]:  # fmt: skip
         """Return (x after the layer, its cache with the new keys and values, what its router did if it has one).
 
         Args:
           memory: the source, for a layer that attends to one; the memory of `cache`, where there is a cache.
+          drop: dropout of what each part of the layer adds to the stream.
         """
+        drops = [None if drop is None else drop.at(part) for part in range(3)]
         attended, cache = self.attention(_whole(self.attention_norm, x), mask, angles, cache, positions)
-        joined = self._join(x, attended, self.attention_out_norm, self.attention_gate)
+        joined = self._join(x, attended, self.attention_out_norm, self.attention_gate, drops[0])
         if self.cross:
             read = self.cross_attention.read(_whole(self.cross_norm, joined), memory if cache is None else cache.memory)
-            joined = self._join(joined, read, self.cross_out_norm, self.cross_gate)
+            joined = self._join(joined, read, self.cross_out_norm, self.cross_gate, drops[1])
         y, sums = self._feed_forward(_whole(self.ffn_norm, x if self.parallel else joined), mask)
-        return self._join(joined, y, self.ffn_out_norm, self.ffn_gate), cache, sums
+        return self._join(joined, y, self.ffn_out_norm, self.ffn_gate, drops[2]), cache, sums
 
-    def _join(self, x: Array, y: Array, norm: Norm | None, gate: nnx.Param | None) -> Array:
+    def _join(self, x: Array, y: Array, norm: Norm | None, gate: nnx.Param | None, drop: Drop | None) -> Array:
         """Add what a part of the layer puts out to the stream."""
         y = constrain(y, "batch", "stream", None)
         y = y if gate is None else y * gate[0].astype(y.dtype)
-        return norm(x + y) if self.post else x + _apply(norm, y)
+        y = y if self.post else _apply(norm, y)
+        y = y if drop is None else drop(y)
+        return norm(x + y) if self.post else x + y
 
     def _feed_forward(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Float[Array, "B T D"], RouterSums | None]:
         if not isinstance(self.ffn, Moe):

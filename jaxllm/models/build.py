@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxllm.core import rng
+from jaxllm.layers.dropout import Drop
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.decoder import Transformer
 from jaxllm.models.encoder import TransformerEncoder
@@ -76,9 +77,14 @@ def graph(config: AnyConfig, compute: ComputeConfig, **how: bool) -> tuple[nnx.G
     return nnx.split(nnx.eval_shape(build), nnx.Param)
 
 
-def bind(graphdef: nnx.GraphDef, params: Params) -> AnyModel:
-    """Join structure and parameters to a module; free under jit (trace time only)."""
-    return nnx.merge(graphdef, params)
+def bind(graphdef: nnx.GraphDef, params: Params, drop: Drop | None = None) -> AnyModel:
+    """Join structure and parameters to a module, with dropout if any; free under jit (trace time only)."""
+    model = nnx.merge(graphdef, params)
+    if drop is not None:
+        stacks = [each for each in (model, *vars(model).values()) if isinstance(each, Transformer)]
+        for number, stack in enumerate(stacks):
+            stack.drop = nnx.data(drop.at(number))
+    return model
 
 
 def init_params(config: AnyConfig, seed: int) -> Params:

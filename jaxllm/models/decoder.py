@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxllm.layers.cache import Cache, LayerCache, Memory, init_cache
 from jaxllm.layers.config import Learned, RelativeBias, Sinusoids
+from jaxllm.layers.dropout import Drop
 from jaxllm.layers.kernels import soft_cap
 from jaxllm.layers.linear import PRODUCT, Embed, Projection, param
 from jaxllm.layers.masks import CacheMask, CausalMask, Mask
@@ -26,6 +27,9 @@ from jaxllm.models.pipeline import pipelined, spread, stages
 from jaxllm.models.views import Traits, Views, layer_traits
 from jaxllm.sharding.rules import constrain
 
+# What a loop over blocks of one kind reads of each: itself, its traits where they differ, its cache, and its number where
+# there is dropout.
+Layers = tuple[Block, Traits | None, LayerCache | None, Array | None]
 REMAT = {
     # By name: a policy for products does not see those inside of functions with gradients of their own.
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
@@ -54,6 +58,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.compute = compute
         self.packed = packed
+        self.drop: Drop | None = None  # while training; see `models.build.bind`
         d_model, std, encoder = config.d_model, config.init_std, part == "encoder"
         self.embed = None if encoder else Embed(rngs, config.vocab_size, d_model, std=std)
         places = config.positions
@@ -99,7 +104,8 @@ class Transformer(nnx.Module):
             case Sinusoids():
                 x = x + sinusoids(positions, config.d_model, config.positions).astype(x.dtype)
         x = constrain(x, "rows", "stream", None)  # right after the gather, which otherwise loses the batch's sharding
-        return x if self.embed_norm is None else self.embed_norm(x)
+        x = x if self.embed_norm is None else self.embed_norm(x)
+        return x if self.drop is None else self.drop.at(config.n_layers)(x)
 
     def run(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None,
@@ -119,7 +125,7 @@ class Transformer(nnx.Module):
             updated = []
             for stack in self.config.stacks():
                 layers = jax.tree.map(lambda *z: jnp.stack(z), *(cache[i] for i in stack.layers))
-                layers = *self._layers(stack)[:2], layers
+                layers = *self._layers(stack)[:2], layers, None
                 x, (layers, _) = self._scan(x, stack, layers, views, positions=positions)
                 updated += [jax.tree.map(lambda z, i=i: z[i], layers) for i in range(len(stack.layers))]
             cache = tuple(updated)
@@ -159,30 +165,32 @@ class Transformer(nnx.Module):
                 x = spread(run, x, layers, (positions, mask.segments))
         return x, sums
 
-    def _layers(self, stack: Stack) -> tuple[Block, Traits | None, None]:
-        """Return what a loop over the blocks of one kind reads of each: itself, its traits, and no cache."""
+    def _layers(self, stack: Stack) -> Layers:
+        """Return the blocks of one kind, for a loop without a cache."""
         traits = self._traits(stack)
         # If no layer differs, traits are facts of the program, not data of the loop.
         differ = Traits(*(jnp.asarray(z) for z in zip(*traits, strict=True))) if len(set(traits)) > 1 else None
-        return getattr(self, stack.name), differ, None
+        numbers = None if self.drop is None else jnp.arange(stack.layers.start, stack.layers.stop)
+        return getattr(self, stack.name), differ, None, numbers
 
     def _traits(self, stack: Stack) -> list[Traits]:
         return layer_traits(self.config)[stack.layers.start : stack.layers.stop]
 
     def _scan(
-        self, x: Array, stack: Stack, layers: tuple[Block, Traits | None, LayerCache | None], views: Views,
-        memory: Memory | None = None, positions: Int[Array, "B T"] | None = None,
+        self, x: Array, stack: Stack, layers: Layers, views: Views, memory: Memory | None = None,
+        positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Array, tuple[LayerCache | None, RouterSums | None]]:  # fmt: skip
         """Run blocks of one kind; `layers` are stacked."""
         alike = self._traits(stack)[0]
 
-        def apply(x: Array, layer: tuple[Block, Traits | None, LayerCache | None]) -> tuple[Array, tuple]:
-            block, own, cache = layer
+        def apply(x: Array, layer: Layers) -> tuple[Array, tuple]:
+            block, own, cache, number = layer
             if self.packed:
                 block = jax.tree.map(
                     lambda z: jax.lax.bitcast_convert_type(z, self.packed) if z.dtype == jnp.uint16 else z, block
                 )
-            x, *rest = block(x, *views.of(own or alike), cache, positions, memory)
+            drop = None if self.drop is None else self.drop.at(number)
+            x, *rest = block(x, *views.of(own or alike), cache, positions, memory, drop)
             return constrain(x, "batch", "stream", None), tuple(rest)
 
         if self.compute.remat != "none":

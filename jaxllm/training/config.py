@@ -64,6 +64,13 @@ class Elbo(Config):
     seed: int = Field(0, ge=0, description="decides the noise of the latents and which tokens are not seen")
 
 
+class Dropout(Config):
+    """What is set to zero while training, of the embeddings and of what each part of a layer adds to the stream."""
+
+    rate: float = Field(0.0, ge=0, lt=1, description="share of the numbers (Vaswani et al.: 0.1); 0 = off")
+    seed: int = Field(0, ge=0, description="decides which ones, with the number of the step")
+
+
 class StepConfig(Config):
     """What an update does beside the optimizer."""
 
@@ -72,6 +79,7 @@ class StepConfig(Config):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary (Vaswani et al.: 0.1)"
     )
+    dropout: Dropout = Field(Dropout(), description="against learning a small text by heart")
     elbo: Elbo = Field(Elbo(), description="the loss of a VAE (model.latent)")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="decay of a moving average of parameters, shorter at first; none = off"

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
-from jaxllm.models.build import Params, bind, graph
+from jaxllm.models.build import Drop, Params, bind, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import Classes, EncoderConfig, HeadConfig, MaskedLM
@@ -22,7 +22,7 @@ from jaxllm.training.losses import Sums, cross_entropy, token_nats
 
 def masked_lm_sums(
     params: Params, batch: Batch, config: EncoderConfig, compute: ComputeConfig,
-    types: Int[Array, "B T"] | None = None, *, z: float = 0.0, smoothing: float = 0.0,
+    types: Int[Array, "B T"] | None = None, *, z: float = 0.0, smoothing: float = 0.0, drop: Drop | None = None,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats) summed over the weighted tokens of `batch`.
 
@@ -35,7 +35,7 @@ def masked_lm_sums(
     """
     if not isinstance(config.head, MaskedLM):
         raise TypeError(f"head {config.head.kind} guesses no tokens; this loss needs one of kind masked_lm")
-    model: TransformerEncoder = bind(graph(config, compute)[0], params)
+    model: TransformerEncoder = bind(graph(config, compute)[0], params, drop)
     hidden = model.states(batch.tokens, batch.segments, types, batch.positions)
     with jax.named_scope("loss"):
         states, table = model.head.linear(hidden, model.stack.output_table())
@@ -44,7 +44,7 @@ def masked_lm_sums(
 
 def class_sums(
     params: Params, batch: LabelledTexts, config: EncoderConfig, compute: ComputeConfig,
-    types: Int[Array, "B T"] | None = None, *, smoothing: float = 0.0,
+    types: Int[Array, "B T"] | None = None, *, smoothing: float = 0.0, drop: Drop | None = None,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats) of the right labels, summed over the weighted texts of `batch`.
 
@@ -53,7 +53,7 @@ def class_sums(
     """
     if not isinstance(config.head, Classes):
         raise TypeError(f"head {config.head.kind} has no labels; this loss needs one of kind classes")
-    model: TransformerEncoder = bind(graph(config, compute)[0], params)
+    model: TransformerEncoder = bind(graph(config, compute)[0], params, drop)
     hidden = model.text_states(batch.tokens, batch.segments, types)
     log_probs = jax.nn.log_softmax(model.logits(hidden, batch.segments), axis=-1)
     chosen = jnp.take_along_axis(log_probs, jnp.expand_dims(batch.labels, -1), axis=-1)[:, 0]
@@ -97,10 +97,10 @@ def answer_metrics(batches: Sequence[Mapping[str, Array]], head: HeadConfig) -> 
 
 def target_sums(
     params: Params, batch: TextPairs, config: Seq2SeqConfig, compute: ComputeConfig, z: float = 0.0,
-    smoothing: float = 0.0,
+    smoothing: float = 0.0, drop: Drop | None = None,
 ) -> Sums:  # fmt: skip
     """Return (loss, nats) summed over the weighted tokens of the targets."""
-    model: Seq2Seq = bind(graph(config, compute)[0], params)
+    model: Seq2Seq = bind(graph(config, compute)[0], params, drop)
     inputs = shifted(batch.targets, batch.segments, config.start_token)
     hidden = model.states(batch.sources, inputs, batch.source_segments, batch.segments)
     with jax.named_scope("loss"):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxllm.core import rng
 from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.models.balance import move_biases, router_loss, router_metrics
-from jaxllm.models.build import AnyConfig, Params, bind, graph
+from jaxllm.models.build import AnyConfig, Drop, Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
@@ -30,28 +31,30 @@ NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradie
 
 
 def loss_sums(
-    params: Params, batch: AnyBatch, model: AnyConfig, compute: ComputeConfig, z: float = 0.0, smoothing: float = 0.0
-) -> tuple:
+    params: Params, batch: AnyBatch, model: AnyConfig, compute: ComputeConfig, z: float = 0.0, smoothing: float = 0.0,
+    drop: Drop | None = None,
+) -> tuple:  # fmt: skip
     """Return (loss, (nats, router sums)), summed over the weights of `batch`; see `losses.cross_entropy`.
 
     Experts add their `balance.router_loss`, times the weights, to the loss; the router sums of other models are None.
     """
     match model, batch:
         case EncoderConfig(), LabelledTexts():
-            loss, nats = class_sums(params, batch, model, compute, smoothing=smoothing)
+            loss, nats = class_sums(params, batch, model, compute, smoothing=smoothing, drop=drop)
         case EncoderConfig(), _:
-            loss, nats = masked_lm_sums(params, batch, model, compute, z=z, smoothing=smoothing)
+            loss, nats = masked_lm_sums(params, batch, model, compute, z=z, smoothing=smoothing, drop=drop)
         case Seq2SeqConfig(), _:
-            loss, nats = target_sums(params, batch, model, compute, z, smoothing)
+            loss, nats = target_sums(params, batch, model, compute, z, smoothing, drop)
         case _:
-            return _next_token_sums(params, batch, model, compute, z, smoothing)
+            return _next_token_sums(params, batch, model, compute, z, smoothing, drop)
     return loss, (nats, None)
 
 
 def _next_token_sums(
-    params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float, smoothing: float
-) -> tuple:
-    module = bind(graph(model, compute)[0], params)
+    params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float, smoothing: float,
+    drop: Drop | None,
+) -> tuple:  # fmt: skip
+    module = bind(graph(model, compute)[0], params, drop)
     hidden, routers = module.routed_states(batch.tokens, batch.segments, batch.positions)
     with jax.named_scope("loss"):
         table, cap = module.output_table(), model.logit_softcap
@@ -62,28 +65,40 @@ def _next_token_sums(
 
 
 def gradient_sums(
-    params: Params, batch: AnyBatch | Texts, model: AnyConfig, compute: ComputeConfig, step: StepConfig
-) -> tuple[Params, Float[Array, ""], tuple]:
-    """Return (gradient of the loss sum, loss sum, (nats sum, other sums)), in `step.accumulate` microbatches."""
+    params: Params, batch: AnyBatch | Texts, model: AnyConfig, compute: ComputeConfig, step: StepConfig,
+    number: Int[Array, ""] | int = 0,
+) -> tuple[Params, Float[Array, ""], tuple]:  # fmt: skip
+    """Return (gradient of the loss sum, loss sum, (nats sum, other sums)), in `step.accumulate` microbatches.
+
+    Args:
+      number: of the update; decides what dropout drops.
+    """
     loss_of = (
         functools.partial(elbo_sums, free_bits=step.elbo.free_bits) if isinstance(batch, Texts)
         else functools.partial(loss_sums, smoothing=step.label_smoothing)
     )  # fmt: skip
-    both = jax.value_and_grad(functools.partial(loss_of, model=model, compute=compute, z=step.z_loss), has_aux=True)
+    key, rate = rng.key(step.dropout.seed, "dropout", number), step.dropout.rate
+
+    def loss_of_rows(params: Params, batch: AnyBatch | Texts, rows: Int[Array, "B"]) -> tuple:
+        drop = Drop(key, rows, rate) if rate else None
+        return loss_of(params, batch, model=model, compute=compute, z=step.z_loss, drop=drop)
+
+    both = jax.value_and_grad(loss_of_rows, has_aux=True)
+    batch = batch, jnp.arange(jax.tree.leaves(batch)[0].shape[0])
 
     def split(x: Array) -> Array:
         # Strided, so that each device's rows stay on it: [B] -> [B / A, A] -> [A, B / A].
         x = jnp.swapaxes(x.reshape(x.shape[0] // step.accumulate, step.accumulate, *x.shape[1:]), 0, 1)
         return constrain(x, *(None, "rows", "length", None)[: x.ndim])
 
-    def add(carry: tuple, microbatch: AnyBatch | Texts) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, carry, both(params, microbatch)), None
+    def add(carry: tuple, microbatch: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, carry, both(params, *microbatch)), None
 
     if step.accumulate == 1:
-        (loss, rest), gradient = both(params, batch)
+        (loss, rest), gradient = both(params, *batch)
         return gradient, loss, rest
     parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(both, params, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(both, params, *jax.tree.map(lambda x: x[0], parts))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     (loss, rest), gradient = jax.lax.scan(add, zero, parts)[0]
     return gradient, loss, rest
@@ -108,7 +123,7 @@ def train_step(
     """
     vae = is_vae(model)
     rows = draw(batch, step.elbo, model.latent.size, state.step, texts_per_row) if vae else batch
-    gradient, loss, (nats, sums) = gradient_sums(state.params, rows, model, compute, step)
+    gradient, loss, (nats, sums) = gradient_sums(state.params, rows, model, compute, step, state.step)
     routers = None if vae else sums
     with jax.named_scope("update"):
         tokens = jnp.sum(batch.weights)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.core import rng
 from jaxllm.core.batch import Batch
-from jaxllm.models.build import Params, bind, graph
+from jaxllm.models.build import Drop, Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.training.config import Elbo
 from jaxllm.training.losses import cross_entropy
@@ -83,7 +83,7 @@ def draw(batch: Batch, config: Elbo, size: int, step: Int[Array, ""] | int, text
 
 def elbo_sums(
     params: Params, texts: Texts, model: ModelConfig, compute: ComputeConfig, z: float = 0.0, free_bits: float = 0.0,
-    guess: bool = False,
+    guess: bool = False, drop: Drop | None = None,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], VaeSums]]:  # fmt: skip
     """Return (loss, (nats, sums)) of a batch, with one sample of each latent: what is trained, and -ELBO.
 
@@ -94,7 +94,7 @@ def elbo_sums(
       z: weight of the squared log-partition term, see `losses.cross_entropy`.
       guess: count the tokens that are guessed right.
     """
-    batch, module = texts.batch, bind(graph(model, compute)[0], params)
+    batch, module = texts.batch, bind(graph(model, compute)[0], params, drop)
     numbers = jnp.arange(1, texts.noise.shape[1] + 1)[None, :, None]
     present = jnp.any(batch.segments[:, None, :] == numbers, axis=-1, keepdims=True).astype(jnp.float32)
     q = module.posterior(batch.tokens, batch.segments, batch.positions, texts.noise.shape[1])
