@@ -78,21 +78,26 @@ class Network(NamedTuple):
 def group_of(instruction: Instruction, n_devices: int) -> list[int]:
     """Return the partitions of the first group of a collective, from its `replica_groups` in any of XLA's notations.
 
-    Example: {{0,1},{2,3}} -> 0 1;  [2,2]<=[2,2]T(1,0) -> 0 2;  mesh['x'=2,'y'=2] {'x'} -> 0 2
+    Example: {{0,1},{2,3}} -> 0 1;  [2,2]<=[2,2]T(1,0) -> 0 2;  mesh['x'=2,'y'=2] {'x'} -> 0 2;
+    mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'} -> 0 1
     """
     text = instruction.attributes
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return [int(found[1]), int(found[2])]
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(each) for each in found[1].split(",")]
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dimensions = [int(each) for each in found[3].split(",")]
-        ids = np.arange(math.prod(dimensions)).reshape(dimensions)
-        ids = ids.transpose([int(each) for each in found[4].split(",")]) if found[4] else ids
-        return ids.reshape(int(found[1]), int(found[2]))[0].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={iota}", text):
+        return _iota(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0].tolist()
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({iota}\))?\s*\{{([^}}]*)\}}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        wanted = re.findall(r"'(\w+)'", found[2])
+        ids = _iota(found[2] or str(math.prod(sizes.values())), found[3]).reshape(tuple(sizes.values()))
+        wanted = re.findall(r"'(\w+)'", found[4])
         return ids[tuple(slice(None) if name in wanted else 0 for name in sizes)].reshape(-1).tolist()
     return list(range(n_devices))
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """Return 0, 1, 2 ... in the shape of `sizes`, "4,16", with its axes in `order`, "1,0"."""
+    ids = np.arange(math.prod(shape := [int(each) for each in sizes.split(",")])).reshape(shape)
+    return ids.transpose([int(each) for each in order.split(",")]) if order else ids

@@ -18,6 +18,7 @@ from jaxllm.planning.network import COLLECTIVES, Network, group_of
 # a head (products of the pass), half of the square being hidden. All are taken to reach this share of the peak.
 KERNEL_SHARE = 0.5
 PRODUCTS = {"splash_mha_fwd": 4, "splash_mha_dq": 6, "splash_mha_dkv": 8}
+FUSED_START, FUSED_DONE = "async-collective-start", "async-collective-done"  # fusions; what lies between carries it on
 FREE = frozenset({
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all",
     "add-dependency", "opt-barrier", "iota",
@@ -97,14 +98,14 @@ class _Replay:
                 now += max((self.run(branch, times) for branch in branches), default=0.0)
             elif each.op == "call":
                 now += self.run(each.attribute(r"to_apply=%?([\w.\-]+)"), times)
-            elif each.op.endswith("-start"):
+            elif each.op.endswith("-start") or each.name.startswith(FUSED_START):
                 queue, seconds, key = self._started(each, table, given, times)
                 free[queue] = max(now, free[queue]) + seconds
                 ready[each.name] = free[queue], key
-            elif each.op.endswith("-done") or each.op.endswith("-update"):
-                until, key = ready.get(each.operands[0], (now, None)) if each.operands else (now, None)
-                ready[each.name] = until, key
-                if each.op.endswith("-done"):
+            elif each.op.endswith(("-done", "-update")) or each.name.startswith(FUSED_DONE):
+                source = each.operands[0] if each.op != "fusion" else each.name.replace(FUSED_DONE, FUSED_START)
+                until, key = ready[each.name] = ready.get(source, (now, None))
+                if not each.op.endswith("-update"):
                     self._waited(max(0.0, until - now) * times, key)
                     now = max(now, until)
             else:
@@ -127,7 +128,8 @@ class _Replay:
         if each.op.removesuffix("-start") in COLLECTIVES:
             return each
         called = each.attribute(r"(?:calls|called_computation)=%?([\w.\-]+)")
-        wraps = each.op == "async-start" or (called or "").startswith("all-reduce-scatter")
+        scatter = (called or "").startswith("all-reduce-scatter")
+        wraps = scatter or each.op == "async-start" or each.name.startswith(FUSED_START)
         inside = self.module.computations.get(called, []) if wraps else []
         return next((inner for inner in inside if inner.op in COLLECTIVES), None)
 

@@ -61,7 +61,7 @@ def test_the_time_of_a_schedule():
 @pytest.mark.parametrize(
     ("groups", "first"),
     [("{{0,1},{2,3}}", [0, 1]), ("[2,2]<=[2,2]T(1,0)", [0, 2]), ("mesh['x'=2,'y'=2] {'x'}", [0, 2]),
-     ("mesh['x'=2,'y'=2] {'x','y'}", [0, 1, 2, 3])],
+     ("mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'x'}", [0, 1]), ("mesh['x'=2,'y'=2] {'x','y'}", [0, 1, 2, 3])],
 )  # fmt: skip
 def test_groups_in_all_notations(groups, first):
     instruction = hlo.Instruction("a", False, "f32[2]", "all-gather", (), "", f", replica_groups={groups}")
