@@ -154,7 +154,7 @@ def apply_experts(
     The compiler cannot partition a product of groups whose sizes are data, so what each device does is written out: it
     sorts the tokens of its own rows of the batch. Devices that share the experts gather one another's tokens, compute
     what falls to their own experts (all other rows are in no group), and sum the results, each for its own rows.
-    Devices that share the width of experts sum as after any split product.
+    Devices that share the width of experts sum as after any split product, each for its own part of the rows.
 
     Cost: with n devices on the expert axis each receives the tokens of the n - 1 others and sums as many results, n / A
     times what an exchange of the chosen tokens alone would move, and it holds rows for all n, since any number of them
@@ -167,6 +167,9 @@ def apply_experts(
     wide = partition_spec(("experts", None, "mlp"), kernels.up.shape, mesh.shape)
     owners, parts = wide[0], wide[2]
     gathers = owners in jax.tree.leaves(rows[0])  # one mesh axis, several, or None
+    out = partition_spec(("batch", "stream", None), x.shape, mesh.shape)
+    scatters = parts is not None and out[1] != rows[1] and parts in jax.tree.leaves(out[1])
+    out = out if scatters else rows
     # JAX cannot type what varies over devices under a vmap that is split over them (a pipeline); one more sum, then.
     typed = mesh.shape.get("stage", 1) == 1
 
@@ -180,13 +183,16 @@ def apply_experts(
         if owners is not None:
             choice = choice - jax.lax.axis_index(owners) * kernels.up.shape[0]
         y = _mix(x, choice, weights, kernels, activation, some=owners is not None)
-        y = jax.lax.psum(y, alone) if alone else y
+        if scatters:
+            y = jax.lax.psum_scatter(y, parts, scatter_dimension=1, tiled=True)
+        summed = tuple(axis for axis in alone if not (scatters and axis == parts))
+        y = jax.lax.psum(y, summed) if summed else y
         return jax.lax.psum_scatter(y, owners, scatter_dimension=0, tiled=True) if gathers else y
 
     narrow = PartitionSpec(owners, parts, None)
     inner = None if kernels.up_bias is None else PartitionSpec(owners, parts)
     specs = (rows, rows, rows, Kernels(wide, wide, narrow, inner, inner))
-    return jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=typed)(x, choice, weights, kernels)
+    return jax.shard_map(local, in_specs=specs, out_specs=out, check_vma=typed)(x, choice, weights, kernels)
 
 
 def _mix(

@@ -9,7 +9,7 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.layers.config import Experts, SlidingWindow
-from jaxllm.models.config import ComputeConfig, ModelConfig, Pipeline
+from jaxllm.models.config import ComputeConfig, DenseLayers, ModelConfig, Pipeline
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.config import AdamW, StepConfig
@@ -23,6 +23,7 @@ SHAPE = {"vocab_size": 32, "d_model": 16, "n_layers": 4, "n_heads": 4, "d_ff": 3
 GROUPED = ModelConfig(**SHAPE, n_kv_heads=2, tie_embeddings=True, init_std=0.2)  # kv_heads < tensor where that is 4
 WINDOWS = ModelConfig(**SHAPE, window=SlidingWindow(size=3, layers=(True, False)), bias=True, init_std=0.2)
 SPARSE = ModelConfig(**SHAPE, ffn=Experts(number=4, top_k=2, balance=0.1, router_z=0.01), init_std=0.2)
+DENSE_FIRST = SPARSE.model_copy(update={"n_layers": 5, "dense": DenseLayers(number=1, d_ff=24)})
 ADAMW = AdamW(lr=3e-3, eps=1e-3)  # a large eps: where a gradient is zero, its sign is a matter of rounding
 
 
@@ -40,7 +41,7 @@ def rows(seed):
 
 @functools.cache
 def run(model, sizes=(), accumulate=1, **how):
-    """Return (metrics of each update, parameters)."""
+    """Return (metrics of each update, parameters, what the layers of a kernel are split over)."""
     mesh = make_mesh(MeshConfig(data=-1, **dict(sizes)), jax.devices()[: 8 if sizes else 1])
     compute, step = (
         ComputeConfig(dtype="float32", layers="scan", loss_chunk=4, **how),
@@ -54,7 +55,11 @@ def run(model, sizes=(), accumulate=1, **how):
             batch = jax.tree.map(lambda x: place(x, mesh), rows(number % 2))
             state, metrics = update(state, batch, ADAMW.lr)
             history.append({key: float(value) for key, value in metrics.items()})
-        return history, jax.device_get(state.params)
+        return (
+            history,
+            jax.device_get(state.params),
+            state.params["blocks"]["attention"]["q"]["kernel"].sharding.spec[0],
+        )
 
 
 CASES = {
@@ -67,14 +72,16 @@ CASES = {
     "stage-tensor": (GROUPED, {"stage": 2, "fsdp": 2, "tensor": 2}, {"remat": "full", "pipeline": Pipeline()}),
     "stage-windows": (WINDOWS, {"stage": 4}, {"accumulate": 2, "pipeline": Pipeline(microbatches=4)}),
     "rounds": (WINDOWS, {"stage": 2, "tensor": 2}, {"remat": "dots", "pipeline": Pipeline(microbatches=4, rounds=2)}),
+    "stage-dense": (DENSE_FIRST, {"stage": 2}, {"pipeline": Pipeline(microbatches=2), "remat": "full"}),
     "stage-expert": (SPARSE, {"stage": 2, "expert": 2, "tensor": 2}, {"pipeline": Pipeline(microbatches=2, rounds=2)}),
 }
 
 
 @pytest.mark.parametrize(("model", "sizes", "how"), CASES.values(), ids=CASES)
 def test_a_mesh_equals_one_device(model, sizes, how):
-    history, params = run(model, tuple(sizes.items()), **how)
-    expected, wanted = run(model)
+    history, params, split = run(model, tuple(sizes.items()), **how)
+    expected, wanted, _ = run(model)
+    assert split == ("stage" if "stage" in sizes else None)
     assert expected[-1]["loss"] < expected[1]["loss"] - 0.1
     for found, one in zip(history, expected, strict=True):
         assert found == pytest.approx(one, rel=1e-4)

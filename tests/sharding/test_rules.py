@@ -20,6 +20,8 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
         (("embed", "embed"), (64, 64), P("fsdp", None)),  # an axis is used once
         (("layers", "heads", "head_dim", "embed"), (3, 4, 16, 64), P(None, "tensor", None, "fsdp")),
         (("kv_heads",), (1,), P(None)),
+        (("batch", "stream", None), (8, 16, 4), P(("data", "fsdp"), "tensor", None)),
+        (("batch", "stream", None), (8, 1, 4), P(("data", "fsdp"), None, None)),  # a step of decoding
         ((None, "norm"), (4, 4), P(None, None)),
     ],
 )
@@ -32,6 +34,13 @@ def test_experts_take_their_axis_and_leave_it_to_the_width_where_they_do_not_div
     assert partition_spec(("experts", "embed", "mlp"), (8, 16, 32), mesh) == P("expert", "fsdp", None)
     assert partition_spec(("experts", "embed", "mlp"), (6, 16, 32), mesh) == P(None, ("fsdp", "expert"), None)
     assert partition_spec(("batch", "length"), (16, 8), mesh) == P(("fsdp", "expert"), None)
+
+
+def test_stages_have_layers_of_their_own_and_share_the_rows_outside_of_them():
+    mesh = {"stage": 2, "data": 2, "fsdp": 2}
+    assert partition_spec(("layers", "embed", "mlp"), (4, 16, 32), mesh) == P("stage", "fsdp", None)
+    assert partition_spec(("rows", "length"), (16, 8), mesh) == P(("stage", "data", "fsdp"), None)
+    assert partition_spec(("batch", "length"), (16, 8), mesh) == P(("data", "fsdp"), None)
 
 
 def test_axes_missing_from_the_mesh_are_not_used():

@@ -38,7 +38,7 @@ def assert_equal(a, b):
 def test_restores_bitwise_onto_another_mesh(tmp_path, optim, ema):
     state, _ = make(optim, MeshConfig(fsdp=8), ema=ema)
     save(tmp_path, state, 3)
-    other, shardings = make(optim, MeshConfig(data=1, fsdp=2, tensor=2), devices=4, seed=1, ema=ema)
+    other, shardings = make(optim, MeshConfig(data=1, stage=2, tensor=2), devices=4, seed=1, ema=ema)
     with Checkpoints(tmp_path) as checkpoints:
         restored, meta = checkpoints.restore(jax.eval_shape(lambda: other), shardings)
     assert meta == {"step": 3, "sample": 24}
