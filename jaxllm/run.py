@@ -117,7 +117,7 @@ class Run:
             params = self._starting_params()
         state, self.shardings = init_state(
             recipe.model, optimizer(recipe.optim), self.mesh, seed=recipe.seed,
-            ema=recipe.step.ema_decay is not None, params=params,
+            ema=recipe.step.ema_decay is not None, params=params, offload=recipe.step.offload,
         )  # fmt: skip
         if resumes:
             abstract = jax.eval_shape(lambda: state)
@@ -268,6 +268,21 @@ class Run:
         per_token = accounting.flops_per_token(self.recipe.model, self.recipe.data.packing.seq_len)
         return per_token * self.tokens_per_step, None if peak is None else peak * jax.device_count()
 
+    def efficiency(self) -> Iterator[str]:
+        """Say what MFU means here, where the peak of a device is known, and what a CPU does not do."""
+        flops, peak = self.flops_per_step()
+        if peak is not None:
+            yield (
+                f"MFU = {flops:.3g} model FLOPs of a step (6 N + attention, nothing recomputed; PaLM, appendix B) / "
+                f"seconds / {peak / 1e12:,.0f} TFLOP/s, the dense bfloat16 peak of all {jax.device_count()} devices"
+            )
+        if jax.default_backend() == "cpu":
+            keys = ["step.offload"] * self.recipe.step.offload + ["compute.remat=offload"] * (
+                self.compute.remat == "offload"
+            )
+            if keys:
+                yield f"note: {' and '.join(keys)}: the memory of a CPU is the host's, so that nothing is saved here"
+
     def memory(self, opt_state: Any) -> tuple[str, float]:
         """Estimate a device's share, in words and in bytes: parameters lie over all axes but data, optimizer state
         over all devices.
@@ -281,6 +296,8 @@ class Run:
         split["optimizer"] = self.mesh.size
         sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
         sizes = {key: size / split[key] for key, size in sizes.items()}
+        if self.recipe.step.offload and jax.default_backend() != "cpu":
+            del sizes["optimizer"]  # it is in the host's memory
         needed = sum(sizes.values())
         return f"memory per device, estimated: {accounting.memory_line(sizes)}{self._held(needed)}", needed
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.feed import Feed
 from jaxllm.training.heartbeat import Heartbeat
 from jaxllm.training.loop import Observer, run_loop
+from jaxllm.training.profile import Profile
 from jaxllm.training.run_log import RunLog
 from jaxllm.training.schedules import learning_rate
 from jaxllm.training.state import TrainState
@@ -114,7 +115,8 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
                 more = f"; to go on: python -m jaxllm.train {run_dir} steps=N" * goes_on
                 log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained{more}")
             else:
-                log.say(run.memory(state.opt_state)[0])
+                for line in (run.memory(state.opt_state)[0], *run.efficiency()):
+                    log.say(line)
             state = _train(run, state, steps, log, stop, heart)
             step = int(state.step)
             if step < steps:
@@ -132,6 +134,8 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
         log.say("compiling the step ...")
     program = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
 
+    profile = Profile(run.run_dir, recipe.monitor.profiled)
+
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
         if not program.is_compiled:
             heart.enter("compile", step)
@@ -139,9 +143,12 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
             memory = program.compile(state, batch)
             log.compiled(time.perf_counter() - start, f"memory per device, by the compiler: {memory_line(memory)}")
             heart.enter("step", step)
-        return program(state, batch, learning_rate(optim.schedule, optim.lr, step - 1, steps))
+        profile.before(step, state)
+        state, metrics = program(state, batch, learning_rate(optim.schedule, optim.lr, step - 1, steps))
+        profile.after(step, state)
+        return state, metrics
 
-    with Feed(run.loader, run.mesh) as feed:
+    with Feed(run.loader, run.mesh) as feed, closing(profile):
         observer = Observer(log.step, log.skipped, run.rescue, heart.enter)
         state = run_loop(state, update, feed, steps, actions, observer, stop)
     heart.enter("save", int(state.step))

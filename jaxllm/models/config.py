@@ -236,8 +236,10 @@ class ComputeConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="activations and matrix products; auto = bfloat16 on TPU and GPU, float32 on CPU"
     )
-    remat: Literal["none", "dots", "full"] = Field(
-        "none", description="what the backward pass recomputes: nothing, all but matrix products, or the whole block"
+    remat: Literal["none", "dots", "offload", "full"] = Field(
+        "none",
+        description="what the backward pass recomputes: nothing, all but matrix products (offload: which wait in the "
+        "host's memory), or the whole block",
     )
     layers: Literal["auto", "scan", "unroll"] = Field(
         "auto", description="compile one block and loop, or all blocks; auto = unroll on CPU up to 16 layers, else scan"

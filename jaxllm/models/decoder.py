@@ -27,12 +27,18 @@ from jaxllm.models.pipeline import pipelined, spread, stages
 from jaxllm.models.views import Traits, Views, layer_traits
 from jaxllm.sharding.rules import constrain
 
-# What a loop over blocks of one kind reads of each: itself, its traits where they differ, its cache, and its number where
-# there is dropout.
+# What a loop over blocks of one kind reads of each: itself, its traits where they differ, its cache, and its number
+# where there is dropout.
 Layers = tuple[Block, Traits | None, LayerCache | None, Array | None]
 REMAT = {
     # By name: a policy for products does not see those inside of functions with gradients of their own.
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -90,7 +96,8 @@ class Transformer(nnx.Module):
     def hidden(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Mask, cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterSums | None]:
-        x = self.embedded(self.embed(tokens, jnp.dtype(self.compute.dtype)), positions)
+        with jax.named_scope("embedding"):
+            x = self.embedded(self.embed(tokens, jnp.dtype(self.compute.dtype)), positions)
         return self.run(x, positions, mask, cache)
 
     def embedded(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -87,6 +87,11 @@ class StepConfig(Config):
     spike_factor: float | None = Field(
         None, gt=1, description="skip a step whose gradient norm exceeds this many running means; none = only NaN, Inf"
     )
+    offload: bool = Field(
+        False,
+        description="keep the optimizer's state in the host's memory (TPU, GPU), and move it for the update alone",
+    )
+    block_norms: bool = Field(False, description="write down the norms of gradient and update of each block")
     router_bias_step: float = Field(
         1e-3, ge=0, description="how far biases of experts move towards an even load, where model.ffn.biased"
     )
@@ -115,7 +120,27 @@ class MonitorConfig(Config):
     prompts: tuple[str, ...] = Field((), description="texts to continue (or instructions to answer) as samples")
     sample_tokens: int = Field(64, ge=1, description="length of sampled texts, tokens")
     max_skipped: int = Field(5, ge=0, description="steps in a row that the guard may skip before the run stops")
+    profile: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*:[1-9]\d*$",
+        description='steps to trace with the profiler, such as "10:15" (RUN/profile)',
+    )
+    wandb: str | None = Field(
+        None, description="project of Weights & Biases that gets what TensorBoard gets; none = off"
+    )
     loss_spike: float | None = Field(
         6.0, gt=0, description="write down the documents of a step whose loss is so many standard deviations above the "
         "moving mean; none = never",
     )  # fmt: skip
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last of the steps to trace."""
+        first, _, last = (self.profile or "").partition(":")
+        return (int(first), int(last)) if first else None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.profiled and self.profiled[0] > self.profiled[1]:
+            raise ValueError(f"profile={self.profile} ends before it begins; give FIRST:LAST, such as 10:15")
+        return self

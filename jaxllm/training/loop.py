@@ -46,7 +46,8 @@ class Observer(NamedTuple):
     """Where the loop reports to.
 
     Attributes:
-      step: called with (step, metrics as floats, seconds, seconds waited for data) once per step, in order.
+      step: called with (step, metrics as floats or lists of them, seconds, seconds waited for data) once per step, in
+        order.
       skipped: called with (step, batch as NumPy, metrics) when an update was refused.
       failed: called with (step, state, error) before an error of the data or `Diverged` ends the loop.
       phase: called with (phase, step) before the data is waited for, an update is dispatched, an action runs.
@@ -127,7 +128,7 @@ class _Clock:
 
 
 def _report(step: int, metrics: dict, batch: Batch, clock: _Clock, observer: Observer) -> None:
-    values = {key: float(value) for key, value in jax.device_get(metrics).items()}  # waits for this step to end
+    values = {key: value.tolist() for key, value in jax.device_get(metrics).items()}  # waits for this step to end
     observer.step(step, values, *clock.lap())
     if values["skipped"]:
         observer.skipped(step, jax.tree.map(_local_rows, batch), values)

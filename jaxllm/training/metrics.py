@@ -4,18 +4,26 @@ The two files are apart on purpose: a resumed run's metrics.jsonl equals the uni
 """
 
 import contextlib
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from jaxllm.core.extras import extra
 from jaxllm.core.files import write_text
 
 
 class MetricsWriter:
-    """Appends to the files of one run directory; `resume_from` drops what a killed run wrote after its checkpoint."""
+    """Appends to the files of one run directory; `resume_from` drops what a killed run wrote after its checkpoint.
 
-    def __init__(self, run_dir: Path, *, resume_from: int = 0):
+    Args:
+      wandb: project of Weights & Biases that gets what TensorBoard gets.
+    Raises:
+      ValueError: there is a project, and the package is not installed.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_from: int = 0, wandb: str | None = None):
         from tensorboardX import SummaryWriter
 
         self._files = {}
@@ -27,6 +35,7 @@ class MetricsWriter:
             # Line by line, so that a kill loses none and others may follow; open as long as the writer.
             self._files[name] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         # TensorBoard hides what earlier processes wrote from this step on: the lines that were dropped above.
+        self._wandb = None if wandb is None else _wandb_run(wandb, Path(run_dir), resume_from)
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_from + 1)
 
     def close(self) -> None:
@@ -34,6 +43,8 @@ class MetricsWriter:
         for file in self._files.values():
             file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def metrics(self, step: int, values: dict[str, float | int], *, board: bool = True) -> None:
         """Record deterministic values; NaN and Inf are written as strings, because JSON has no such numbers."""
@@ -52,13 +63,35 @@ class MetricsWriter:
         self._board.add_text("samples", f"**{prompt}** {text}", step)
 
     def _write(self, name: str, step: int, values: dict[str, Any]) -> None:
-        plain = lambda value: value if isinstance(value, str) or math.isfinite(value) else str(value)
+        def plain(value: Any) -> Any:
+            if isinstance(value, list):
+                return [plain(each) for each in value]
+            return value if isinstance(value, str) or math.isfinite(value) else str(value)
+
         record = {"step": step, **{key: plain(value) for key, value in values.items()}}
         self._files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:
+        each = {
+            f"{key}/{i:03d}": x for key, value in values.items() if isinstance(value, list) for i, x in enumerate(value)
+        }
+        values = {key: value for key, value in values.items() if not isinstance(value, list)} | each
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**values, "step": step})
+
+
+def _wandb_run(project: str, run_dir: Path, resume_from: int) -> Any:
+    """Return the run there of this directory, begun or gone on with; WANDB_MODE=offline keeps it on this machine."""
+    with extra("wandb"):
+        import wandb
+    name = run_dir.resolve()
+    ident = hashlib.sha256(str(name).encode()).hexdigest()[:16]  # the same for each process of a run
+    run = wandb.init(project=project, id=ident, name=name.name, dir=str(run_dir), resume="allow")
+    run.define_metric("*", step_metric="step")
+    run.summary["resumed_from"] = resume_from
+    return run
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

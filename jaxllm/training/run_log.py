@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxllm.core.batch import Batch
 from jaxllm.core.files import write_text
 from jaxllm.training.config import MonitorConfig
+from jaxllm.training.goodput import Goodput, device_memory
 from jaxllm.training.loop import Diverged
 from jaxllm.training.metrics import MetricsWriter, Spikes, read
 
@@ -53,9 +54,12 @@ class RunLog:
         self._begin, self._skipped_in_a_row = begin, 0
         before = [record for record in read(run_dir / "timing.jsonl") if record["step"] <= begin.step]
         self._elapsed = max((record["elapsed_s"] for record in before), default=0.0)  # by earlier processes of this run
+        self._goodput = Goodput(run_dir, begin.step, before)
         self._window: list[tuple[float, float]] = []
         self._timed, self._compile_s = False, 0.0
-        self._writer = MetricsWriter(run_dir, resume_from=begin.step) if jax.process_index() == 0 else None
+        self._writer = (
+            MetricsWriter(run_dir, resume_from=begin.step, wandb=config.wandb) if jax.process_index() == 0 else None
+        )
         self._name, self._first_end = name, 0.0
         self._documents, self._spikes, self._dumps = documents, Spikes(config.loss_spike), 0
         self._console = Console()
@@ -114,7 +118,9 @@ class RunLog:
                 f"note: the loss of step {step}, {metrics['loss']:.4g}, stands out from a mean of {mean:.4g}; its "
                 f"documents are in {path}; python -m jaxllm.inspect {self._run_dir} --step {step} --losses shows which"
             )
-        if first := step == self._begin.step + 1:
+        first = step == self._begin.step + 1
+        self._goodput.add(seconds - waited - (self._compile_s if first else 0.0))
+        if first:
             self._first_end = time.perf_counter()
         if due:
             self._timing(step, metrics)
@@ -123,6 +129,7 @@ class RunLog:
 
     def _timing(self, step: int, metrics: dict[str, float]) -> None:
         # The first step of a process compiles; a window with more steps leaves it out of the rates.
+        compiled = {} if self._timed else {"compile_s": self._compile_s}
         window = self._window[1:] if len(self._window) > 1 and not self._timed else self._window
         self._timed = True
         step_s, wait_s = (float(np.mean(column)) for column in zip(*window, strict=True))
@@ -130,7 +137,8 @@ class RunLog:
         flops, peak = self._flops
         values = {
             "elapsed_s": self._elapsed, "step_s": step_s, "data_wait_s": wait_s,
-            "tokens_per_s": self._tokens_per_step / step_s, "model_flops_per_s": flops / step_s,
+            "tokens_per_s": self._tokens_per_step / step_s, "model_flops_per_s": flops / step_s, **compiled,
+            **self._goodput.values(), **device_memory(),
         }  # fmt: skip
         if peak is not None:
             values["mfu"] = flops / step_s / peak

@@ -39,12 +39,15 @@ def param_shardings(config: AnyConfig, mesh: Mesh) -> Any:
     return jax.tree.map(place, logical_axes(config), abstract_params(config), is_leaf=is_axes)
 
 
-def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState:
+def state_shardings(abstract: TrainState, params: Any, mesh: Mesh, offload: bool = False) -> TrainState:
     """Return the shardings of a whole state: what mirrors a parameter lies like it, all else is replicated.
 
     Optimizer leaves carry the path of their parameter at the end of their own ("0/mu/blocks/ffn/up/kernel"). They are
     also split over the replicas of the model, along their first dimension (the layers, for most) where it divides: each
     replica keeps and updates its part, and the new parameters are gathered. Source: Rajbhandari et al. 2020 (ZeRO), 1.
+
+    Args:
+      offload: optimizer leaves lie in the memory of the device's host.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     by_name = named_leaves(params)
@@ -54,7 +57,10 @@ def state_shardings(abstract: TrainState, params: Any, mesh: Mesh) -> TrainState
             sharding = by_name.get(name.split("/", start)[-1])
             if sharding is not None and len(sharding.spec) == leaf.ndim:
                 sharding = _fitting(sharding, leaf.shape)
-                return _over_replicas(sharding, leaf) if name.startswith("opt_state/") else sharding
+                if not name.startswith("opt_state/"):
+                    return sharding
+                sharding = _over_replicas(sharding, leaf)
+                return sharding.with_memory_kind("pinned_host") if offload else sharding
         return replicated
 
     return map_named(place, abstract)
@@ -79,16 +85,17 @@ def _over_replicas(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> Named
 
 def init_state(
     config: AnyConfig, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: bool = False,
-    params: Params | None = None,
+    params: Params | None = None, offload: bool = False,
 ) -> tuple[TrainState, TrainState]:  # fmt: skip
     """Return (state, its shardings), born sharded: no device and no host ever holds all of it.
 
     Args:
       params: start from these instead of random ones (instruction tuning); consumed.
+      offload: see `state_shardings`.
     """
 
     build = lambda params: _new_state(init_params(config, seed) if params is None else params, tx, ema)
-    shardings = state_shardings(jax.eval_shape(build, params), param_shardings(config, mesh), mesh)
+    shardings = state_shardings(jax.eval_shape(build, params), param_shardings(config, mesh), mesh, offload)
     return jax.jit(build, out_shardings=shardings, donate_argnums=0)(params), shardings
 
 

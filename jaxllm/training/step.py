@@ -18,6 +18,7 @@ from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.rules import constrain
 from jaxllm.sharding.xla import compiler_options
+from jaxllm.training.block_norms import block_norms
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.encoder_losses import answer_sums, class_sums, masked_lm_sums, target_sums
 from jaxllm.training.losses import cross_entropy, token_nats
@@ -119,18 +120,20 @@ def train_step(
     Returns:
       metrics: loss (mean nats per weighted token, or text that has a label), objective (with smoothing, z-loss and what
       routers add), grad_norm, lr, tokens (sum of weights), skipped, and `balance.router_metrics` of a model with
-      experts; float32 scalars. The loss of a VAE is -ELBO, with `vae_losses.vae_metrics` and kl_weight beside it.
+      experts; float32 scalars, and with `step.block_norms` those of all blocks [L]. The loss of a VAE is -ELBO, with
+      `vae_losses.vae_metrics` and kl_weight beside it.
     """
     vae = is_vae(model)
     rows = draw(batch, step.elbo, model.latent.size, state.step, texts_per_row) if vae else batch
     gradient, loss, (nats, sums) = gradient_sums(state.params, rows, model, compute, step, state.step)
     routers = None if vae else sums
-    with jax.named_scope("update"):
+    with jax.named_scope("optimizer"):
         tokens = jnp.sum(batch.weights)
         scale = 1.0 / jnp.maximum(tokens, 1.0)
         gradient = jax.tree.map(lambda g: g * scale, gradient)
         norm = optax.tree.norm(gradient)
-        direction, opt_state = optimizer(optim).update(gradient, state.opt_state, state.params)
+        kept = jax.device_put(state.opt_state, jax.memory.Space.Device) if step.offload else state.opt_state
+        direction, opt_state = optimizer(optim).update(gradient, kept, state.params)
         params = jax.tree.map(lambda p, u: p + lr * u, state.params, direction)
         if routers is not None and model.ffn.biased:
             params = move_biases(params, routers, step.router_bias_step)
@@ -139,7 +142,7 @@ def train_step(
         if step.spike_factor is not None:
             good &= (state.norm_mean == 0) | (norm <= step.spike_factor * state.norm_mean)
         keep = lambda new, old: jnp.where(good, new, old)
-        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, kept))
         ema = state.ema
         if step.ema_decay is not None:
             # A short memory at first, or the random start would stay in the average for 1 / (1 - decay) updates.
@@ -152,6 +155,10 @@ def train_step(
         "loss": nats * scale, "objective": loss * scale, "grad_norm": norm, "lr": lr, "tokens": tokens,
         "skipped": 1.0 - good.astype(jnp.float32),
     }  # fmt: skip
+    if step.block_norms:
+        updates = jax.tree.map(jnp.subtract, params, state.params)
+        metrics |= {f"grad_norm/{key}": value for key, value in block_norms(gradient).items()}
+        metrics |= {f"update_norm/{key}": value for key, value in block_norms(updates).items()}
     if vae:
         metrics |= {**vae_metrics(sums, tokens), "kl_weight": rows.kl_weight[0]}
     elif routers is not None:
@@ -174,8 +181,20 @@ def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: C
     return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)[0]
 
 
+def jit_step(
+    model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
+    texts_per_row: int = 1,
+) -> jax.stages.Wrapped:  # fmt: skip
+    """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
+    function = functools.partial(
+        train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
+    )
+    options = compiler_options(shardings.step.mesh.devices.flat[0])
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+
+
 class Program:
-    """`train_step`, jitted; the state that is passed in is consumed.
+    """What `jit_step` returns, called with a learning rate that is a number of Python.
 
     Called at once it compiles for what it gets, as any jitted function; `compile` does that before, and once.
     """
@@ -193,32 +212,25 @@ class Program:
         """Compile for arrays of these shapes and places; return the bytes that a device holds, by the compiler.
 
         Returns:
-          arguments (state and batch), results that reuse no argument, temporary (gradients, activations, logits).
-          Empty where the platform does not tell.
+          arguments (state and batch), results that reuse no argument, temporary (gradients, activations, logits), and
+          what is in the host's memory. Empty where the platform does not tell.
         """
         self._compiled = self._jitted.lower(state, batch, np.float32(0)).compile()
         found = self._compiled.memory_analysis()
         if found is None:
             return {}
-        results = found.output_size_in_bytes - found.alias_size_in_bytes
-        return {"arguments": found.argument_size_in_bytes, "results": results, "temporary": found.temp_size_in_bytes}
+        sizes = {
+            "arguments": found.argument_size_in_bytes,
+            "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+            "temporary": found.temp_size_in_bytes,
+        }
+        host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+        return sizes | ({"on the host": host} if host else {})
 
     def __call__(self, state: TrainState, batch: AnyBatch, lr: float) -> tuple[TrainState, Metrics]:
         return (self._compiled or self._jitted)(state, batch, np.float32(lr))
 
 
-def jit_step(
-    model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
-    texts_per_row: int = 1,
-) -> jax.stages.Wrapped:  # fmt: skip
-    """Return `train_step` jitted for states laid out as `shardings`; the state that is passed in is consumed."""
-    function = functools.partial(
-        train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
-    )
-    options = compiler_options(shardings.step.mesh.devices.flat[0])
-    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
-
-
 def compile_step(*of: Any) -> Program:
-    """Return the `Program` of `jit_step(*of)`."""
+    """Return `jit_step(*of)` as a `Program`."""
     return Program(jit_step(*of))
