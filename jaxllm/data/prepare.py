@@ -346,6 +346,7 @@ def _report(
         languages={
             name: LanguageReport(documents=n, bytes=size)
             for name, (n, size) in sorted(account.languages.items(), key=lambda each: -each[1][1])
+            if n
         },
         lengths=tuple(lengths_of(datasets["train"].lengths)),
         notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, _can_cut(config))),

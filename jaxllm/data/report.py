@@ -42,7 +42,7 @@ class PackingReport(Record):
 
 
 class InputReport(Record):
-    """One input: what was read, and what the rules of cleaning left of it."""
+    """One input: what was read, and what was kept of it."""
 
     name: str
     documents_read: int
@@ -52,7 +52,7 @@ class InputReport(Record):
 
 
 class LanguageReport(Record):
-    """What the rules of cleaning left in one language."""
+    """What was kept in one language."""
 
     documents: int
     bytes: int

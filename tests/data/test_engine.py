@@ -71,6 +71,13 @@ def test_any_number_of_workers_and_any_parts_give_the_same_bytes(tmp_path, lines
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_sample_of_a_tokenizer_is_the_same_whatever_the_parts_are(tmp_path, lines):
+    sampled = {"kind": "train", "vocab_size": 300, "sample_bytes": 500}
+    for name, size in (("whole", 1 << 30), ("parts", 1)):
+        prepare(config(lines, tmp_path / name, part_bytes=size, tokenizer=sampled, engine={"workers": 1}))
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+
+
 def start(source, out, workers, *more):
     """Start `prepare` as a user does."""
     flags = ["--text", source.path, "--split", "line", "--tokenizer", "bytes", "--out", str(out), "part_bytes=1"]
