@@ -15,6 +15,7 @@ import jaxllm
 from jaxllm import sample
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import map_named, named_leaves
+from jaxllm.data.loader import Loader
 from jaxllm.data.text_pieces import TextPieces
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.inference.sampling import Sampler
@@ -23,8 +24,11 @@ from jaxllm.locate import look
 from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
+from jaxllm.prepare import main as prepare
+from jaxllm.recipe import load_recipe, shipped
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
+from jaxllm.tune import main as tune
 
 LINES = ["the cat sat on the mat", "a dog ran to the house", "where is the ball?", "der Ball ist im Haus", "ein Hund"]
 TEXTS = ["the dog sat", "where is the cat on the mat of the house?"]
@@ -159,6 +163,28 @@ def test_ids_of_sentencepiece_files_are_those_of_transformers(t5_files, marian_f
         assert ids == theirs(text)["input_ids"]
     german = theirs(text_target="der Ball ist im Haus")["input_ids"]
     assert ours.decode(german) == theirs.decode(german, skip_special_tokens=True) == "der Ball ist im Haus"
+
+
+def test_a_marian_is_tuned_on_pairs_in_the_ids_of_either_language(marian_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = model(TextPieces(marian_files), "marian")
+    jaxllm.export(before, "hf")
+    rows = [{"x": "where is the ball?", "y": "der Ball ist im Haus"}, {"x": "a dog", "y": "ein Hund"}] * 5
+    with open("rows.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    flags = ["--jsonl", "rows.jsonl:x,y", "--tokenizer", "hf", "--validation", "2", "--out", "data"]
+    assert prepare(["--chat", *flags, "clean.deduplicate=false"]) is None
+    still = ["steps=1", "optim.lr=1e-9", "data.batch_size=8", "data.threads=0", "platform.compile_cache=none"]
+    recipe = [str(shipped("translation-tune.yaml")), "start_from=hf", "data.sources.0.path=data", "out=run"]
+    assert tune([*recipe, "data.packing.seq_len=32", *still]) == 0
+    row = Loader(load_recipe("run").data).row(0)
+    source, target = row.sources[row.source_segments == 1].tolist(), row.targets[row.segments == 1].tolist()
+    after = jaxllm.load("run")
+    assert source in [after.encode(row["x"]) for row in rows]
+    assert after.tokenizer.decode(target) in [row["y"] for row in rows]
+    assert target[-1] == before.tokenizer.eos_id
+    assert after.tokenizer._unknown not in target[:-1]
+    assert [x.tokens for x in after.generate(TEXTS)] == [x.tokens for x in before.generate(TEXTS)]
 
 
 def test_bart_begins_with_its_forced_token(t5_files, tmp_path):

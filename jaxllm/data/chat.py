@@ -155,7 +155,11 @@ def encode_chat(
         ids, starts = tokenizer.pieces.encode_whole("".join(piece.text for piece in pieces))
         learned = [piece.trained for piece in pieces for _ in piece.text]
         return ids, [learned[start] for start in starts]
-    texts = iter(tokenizer.encode_batch([piece.text for piece in pieces if not piece.special]))
+    said = [(piece.text, piece.trained) for piece in pieces if not piece.special]
+    if tokenizer.pieces.kind == "texts":  # sources and targets may be of two languages
+        texts = iter([tokenizer.pieces.texts.side(text, target=answer) for text, answer in said])
+    else:
+        texts = iter(tokenizer.encode_batch([text for text, _ in said]))
     ids: list[int] = []
     trained: list[bool] = []
     for piece in pieces:

@@ -32,7 +32,7 @@ class FastPieces:
         from tokenizers import Tokenizer
 
         self.source = source
-        self.file = ("huggingface.json", source.encode("utf-8"))
+        self.files = (("huggingface.json", source.encode("utf-8")),)
         self._raw = json.loads(source)
         if "model" not in self._raw:
             raise ValueError("not a tokenizer.json of Hugging Face: it has no model")

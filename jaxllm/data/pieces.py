@@ -1,9 +1,10 @@
 """Piece models: text to ids and an id to its bytes, below any notion of chat or files.
 
-Two models: plain bytes, and SentencePiece; `fast_pieces` has a third. Each has a `kind`, a `size`, the `file` (name and
-content) that a tokenizer directory keeps of it, `encode` (the ids of each text; never a control id, whatever the text
-says) and `bytes_of` (UTF-8 bytes of an id, maybe part of a character; empty for control ids). These bytes are the unit
-of decoding: joining them gives the text back exactly, so streaming and whole decoding are the same operation.
+Two models: plain bytes, and SentencePiece; `fast_pieces` and `text_pieces` have others. Each has a `kind`, a `size`,
+the `files` (names and contents) that a tokenizer directory keeps of it, `encode` (the ids of each text; never a control
+id, whatever the text says) and `bytes_of` (UTF-8 bytes of an id, maybe part of a character; empty for control ids).
+These bytes are the unit of decoding: joining them gives the text back exactly, so streaming and whole decoding are the
+same operation.
 """
 
 import re
@@ -21,7 +22,7 @@ class BytePieces:
 
     kind = "bytes"
     leading_space = False
-    file = None
+    files = ()
 
     def __init__(self, reserved: int):
         self.reserved = reserved
@@ -57,7 +58,7 @@ class SentencePieces:
             self._model.LoadFromSerializedProto(proto)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model ({len(proto):,} bytes)") from error
-        self.file = ("spm.model", proto)
+        self.files = (("spm.model", proto),)
         self.size = self._model.vocab_size()
         first = self._model.encode("a", out_type=str)
         self.leading_space = bool(first) and first[0].startswith(SPACE_MARK)  # the model puts a space before every text

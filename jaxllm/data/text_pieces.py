@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxllm.core import files
 from jaxllm.data import text_pairs
+from jaxllm.data.pieces import SPACE_MARK
 from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text, too_long
 
 EXTRA_IDS = 100  # of T5: placeholders behind the pieces, the last id is the first of them
@@ -22,7 +23,8 @@ class TextPieces:
       ValueError: there are no tokens for padding, the end, or what is unknown.
 
     Attributes:
-      size, pad_id, original: as of `PairTokenizer`.
+      size, pad_id, original: as of `PairTokenizer`. files: names and contents. ids, pieces: either by the other.
+      skipped: ids that have no text.
     """
 
     original = None
@@ -33,9 +35,9 @@ class TextPieces:
         directory = Path(directory)
         one = directory / "spiece.model"
         names = ("spiece.model",) if one.is_file() else ("source.spm", "target.spm", "vocab.json")
-        self._files = {name: (directory / name).read_bytes() for name in names}
+        self.files = {name: (directory / name).read_bytes() for name in names}
         self.settings: Mapping[str, Any] = files.read_json(directory / "tokenizer_config.json", {})
-        models = [SentencePieceProcessor(model_proto=self._files[name]) for name in names[:2] if name != "vocab.json"]
+        models = [SentencePieceProcessor(model_proto=self.files[name]) for name in names[:2] if name != "vocab.json"]
         self._source, self._target = models[0], models[-1]
         if one.is_file():
             pieces, extra = self._source.get_piece_size(), self.settings.get("extra_ids", EXTRA_IDS)
@@ -47,8 +49,8 @@ class TextPieces:
             raise ValueError(f"the vocabulary in {directory} lacks {', '.join(missing)}")
         self.pad_id, self.eos_id, self._unknown = (self.ids[name] for name in ("<pad>", "</s>", "<unk>"))
         self.size = max(self.ids.values()) + 1
-        self._pieces = {token: piece for piece, token in self.ids.items()}
-        self._skipped = {self.pad_id, self.eos_id, self._unknown}
+        self.pieces = {token: piece for piece, token in self.ids.items()}
+        self.skipped = {self.pad_id, self.eos_id, self._unknown}
 
     def encode(
         self, texts: Sequence[Text], longest: int, *, truncate: bool = False, special: bool = False
@@ -69,6 +71,12 @@ class TextPieces:
             found.append(Encoded(ids, [0] * len(ids)))
         return found
 
+    def side(self, text: str, *, target: bool) -> list[int]:
+        """Return the ids of a source or of a target, without its end."""
+        if target:
+            return [self.ids.get(piece, self._unknown) for piece in self._target.encode_as_pieces(text)]
+        return self._ids(text, special=False)
+
     def _ids(self, text: str, *, special: bool) -> list[int]:
         named = r"<extra_id_\d+>|</s>|<pad>|" if special else ""
         ids: list[int] = []
@@ -81,18 +89,35 @@ class TextPieces:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of `ids`, with special tokens or without."""
-        pieces = (self._pieces[int(token)] for token in ids if special or int(token) not in self._skipped)
+        pieces = (self.pieces[int(token)] for token in ids if special or int(token) not in self.skipped)
         return self._target.decode_pieces(list(pieces)).strip()
 
     def save(self, directory: str | Path) -> None:
         """Write the files that the tokenizer was read from."""
-        for name, content in self._files.items():
+        for name, content in self.files.items():
             files.write_bytes(Path(directory) / name, content)
         files.write_json(Path(directory) / "tokenizer_config.json", dict(self.settings))
 
 
+class SidePieces:
+    """`TextPieces` as the piece model (`data.pieces`) of a `Tokenizer`, for preparing data; `encode` is of sources."""
+
+    kind, prefix, leading_space = "texts", (), True
+
+    def __init__(self, directory: str | Path):
+        self.texts = texts = TextPieces(directory)
+        self.files, self.size = tuple(texts.files.items()), texts.size
+        self.special, self.suffix = {"<pad>": texts.pad_id, "</s>": texts.eos_id}, (texts.eos_id,)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.texts.side(text, target=False) for text in texts]
+
+    def bytes_of(self, token: int) -> bytes:
+        piece = "" if token in self.texts.skipped else self.texts.pieces.get(token, "")
+        return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
 def load(directory: str | Path) -> PairTokenizer | TextPieces:
     """Load the tokenizer of an encoder-decoder: of its Hugging Face directory, or of its run."""
-    if (Path(directory) / "tokenizer.json").is_file():
-        return text_pairs.load(directory, bos=False, mask=False)
-    return TextPieces(directory)
+    files_of_marian, fast = ((Path(directory) / name).is_file() for name in ("source.spm", "tokenizer.json"))
+    return text_pairs.load(directory, bos=False, mask=False) if fast and not files_of_marian else TextPieces(directory)

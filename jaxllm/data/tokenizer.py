@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
 from jaxllm.core.bucket import here
@@ -18,6 +18,9 @@ from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, PAIR_TEMPLATE, ROLE_TOK
 from jaxllm.data.fast_pieces import FastPieces, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
+
+if TYPE_CHECKING:
+    from jaxllm.data.text_pieces import SidePieces
 
 PAD = "<pad>"
 MASKS = ("[MASK]", "<mask>")  # what checkpoints of others call it
@@ -31,18 +34,21 @@ class Tokenizer:
       special: special tokens by name; `encode` never returns their ids and `decode` drops them.
       chat: None if the vocabulary lacks the tokens of a chat template.
       prefix: ids that come before a text which a model is to continue; default: bos.
+      surrounds: whether its file itself says how a text begins and ends, as those of models with an encoder do.
     """
 
     def __init__(
         self,
-        pieces: BytePieces | SentencePieces | FastPieces,
+        pieces: "BytePieces | SentencePieces | FastPieces | SidePieces",
         special: dict[str, int],
         ids: tuple[int, int, int],
         chat: ChatTemplate | None,
     ):
         self.pieces, self.special, self.chat = pieces, special, chat
         self.pad_id, self.bos_id, self.eos_id = ids
-        self.prefix = pieces.prefix if isinstance(pieces, FastPieces) else (self.bos_id,)
+        own = isinstance(pieces, BytePieces | SentencePieces)
+        self.prefix = (self.bos_id,) if own else pieces.prefix
+        self.surrounds = not own and pieces.suffix == (self.eos_id,)
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +57,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever some text or conversation could be encoded otherwise."""
-        model = self.pieces.file[1] if self.pieces.file else b""
+        model = b"".join(content for _, content in self.pieces.files)
         template = self.chat.source if self.chat else ""
         return files.fingerprint(self.pieces.kind, model, repr(sorted(self.special.items())), template)
 
@@ -59,11 +65,6 @@ class Tokenizer:
     def mask_id(self) -> int:
         """Id that stands for a hidden token: of the mask, or where there is none the one behind all others."""
         return next((self.special[name] for name in MASKS if name in self.special), self.vocab_size)
-
-    @property
-    def surrounds(self) -> bool:
-        """Whether its file itself says how a text begins and ends, as those of models with an encoder do."""
-        return isinstance(self.pieces, FastPieces) and self.pieces.suffix == (self.eos_id,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no bos, no eos, no special token even if `text` spells one."""
@@ -89,8 +90,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json`, the piece model and `chat_template.jinja` (the last two where they apply)."""
         directory = Path(directory)
-        if self.pieces.file:
-            name, content = self.pieces.file
+        for name, content in self.pieces.files:
             files.write_bytes(directory / name, content)
         if self.chat:
             files.write_text(directory / "chat_template.jinja", self.chat.source)
@@ -182,6 +182,8 @@ def load(path: str | Path) -> Tokenizer:
             pieces = BytePieces(len(special))
         case "tokenizers":
             pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
+        case "texts":
+            pieces = _side_pieces(path)
         case _:
             pieces = _read_pieces(path / "spm.model", escape_mark=description["lossless"])
     bos, eos = description["bos_id"], description["eos_id"]
@@ -213,6 +215,10 @@ def _from_huggingface(directory: Path) -> Tokenizer:
     config = files.read_json(directory / "tokenizer_config.json", {})
     if (directory / "chat_template.jinja").is_file():
         config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    if (directory / "source.spm").is_file():
+        pieces = _side_pieces(directory)
+        pad, eos = pieces.special.values()
+        return Tokenizer(pieces, pieces.special, (pad, eos, eos), _chat(PAIR_TEMPLATE, pieces.special, None, eos))
     source = read_source(directory)
     if source is None:
         for name in ("tokenizer.model", "spiece.model"):
@@ -223,6 +229,12 @@ def _from_huggingface(directory: Path) -> Tokenizer:
             "merges.txt, or a SentencePiece .model file"
         )
     return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
+
+
+def _side_pieces(directory: Path) -> "SidePieces":
+    from jaxllm.data.text_pieces import SidePieces  # which is made of more than this module
+
+    return SidePieces(directory)
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
