@@ -7,13 +7,13 @@ import unicodedata
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from jaxllm.core.config import Config, merge
 from jaxllm.data.documents import Conversation, Document, Message
-from jaxllm.data.language import identify
+from jaxllm.data.language import check_code, identify
 from jaxllm.data.pii import Kind, mask
 from jaxllm.data.quality import PRESETS, LineConfig, QualityConfig, keep_lines
 from jaxllm.data.text_rules import convert, narrow, remove_control, remove_tags, repair, strip_line_ends
@@ -42,7 +42,7 @@ class CleanConfig(Config):
     trailing_space: bool = Field(True, description="remove spaces at line ends and blank lines around a text")
     min_chars: int = Field(1, ge=1, description="drop texts shorter than this (characters)")
     pii: tuple[Kind, ...] = Field((), description="personal data to mask: email, phone, ip (public), key, id (China)")
-    languages: tuple[str, ...] = Field(
+    languages: tuple[Annotated[str, AfterValidator(check_code)], ...] = Field(
         (), description="keep documents in these languages only: en, zh, ...; any = all, but know which"
     )
     language_score: float = Field(0.65, ge=0, le=1, description="least probability of the language (FineWeb: 0.65)")

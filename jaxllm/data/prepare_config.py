@@ -53,7 +53,9 @@ class PrepareConfig(Config):
     )
     overwrite: bool = Field(False, description="replace the dataset if it exists, once the new one is complete")
     part_bytes: int = Field(
-        32_000_000, ge=1, description="input is worked on in pieces up to this size; a kill costs so much work"
+        32_000_000,
+        ge=1,
+        description="small files are worked on together up to this size, others alone: what a kill costs",
     )
     engine: Annotated[LocalEngine | BeamEngine, Field(discriminator="kind")] = Field(
         LocalEngine(), description="what does the work; the data are the same"

@@ -25,20 +25,22 @@ class Problems:
     Attributes:
       policy: "error" stops at the first problem; "skip" leaves the document or row out; "replace" puts U+FFFD for bytes
         that are not UTF-8, and leaves out what cannot be repaired.
-      count: how many there were.
+      count: how many there were; replaced: those of them that were repaired.
       examples: the first few messages.
       notes: what was left out although nothing is wrong with it, and how often.
     """
 
     policy: Policy = "error"
     count: int = 0
+    replaced: int = 0
     examples: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: "Problems") -> "Problems":
         """Return what two readers, one after the other, could not read."""
         examples = (self.examples + other.examples)[:N_EXAMPLES]
-        return Problems(self.policy, self.count + other.count, examples, self.notes + other.notes)
+        counts = self.count + other.count, self.replaced + other.replaced
+        return Problems(self.policy, *counts, examples, self.notes + other.notes)
 
     def report(self, message: str, replaceable: bool = False) -> None:
         """Count one problem; `replaceable`: the policy "replace" repairs it.
@@ -50,6 +52,7 @@ class Problems:
             advice = "; repair it, or pass --errors skip (leave it out and count it)"
             raise ValueError(message + advice + (" or --errors replace" if replaceable else ""))
         self.count += 1
+        self.replaced += replaceable and self.policy == "replace"
         if len(self.examples) < N_EXAMPLES:
             self.examples.append(message)
 

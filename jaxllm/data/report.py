@@ -84,6 +84,7 @@ class PrepareReport(Record):
     bytes_read: int
     bytes_kept: int
     problems: int
+    replaced: int
     problem_examples: tuple[str, ...]
     rules: dict[str, RuleCount]
     tokenizer: str
@@ -195,7 +196,7 @@ def show(report: PrepareReport, console: "Console") -> None:
     for name, value in _facts(report, unit):
         table.add_row(name, escape(value))
     console.print(table)
-    losses = [("unreadable", 0, report.problems, report.problem_examples)]
+    losses = [("unreadable", report.replaced, report.problems - report.replaced, report.problem_examples)]
     losses += [(name, rule.changed, rule.dropped, rule.examples) for name, rule in report.rules.items()]
     if losses := [each for each in losses if any(each[1:3])]:
         columns = "rule", "changed", f"{unit}s dropped", wrap("examples")
@@ -207,6 +208,8 @@ def show(report: PrepareReport, console: "Console") -> None:
         console.print("nothing was left out or changed")
     for note in report.notes:
         console.print(f"note: {escape(note)}")
+    if losses:
+        console.print(f"more examples, lengths and clusters: {escape(report.directory)}/report.html")
 
 
 def _facts(report: PrepareReport, unit: str) -> Iterator[tuple[str, str]]:

@@ -160,7 +160,7 @@ def tfds_data(source: "Tfds") -> Sequence[dict]:
         import tensorflow_datasets as tfds
     try:
         return tfds.data_source(source.name, split=source.split, data_dir=source.data_dir, download=False)
-    except (ValueError, AssertionError, NotImplementedError, OSError, ImportError) as error:
+    except (ValueError, KeyError, AssertionError, NotImplementedError, OSError, ImportError) as error:
         raise ValueError(
             f"--tfds {source.name}, split {source.split!r}, in {source.data_dir or 'the default data_dir'}: "
             f"{str(error).splitlines()[0].rstrip('.')}; prepare it with file_format='array_record'"

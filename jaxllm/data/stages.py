@@ -12,7 +12,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, compress, repeat
 from pathlib import Path
@@ -133,9 +133,16 @@ def _add(totals: dict[str, list[int]], name: str, numbers: list[int]) -> None:
     totals[name] = [a + b for a, b in zip(before, numbers, strict=True)]
 
 
+_ACCOUNT = TypeAdapter(Account)
+
+
+def _write_account(directory: Path, account: Account) -> None:
+    files.write_json(directory / "account.json", _ACCOUNT.dump_python(account, mode="json"))
+
+
 def read_account(directory: Path) -> Account:
     """Return the account of a finished stage."""
-    return TypeAdapter(Account).validate_python(files.read_json(directory / "account.json"))
+    return _ACCOUNT.validate_python(files.read_json(directory / "account.json"))
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ class Clean:
                     file.write(_line(item))
             save_array(directory / "ids.npy", np.frombuffer(ids, "<u8").reshape(-1, 2))
             save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
-            files.write_json(directory / "account.json", asdict(account))
+            _write_account(directory, account)
 
     def _cleaned(self, account: Account, tick: Tick) -> Iterator[Document | Conversation]:
         cleaner = Cleaner(self.rules, self.evaluation and decontaminate.read(self.evaluation))
@@ -244,7 +251,7 @@ class Encode:
                         file.write(content)
                     sizes.extend((len(stored.tokens), len(stored.origins), stored.n_trained, stored.text_bytes))
             save_array(directory / "index.npy", np.frombuffer(sizes, np.int64).reshape(-1, 4).cumsum(axis=0))
-            files.write_json(directory / "account.json", asdict(account))
+            _write_account(directory, account)
 
     def _encoded(self, tok: Tokenizer, account: Account, tick: Tick) -> Iterator[Encoded]:
         kept = self._kept(account, tick)

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from jaxllm.data import describe, report
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import ChatTemplate
+from jaxllm.data.clean import CleanConfig
 from jaxllm.data.loader import DataConfig, Loader, Source
 from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
@@ -224,6 +226,28 @@ def test_unreadable_rows_are_in_the_report(tmp_path):
     assert "a.jsonl:2: not JSON" in made.problem_examples[0]
     shown = show(made).replace("\n", "")
     assert "a.jsonl:2: not JSON" in shown and "nothing was left out" not in shown
+
+
+def test_what_archives_leave_out_and_what_is_replaced_is_in_the_report(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", b"caf\xe9 au lait\n\nand more of it")
+        archive.writestr("b.png", b"no text")
+    inputs = (TextFiles(path=str(tmp_path / "a.zip")),)
+    config = PrepareConfig(
+        inputs=inputs, out=str(tmp_path / "out"), tokenizer=BytesTokenizer(), validation=0, errors="replace"
+    )
+    found = prepare(config)
+    assert (found.documents_kept, found.problems, found.replaced) == (1, 1, 1)
+    assert any("members of archives left out" in note and "png" in note for note in found.notes)
+    shown = io.StringIO()
+    report.show(found, Console(file=shown, width=200))
+    assert re.search(r"unreadable\W+1\W+0\W", shown.getvalue())
+
+
+@pytest.mark.parametrize("code", ["chinese", "ZH", "zh_CN", ""])
+def test_what_is_no_code_of_a_language_is_refused(code):
+    with pytest.raises(ValueError, match=f"{code!r} is no code of a language"):
+        CleanConfig(languages=(code,))
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
