@@ -2,7 +2,8 @@
 
 Without it, a process whose peer has died waits in a collective until JAX ends it with a stack trace that names nobody.
 Each process watches the next one, and a file that names the missing process, which the first who notices writes; so a
-second of a thousand processes costs each of them three small files. Beats are counted, and no clocks are compared.
+second of a thousand processes costs each of them three small files. Beats are counted, and no clocks are compared. Of a
+run in a bucket, the files are on this machine, and only its own processes are watched.
 """
 
 import atexit
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import jax
 
+from jaxllm.core.bucket import is_twin
 from jaxllm.training.stop import leave
 
 DIRECTORY = "heartbeats"
@@ -44,6 +46,7 @@ class Heartbeat:
 
     def __init__(self, run_dir: Path, launch: int, limit_s: float, last_words: Callable[[], str] = str):
         self._directory, self._launch, self._limit_s = run_dir / DIRECTORY, launch, limit_s
+        self._here_only = is_twin(run_dir)
         self._last_words, self.background = last_words, str
         self._process, self._count = jax.process_index(), jax.process_count()
         self._phase, self._step, self._beats = "start", 0, 0
@@ -121,6 +124,8 @@ class Heartbeat:
         """Return what to say of a peer that is missing, and with which status to end; None if it lives."""
         record, now = _read(self._directory / f"process-{peer}.json"), time.monotonic()
         record = record if record.get("launch") == self._launch else {}
+        if self._here_only and not record:
+            return None
         beat = record.get("beat", 0)
         before, since = self._seen.get(peer, (-1, now))
         if beat != before:
