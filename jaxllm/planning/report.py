@@ -93,7 +93,8 @@ def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -
         parameters=accounting.param_count(job.model), fits=not compiled.problem and needed <= available,
         needed=None if needed is None else needed / GIB, available=available / GIB,
         memory={name: size / GIB for name, size in sizes.items()},
-        buffers=[(size / GIB, what) for size, what in buffers[:5]], time=time, collectives=[Traffic(**each._asdict()) for each in traffic],
+        buffers=[(size / GIB, what) for size, what in buffers[:5]], time=time,
+        collectives=[Traffic(**each._asdict()) for each in traffic],
         compile_seconds=compiled.seconds, cached=compiled.cached,
     )  # fmt: skip
 
