@@ -102,6 +102,8 @@ def compile_step(job: Job, topology: Topology, devices: list[Any]) -> Compiled:
     start = time.perf_counter()
     state, batch, mesh = abstract(job, devices)
     compute = job.compute.resolve(topology.chip.kind, job.model.n_layers)
+    if topology.chip.kind == "gpu" and compute.kernel == "auto":
+        compute = compute.model_copy(update={"kernel": "xla"})  # cuDNN would have to be here, and asks the GPU
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jit_step(job.model, compute, job.optim, job.step, shardings)
     with jax.set_mesh(mesh):
@@ -127,15 +129,16 @@ def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh,
     path = CACHE.expanduser() / f"{key}.json.gz"
     if path.exists():
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())), cached=True)
-    found = _compile(lowered)._replace(seconds=time.perf_counter() - start)
+    untuned = {"xla_gpu_autotune_level": "0"} if topology.chip.kind == "gpu" else None  # nothing here can be timed
+    found = _compile(lowered, untuned)._replace(seconds=time.perf_counter() - start)
     kept = {name: value for name, value in found._asdict().items() if name != "cached"}
     files.write_bytes(path, gzip.compress(json.dumps(kept).encode()))
     return found
 
 
-def _compile(lowered: jax.stages.Lowered) -> Compiled:
+def _compile(lowered: jax.stages.Lowered, options: dict[str, str] | None) -> Compiled:
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -82,16 +82,19 @@ def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -
     else:
         needed = compiled.total
         sizes = memory.by_category(sizes, needed)
-    if not compiled.problem and chip.kind == "tpu":
+    if compiled.text and chip.kind == "gpu":
+        traffic = schedule.count(compiled.text, topology.size)
+    elif compiled.text:
         found = schedule.estimate(compiled.text, Network.of(topology, list(parts.mesh.devices.flat)))
-        time, traffic = _time(job, topology, found), [Traffic(**each._asdict()) for each in found.collectives]
+        time, traffic = _time(job, topology, found), found.collectives
     return Plan(
         topology=str(topology), devices=topology.size, mesh=dict(parts.mesh.shape), remat=job.compute.remat,
         accumulate=job.step.accumulate, rows=job.rows, seq_len=job.seq_len,
         parameters=accounting.param_count(job.model), fits=not compiled.problem and needed <= available,
         needed=None if needed is None else needed / GIB, available=available / GIB,
         memory={name: size / GIB for name, size in sizes.items()},
-        buffers=[(size / GIB, what) for size, what in buffers[:5]], time=time, collectives=traffic,
+        buffers=[(size / GIB, what) for size, what in buffers[:5]], time=time,
+        collectives=[Traffic(**each._asdict()) for each in traffic],
         compile_seconds=compiled.seconds, cached=compiled.cached,
     )  # fmt: skip
 
@@ -123,12 +126,10 @@ def show(plan: Plan, console: Console) -> None:
     table.add_row("all", f"{sum(plan.memory.values()):,.2f} of {plan.available:,.2f}")
     console.print(table)
     for kind in plan.collectives:
-        say(
-            f"{kind.count:>6} {kind.kind} among {kind.group}: {kind.bytes / 1e9:.2f} GB, {kind.seconds:.3f} s, of them "
-            f"{kind.exposed:.3f} s exposed"
-        )
-    for line in sentences(plan):
-        say(line)
+        times = f", {kind.seconds:.3f} s, of them {kind.exposed:.3f} s exposed" if plan.time else ""
+        say(f"{kind.count:>6} {kind.kind} among {kind.group}: {kind.bytes / 1e9:.2f} GB{times}")
+    for sentence in sentences(plan):
+        say(sentence)
 
 
 def line(plan: Plan) -> str:
@@ -188,5 +189,9 @@ def sentences(plan: Plan) -> list[str]:
             f"are exposed, waiting for copies {time.waiting:.3f} s"
         )
         said.append(f"  MFU counts {time.formula}")
+    elif plan.fits:
+        said.append(
+            "no times for GPUs, whose compiler estimates none; attention is planned as XLA computes it, not cuDNN"
+        )
     said.append(f"{where} {plan.compile_seconds:.0f} s")
     return said

@@ -75,6 +75,28 @@ def estimate(text: str, network: Network) -> Estimate:
     return Estimate(seconds, *(replay.spent[key] for key in ("computing", "kernels", "guessed", "waiting")), found)
 
 
+def count(text: str, n_devices: int) -> list[Collective]:
+    """Return the collectives of a module without times, as of compilers that estimate none."""
+    module, found = hlo.read(text), collections.defaultdict(lambda: [0, 0.0])
+
+    def visit(name: str, times: int) -> None:
+        table = {each.name: each for each in module.computations[name]}
+        for each in module.computations[name]:
+            if each.op == "while":
+                body, trips = hlo.trips(module, each)
+                visit(body, times * trips)
+            elif each.op == "call":
+                visit(each.attribute(r"to_apply=%?([\w.\-]+)"), times)
+            elif (op := each.op.removesuffix("-start")) in COLLECTIVES:
+                given = sum(n_bytes(table[operand].type) for operand in each.operands if operand in table)
+                entry = found[op, len(group_of(each, n_devices))]
+                entry[0] += times
+                entry[1] += times * given
+
+    visit(module.entry, 1)
+    return [Collective(*key, *values, 0.0, 0.0) for key, values in sorted(found.items())]
+
+
 class _Replay:
     """The clock, and what was spent on what. `times` multiplies what is inside of loops."""
 

@@ -1,10 +1,10 @@
 """Topologies: `v5p:4x4x4`, `2*v5e:16x16`, `h100:8` in words, as devices that nobody owns; what their chips can do."""
 
 import functools
-import importlib.util
 import math
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -111,9 +111,11 @@ def devices(topology: Topology) -> list[Any]:
       ValueError: the package that compiles for this chip is not installed.
     """
     for name in topology.compilers:
-        if importlib.util.find_spec(name.replace("-", "_")) is None:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
             extra = {"tpu": "plan", "gpu": "plan-cuda"}[topology.chip.kind]
-            raise ValueError(f"a plan for {topology} needs {name}; run: pip install 'jaxllm[{extra}]'")
+            raise ValueError(f"a plan for {topology} needs {name}; run: pip install 'jaxllm[{extra}]'") from None
     from jax.experimental import topologies
 
     if topology.chip.kind == "gpu":
