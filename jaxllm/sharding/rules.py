@@ -20,7 +20,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,  # rows that a layer works on
     "length": (),
     # Of what goes from layer to layer: there, devices that split products have nothing to split but the row.
-    "stream": ("tensor",),
+    "stream": ("context", "tensor"),
     "stages": ("stage",),
     "layers": ("stage",),
     "vocab": ("tensor",),
