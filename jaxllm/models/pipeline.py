@@ -72,16 +72,16 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
     rows = constrain(_cut(x, plan), None, "stages", "batch", "stream", None)
     # Every stage needs those of every microbatch in its turn; they are small.
     sides = jax.tree.map(
-        lambda z: constrain(rearrange(_cut(z, plan), "g s ... -> (g s) ..."), None, "batch", None), sides
+        lambda z: constrain(rearrange(_cut(z, plan), "g s ... -> (g s) ..."), None, "batch", "length"), sides
     )
     stage = jnp.arange(number)
 
     def turn(carry: tuple[Array, Array], time: Int[Array, ""]) -> tuple[tuple, Any]:
         rows, inputs = _exchange(*carry, time, plan)
-        # Stages that have no work yet, or no more, do some work twice; nobody takes what comes of it.
+        # Stages that have no work yet, or no more, work on what is there; nobody takes what comes of it.
         group, deal, place = plan.unit(jnp.clip(time - stage, 0, plan.units - 1))
         own = jax.tree.map(lambda z: jax.vmap(lambda z, r: z[r], (1, 0))(z, deal), layers)
-        beside = jax.tree.map(lambda z: constrain(z[group * number + place], "stages", "batch", None), sides)
+        beside = jax.tree.map(lambda z: constrain(z[group * number + place], "stages", "batch", "length"), sides)
         outputs, sums = jax.vmap(run, spmd_axis_name="stage")(inputs, own, beside)
         return (rows, constrain(outputs, "stages", "batch", "stream", None)), sums
 
@@ -95,11 +95,10 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
 
 def spread(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any) -> Array:
     """Return what `run` makes of x where every stage has all of `layers`, and takes its part of the rows."""
-    split = lambda z: constrain(
-        rearrange(z, "(s b) ... -> s b ...", s=stages()), "stages", "batch", *[None] * (z.ndim - 1)
-    )
-    x, _ = jax.vmap(run, (0, None, 0), spmd_axis_name="stage")(split(x), layers, jax.tree.map(split, sides))
-    return rearrange(x, "s b ... -> (s b) ...")
+    split = lambda z, *axes: constrain(rearrange(z, "(s b) ... -> s b ...", s=stages()), "stages", "batch", *axes)
+    sides = jax.tree.map(lambda z: split(z, "length"), sides)
+    x, _ = jax.vmap(run, (0, None, 0), spmd_axis_name="stage")(split(x, "stream", None), layers, sides)
+    return constrain(rearrange(x, "s b ... -> (s b) ..."), "rows", "stream", None)
 
 
 def _exchange(rows: Array, passed: Array, time: Array, plan: Schedule) -> tuple[Array, Array]:
@@ -114,9 +113,8 @@ def _exchange(rows: Array, passed: Array, time: Array, plan: Schedule) -> tuple[
     first = ((jnp.arange(plan.stages) == 0) & (deal == 0)).reshape(-1, 1, 1, 1)
     inputs, left = jnp.where(first, stream, arrived), jnp.where(first, arrived, stream)
     left = constrain(jnp.roll(left, -1, axis=0), "stages", "batch", "stream", None)
-    return jax.lax.dynamic_update_index_in_dim(rows, left, group, 0), constrain(
-        inputs, "stages", "batch", "stream", None
-    )
+    rows = jax.lax.dynamic_update_index_in_dim(rows, left, group, 0)
+    return rows, constrain(inputs, "stages", "batch", "stream", None)
 
 
 def _row_parts() -> int:
