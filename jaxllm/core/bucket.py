@@ -58,11 +58,6 @@ def origin(path: str | os.PathLike) -> "Path | AnyPath":
     return epath.Path(url)
 
 
-def is_twin(path: Path) -> bool:
-    """Whether `path` stands for a place in a bucket."""
-    return _url(path) is not None
-
-
 def push(path: Path) -> None:
     """Copy what has changed in the twin of a directory, or a file of it, into the bucket; nothing for other paths.
 

@@ -1,9 +1,9 @@
-"""Which processes of a run are alive, and what they do: RUN/heartbeats/process-I.json, written every second.
+"""Which processes of a run are alive, and what they do: RUN/heartbeats/process-I.json, for whoever wants to look.
 
 Without it, a process whose peer has died waits in a collective until JAX ends it with a stack trace that names nobody.
-Each process watches the next one, and a file that names the missing process, which the first who notices writes; so a
-second of a thousand processes costs each of them three small files. Beats are counted, and no clocks are compared. Of a
-run in a bucket, the files are on this machine, and only its own processes are watched.
+Processes tell each other by the key-value store of `jax.distributed`, for a run directory in a bucket is not shared.
+Each watches the next one, process 0, which has the store, and the verdict of whoever first misses one. Beats are
+counted, and no clocks are compared.
 """
 
 import atexit
@@ -16,12 +16,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+from jax._src import distributed  # the store has no public name; Orbax, too, takes it from here
 
-from jaxllm.core.bucket import is_twin
 from jaxllm.training.stop import leave
 
 DIRECTORY = "heartbeats"
@@ -46,13 +46,14 @@ class Heartbeat:
 
     def __init__(self, run_dir: Path, launch: int, limit_s: float, last_words: Callable[[], str] = str):
         self._directory, self._launch, self._limit_s = run_dir / DIRECTORY, launch, limit_s
-        self._here_only = is_twin(run_dir)
         self._last_words, self.background = last_words, str
         self._process, self._count = jax.process_index(), jax.process_count()
         self._phase, self._step, self._beats = "start", 0, 0
         self._seen: dict[int, tuple[int, float]] = {}  # peer: its last beat, and when that was new
-        self._period_s, self._over, self._writing = min(1.0, limit_s / 10), threading.Event(), threading.Lock()
-        self._verdict = self._directory / f"missing-{launch}.json"
+        self._cut_off = False  # from the store
+        self._last: dict[int, dict] = {}  # peer: its last record
+        self._period_s = min(limit_s / 10, max(1.0, self._count / 200))  # a thousand processes post 200 times a second
+        self._over, self._writing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._leaving = threading.Lock()
 
@@ -88,10 +89,10 @@ class Heartbeat:
         while not self._over.wait(self._period_s):
             self._write()
             if self._count > 1:
-                self._check([(self._process + 1) % self._count], self._limit_s)
+                self._check({0, (self._process + 1) % self._count} - {self._process}, self._limit_s)
 
     def _write(self) -> None:
-        """Replace this process's file; without fsync, for what is lost with the machine means nothing."""
+        """Post a beat, and replace the file; without fsync, for what is lost with the machine means nothing."""
         with self._writing, contextlib.suppress(OSError):  # a full disk is for the checkpoints to say
             self._beats += 1
             record = {
@@ -99,18 +100,19 @@ class Heartbeat:
                 "time": time.strftime("%Y-%m-%d %H:%M:%S"), "beat": self._beats, "host": socket.gethostname(),
                 "pid": os.getpid(), "pids": _pid_namespace(), "launch": self._launch,
             }  # fmt: skip
+            if self._count > 1:
+                self._post(self._process, record)
             temporary = self._directory / f".process-{self._process}.tmp"
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
             temporary.replace(self._directory / f"process-{self._process}.json")
 
-    def _check(self, peers: list[int], silence_s: float) -> None:
+    def _check(self, peers: Iterable[int], silence_s: float) -> None:
         """End this process if one of `peers` is missing, or another process says that one is."""
-        verdict = _read(self._verdict)
-        for peer in () if verdict else peers:
+        verdict = self._get("missing")
+        for peer in () if verdict else sorted(peers):
             if found := self._missing(peer, silence_s):
-                with contextlib.suppress(FileExistsError), open(self._verdict, "x", encoding="utf-8") as file:
-                    json.dump(found, file)
-                verdict = _read(self._verdict) or found
+                self._post("missing", found, once=True)
+                verdict = self._get("missing") or found
                 break
         if verdict:
             if self._process == 0 and self._thread is threading.current_thread():
@@ -122,10 +124,9 @@ class Heartbeat:
 
     def _missing(self, peer: int, silence_s: float) -> dict | None:
         """Return what to say of a peer that is missing, and with which status to end; None if it lives."""
-        record, now = _read(self._directory / f"process-{peer}.json"), time.monotonic()
-        record = record if record.get("launch") == self._launch else {}
-        if self._here_only and not record:
-            return None
+        found, now = self._get(peer), time.monotonic()
+        unreachable = found is None  # the store is of process 0
+        record = self._last[peer] = found or self._last.get(peer, {})
         beat = record.get("beat", 0)
         before, since = self._seen.get(peer, (-1, now))
         if beat != before:
@@ -136,14 +137,13 @@ class Heartbeat:
         place = f"pid {record['pid']} on {record['host']}" if record else "which never said where it is"
         name = f"process {peer} of {self._count} ({place})"
         doing = f"phase {phase} of step {record.get('step', 0)}{f', {beside}' if beside else ''}"
-        if phase.startswith("ended"):  # perhaps this process is about to end with the same error
-            return (
-                None
-                if now - since < PERIODS * self._period_s
-                else {"process": peer, "status": 2, "text": f"{name} {phase}"}
-            )
-        if _is_gone(record):
-            return {"process": peer, "status": AGAIN, "text": f"{name} is missing: it was killed in {doing}"}
+        if phase.startswith("ended"):
+            if now - since < PERIODS * self._period_s and not unreachable:
+                return None  # perhaps this process is about to end with the same error
+            return {"process": peer, "status": 2, "text": f"{name} {phase}"}
+        if _is_gone(record) or (unreachable and peer == 0):
+            how = "lost" if unreachable else "killed"
+            return {"process": peer, "status": AGAIN, "text": f"{name} is missing: it was {how} in {doing}"}
         if now - since > silence_s:
             silent = f"it was last heard of {now - since:.0f} s ago, in {doing}"
             return {"process": peer, "status": AGAIN, "text": f"{name} is missing: {silent}"}
@@ -151,7 +151,7 @@ class Heartbeat:
 
     def _look(self, periods: int) -> None:
         """Look at all peers for some beats, and end this process if one is missing."""
-        peers = [peer for peer in range(self._count) if peer != self._process]
+        peers = {*range(self._count)} - {self._process}
         for _ in range(2 * periods):
             self._check(peers, periods * self._period_s)
             time.sleep(self._period_s)
@@ -161,10 +161,32 @@ class Heartbeat:
 
         The handler runs in the thread that aborts, and if nobody is missing the abort goes on.
         """
-        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: None if self._over.is_set() else self._look(PERIODS))
-        self._handler = handler  # or it would be freed
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._abort)  # or it would be freed
         if sys.platform.startswith("linux"):
-            ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), self._handler)
+
+    def _abort(self, number: int) -> None:
+        self._cut_off = True  # the thread that aborts may hold a lock of the store: nobody asks it again
+        if not self._over.is_set():
+            self._check({*range(self._count)} - {self._process}, self._limit_s)
+
+    def _key(self, name: object) -> str:
+        return f"jaxllm/heartbeat/{self._launch}/{name}"
+
+    def _post(self, name: object, record: dict, once: bool = False) -> None:
+        """Write into the store, if it can be reached; `once`: what is there already stays."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            if not self._cut_off:
+                client = distributed.global_state.client
+                client.key_value_set(self._key(name), json.dumps(record), allow_overwrite=not once)
+
+    def _get(self, name: object) -> dict | None:
+        """Return a record of the store, empty if there is none; None: the store cannot be reached."""
+        try:
+            client = distributed.global_state.client
+            return None if self._cut_off else json.loads(client.key_value_try_get(self._key(name)))
+        except jax.errors.JaxRuntimeError as error:
+            return {} if "NOT_FOUND" in str(error) else None
 
 
 def _leave_alone(seconds: float) -> None:
@@ -172,13 +194,6 @@ def _leave_alone(seconds: float) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2)
-
-
-def _read(path: Path) -> dict:
-    """Return a record; empty if there is none, or none that is whole yet."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {}
 
 
 def _pid_namespace() -> str:

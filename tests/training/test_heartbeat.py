@@ -16,6 +16,26 @@ class Left(BaseException):
     """Instead of the end of the process."""
 
 
+class Store(dict):
+    """The key-value store of jax.distributed, as far as heartbeats use it."""
+
+    gone = False
+
+    def key_value_set(self, key, value, allow_overwrite):
+        if self.gone or (key in self and not allow_overwrite):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE" if self.gone else "ALREADY_EXISTS: key")
+        self[key] = value
+
+    def key_value_try_get(self, key):
+        if self.gone or key not in self:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE" if self.gone else "NOT_FOUND: key")
+        return self[key]
+
+
+def store():
+    return heartbeat.distributed.global_state.client
+
+
 @pytest.fixture
 def beating(tmp_path, monkeypatch):
     """Return a function that makes the heartbeat of one of two processes; what would end it raises Left."""
@@ -26,6 +46,7 @@ def beating(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "leave", leave)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     (tmp_path / heartbeat.DIRECTORY).mkdir()
+    monkeypatch.setattr(heartbeat.distributed.global_state, "client", Store())
 
     def make(process, launch=7):
         monkeypatch.setattr(jax, "process_index", lambda: process)
@@ -34,12 +55,12 @@ def beating(tmp_path, monkeypatch):
     return make
 
 
-def change(run_dir, process, **values):
-    path = run_dir / heartbeat.DIRECTORY / f"process-{process}.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def change(process, launch=7, **values):
+    key = f"jaxllm/heartbeat/{launch}/{process}"
+    store()[key] = json.dumps({**json.loads(store()[key]), **values})
 
 
-def test_a_peer_that_was_killed_is_named_with_what_it_did(tmp_path, beating):
+def test_a_peer_that_was_killed_is_named_with_what_it_did(beating):
     one, two = beating(0), beating(1)
     two.background = lambda: "while the checkpoint of step 4 is written"
     two.enter("compile", 5)
@@ -47,7 +68,7 @@ def test_a_peer_that_was_killed_is_named_with_what_it_did(tmp_path, beating):
     one._check([1], 0.2)  # it lives
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    change(tmp_path, 1, pid=dead.pid)
+    change(1, pid=dead.pid)
     with pytest.raises(Left) as left:
         one._check([1], 0.2)
     status, words = left.value.args
@@ -63,19 +84,28 @@ def test_a_peer_that_was_killed_is_named_with_what_it_did(tmp_path, beating):
     beating(0, launch=8)._check([1], 0.2)  # but not the next launch
 
 
-def test_silence_is_missed_after_its_limit_and_no_pid_of_elsewhere_counts(tmp_path, beating):
+def test_silence_is_missed_after_its_limit_and_no_pid_of_elsewhere_counts(beating):
     one, two = beating(0), beating(1)
     two.enter("restore", 3)
-    change(tmp_path, 1, pid=2**22, host="elsewhere")
+    change(1, pid=2**22, host="elsewhere")
     one._check([1], 0.2)
     time.sleep(0.1)
-    change(tmp_path, 1, beat=9)
+    change(1, beat=9)
     one._check([1], 0.2)
     time.sleep(0.15)
     one._check([1], 0.2)
     time.sleep(0.1)
     with pytest.raises(Left, match="it was last heard of 0 s ago, in phase restore of step 3"):
         one._check([1], 0.2)
+
+
+def test_process_0_is_gone_with_the_store(beating):
+    one, zero = beating(1), beating(0)
+    zero.enter("save", 4)
+    one._check([0], 0.2)
+    store().gone = True
+    with pytest.raises(Left, match=r"process 0 of 2 .* is missing: it was lost in phase save of step 4"):
+        one._check([0], 0.2)
 
 
 def test_who_never_said_anything_is_missed_too(beating):
@@ -86,7 +116,7 @@ def test_who_never_said_anything_is_missed_too(beating):
         one._check([1], 0.05)
 
 
-def test_an_error_of_a_peer_is_said_and_its_end_is_none(tmp_path, beating, monkeypatch):
+def test_an_error_of_a_peer_is_said_and_its_end_is_none(beating, monkeypatch):
     monkeypatch.setattr(heartbeat.atexit, "register", lambda *_: None)  # this process is to live on
     monkeypatch.setattr(Heartbeat, "_answer_aborts", lambda _: None)
     monkeypatch.setattr(heartbeat, "PERIODS", 1)
