@@ -85,8 +85,9 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
         _check_any(account, work)
         with DatasetWriter(config.out, tok, config.dataset_kind, config.overwrite) as writer:
             progress.begin("writing")
+            opened = lru_cache(maxsize=64)(EncodedPart)
             for split, part, *stretch in _stretches(encoded, config.validation, config.seed):
-                documents = _open(part, token_dtype(tok), config.chat)
+                documents = opened(part, token_dtype(tok), config.chat)
                 for stored in documents.stretches(*stretch, partial(writer.room, split)):
                     writer.add(split, stored)
                     progress.advance(len(stored.lengths), stored.text_bytes)
@@ -279,9 +280,6 @@ def _stretches(encoded: Sequence[Path], validation: float, seed: int) -> Iterato
             start = number
         last[split] = part, start, number + 1
     yield from ((split, *each) for split, each in last.items())
-
-
-_open = lru_cache(maxsize=64)(EncodedPart)
 
 
 def assign_splits(items: Iterable[T], validation: float, seed: int) -> Iterator[tuple[str, T]]:

@@ -165,8 +165,9 @@ def cut(part: Part, step: int) -> list[Part]:
 
 
 def name_of(source: Input) -> str:
-    """Return what a person calls a source: its kind, and the pattern of its files or the name of a data set."""
-    return " ".join(filter(None, [source.kind, getattr(source, "path", "") or getattr(source, "name", "")]))
+    """Return what a person calls a source: its kind, the pattern of its files or name of a data set, and fields."""
+    names = getattr(source, "path", "") or getattr(source, "name", ""), getattr(source, "fields", "")
+    return " ".join(filter(None, [source.kind, ":".join(filter(None, names))]))
 
 
 def paths(source: Input) -> list[str]:
@@ -174,10 +175,15 @@ def paths(source: Input) -> list[str]:
 
     Raises:
       FileNotFoundError: no file matches.
+      ValueError: a name is not UTF-8.
     """
     if not isinstance(source, FileInput):
         return []
-    return rows.arrow_files(source.path) if source.kind == "hf" else input_files.find(source.path, source.kind)
+    found = rows.arrow_files(source.path) if source.kind == "hf" else input_files.find(source.path, source.kind)
+    for path in found:
+        if not path.isprintable() and path.encode("utf-8", "replace").decode() != path:
+            raise ValueError(f"{path!r}: the name of this file is not UTF-8; rename it (convmv -f gbk -t utf-8)")
+    return found
 
 
 def documents(source: Input | Part, problems: Problems) -> Iterator[Document]:
@@ -257,7 +263,8 @@ def _id(row: dict) -> str | None:
     """What the row is called, if it says so."""
     for name in IDS:
         if (found := row.get(name)) not in (None, "", b""):
-            return (found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found))[:256]
+            name = found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
+            return name[:256] if name.isascii() else name[:256].encode("utf-8", "replace").decode()
     return None
 
 

@@ -81,11 +81,6 @@ class Account:
         if isinstance(item, Document) and item.language is not None:
             _add(self.languages, item.language, [sign, size])
 
-    def reject(self, item: Conversation, why: ValueError) -> None:
-        """Report a conversation that was kept and cannot be used."""
-        self.problems.report(f"{item.source}, {item.location}: {why}")
-        self.keep(item, -1)
-
     def drop(self, name: str, item: Document | Conversation) -> None:
         """Count a document that was kept as left out by the rule `name`."""
         self.keep(item, -1)
@@ -106,8 +101,11 @@ def result(out: Path) -> Iterator[Path]:
         for path in directory.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if not out.exists():
+        try:
             directory.rename(out)
+        except OSError:  # another process was faster
+            if not out.exists():
+                raise
 
 
 def merge(accounts: Iterable[Account]) -> Account:
@@ -264,7 +262,8 @@ class Encode:
             except TemplateError as error:  # no line of the user's is at fault
                 raise ValueError(f"the chat template of {self.named} {error}") from error
             except ValueError as error:
-                account.reject(item, error)
+                account.problems.report(f"{item.source}, {item.location}: {error}")
+                account.keep(item, -1)
             else:
                 yield Encoded(item.source, item.location, ids, trained, size_of(item), provenance(item))
 

@@ -61,9 +61,10 @@ def _plain(content: BinaryIO, source, problems: Problems, file: str) -> Iterator
             if not data.isspace():
                 yield _Text(f"line {number}", offset, size, data.rstrip(b"\r\n"))
         return
+    wide = "\u3000".encode(source.encoding.split(",")[0], "ignore")  # the space of Chinese text
     whole, held, first, size = source.split == "file", [], (1, 0), 0
     for number, offset, size_bytes, data in chain(found, [(0, 0, 0, b"")]):
-        blank = not data.strip()
+        blank = not data.strip() or (data.startswith(wide) and not data.replace(wide, b"").strip())
         if whole or not blank:
             first = first if size else (number, offset)
             size += size_bytes

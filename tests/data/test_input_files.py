@@ -275,6 +275,22 @@ def test_nul_bytes_empty_files_and_equal_ids(tmp_path):
     assert [(each.text, each.id) for each in found] == [("one", "7"), ("two\0", "7"), ("", "u")]
 
 
+def test_what_is_no_unicode_in_names(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": "\\ud800x", "text": "one"}\n')
+    assert [each.id for each in read(RowFiles(path=f"{tmp_path}/a.jsonl"))] == ["?x"]
+    (tmp_path / "b\udcff.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"b\\udcff\.jsonl': the name of this file is not UTF-8; rename it"):
+        read(RowFiles(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "latin-1"])
+def test_a_line_of_wide_spaces_is_blank(tmp_path, encoding):
+    wide = "" if encoding == "latin-1" else "\u3000\u3000"
+    (tmp_path / "a.txt").write_bytes(f"one\n{wide}\ntwo ? \n?\n".encode(encoding))
+    found = texts(TextFiles(path=f"{tmp_path}/a.txt", split="paragraph", encoding=encoding))
+    assert found == ["one", "two ? \n?"]
+
+
 def test_mixed_encodings(tmp_path):
     (tmp_path / "a.txt").write_bytes(
         "你好\n".encode() + "你好\n".encode("gb18030") + "café\n".encode("latin-1") + b"end\n"
