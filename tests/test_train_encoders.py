@@ -283,7 +283,7 @@ def test_inspect_shows_what_is_learned(name, masked_run, capsys):
     if name == "labels":
         label = load_recipe(run).model.head.labels[row.labels]
         assert learned == [f"{label}<eos>"]
-        assert [each for text, each in LABELLED.items() if f"\n{text}<eos>" in shown] == [label]
+        assert [each for text, each in LABELLED.items() if f"\n<bos>{text}<eos>" in shown] == [label]
     elif name == "pairs":
         assert learned == [f"{WORDS[word]}<eos>" for word in re.findall(r"(?m)^(\w+)<eos>", shown)] != []
     else:

@@ -20,7 +20,7 @@ class Sides:
     """The two sides of each conversation of a dataset.
 
     Args:
-      begin: ids before each side; default: what the tokenizer puts there.
+      begin: ids before each source; default: what the tokenizer puts there, and then before each target as well.
     Attributes:
       sources, targets: int64 [n_documents], tokens of either side.
     Raises:
@@ -31,7 +31,8 @@ class Sides:
         if dataset.kind != "chat":
             raise ValueError(f"{dataset.directory} has text, and pairs are conversations; prepare it with --chat")
         self._dataset, self._eos = dataset, tokenizer.eos_id
-        self._begin = (tokenizer.prefix if tokenizer.surrounds else ()) if begin is None else begin
+        usual = tokenizer.prefix if tokenizer.surrounds else ()
+        self._begin, self._answer = (usual, usual) if begin is None else (begin, ())
         self._special = np.zeros(tokenizer.vocab_size, bool)
         self._special[list(tokenizer.special.values())] = True
         starts, end = dataset.starts[:-1], int(dataset.starts[-1])
@@ -45,14 +46,14 @@ class Sides:
             )
         answered = np.cumsum(begins) > np.repeat(np.arange(len(starts)), dataset.lengths)  # from the answer on
         self.sources = len(self._begin) + count(~answered & ~self._special[dataset.stream(0, end)]) + 1
-        self.targets = len(self._begin) + count(said)
+        self.targets = len(self._answer) + count(said)
 
     def of(self, document: int) -> tuple[Int[np.ndarray, "S"], Int[np.ndarray, "T"]]:
         """Return (source, target) of a document."""
         tokens, said = self._dataset.tokens(document), self._dataset.trained(document)
         source = tokens[: int(said.argmax())]
         source = [*self._begin, *source[~self._special[source]], self._eos]
-        return np.array(source), np.array([*self._begin, *tokens[said]])
+        return np.array(source), np.array([*self._answer, *tokens[said]])
 
 
 class PairPlan(WholePlan):
