@@ -14,7 +14,8 @@ from jaxllm.layers.masks import Rule, Segments
 
 LANES = 128  # of a TPU: rows are filled up to a multiple of them
 BLOCK = 512  # rows and columns of a block of scores
-MOST_BLOCKS = 512  # along a row, so that the table of blocks fits the scalar memory: longer rows have larger blocks
+# Longer rows have larger blocks: the table of blocks must fit the scalar memory, and is made block by block in Python.
+MOST_BLOCKS, LONG = 256, 65_536
 
 
 class Visible(splash.Mask):
@@ -83,17 +84,19 @@ def attend(
 
 def _kernel(seen: Visible, shares: int, heads: int, softcap: float | None, interpret: bool) -> Callable[..., Array]:
     length = len(seen.q_sequence) // shares
-    rows, keys = _block(length if shares == 1 else length // 2, seen.shape[1]), _block(seen.shape[1], seen.shape[1])
-    sizes = {f"block_q{of}": rows for of in ("", "_dkv", "_dq")}
-    sizes |= {f"block_kv{of}": keys for of in ("", "_compute", "_dkv", "_dkv_compute", "_dq")}
+    rows = _divisor(length if shares == 1 else length // 2, 2 * BLOCK if seen.shape[1] > LONG else BLOCK)
+    keys = _divisor(seen.shape[1], min(4 * BLOCK, max(BLOCK, seen.shape[1] // MOST_BLOCKS)))
+    part = _divisor(keys, BLOCK)
+    sizes = {"block_q": rows, "block_kv": keys, "block_kv_compute": part}
+    sizes |= {"block_q_dkv": rows, "block_kv_dkv": keys, "block_kv_dkv_compute": part}
+    sizes |= {"block_q_dq": rows, "block_kv_dq": part if keys == part else 2 * part}
     return splash.make_splash_mha(
         splash.MultiHeadMask([seen] * heads), block_sizes=splash.BlockSizes(**sizes), attn_logits_soft_cap=softcap,
         head_shards=1, q_seq_shards=shares, residual_checkpoint_name=PRODUCT, interpret=interpret,
     )  # fmt: skip
 
 
-def _block(length: int, keys: int) -> int:
-    most = max(BLOCK, -(-keys // MOST_BLOCKS))
+def _divisor(length: int, most: int) -> int:
     return next(size for size in (2048, 1024, 512, 256, 128) if length % size == 0 and (size <= most or size == LANES))
 
 

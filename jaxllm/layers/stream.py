@@ -124,9 +124,9 @@ def _forward(q, k, v, sinks, rows, rule):
         weights = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
         kept = jnp.exp(top[block] - new)
         part = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v[pair[1]], preferred_element_type=jnp.float32)
-        sums = sums.at[block].set(sums[block] * kept[..., None] + part)
-        total = total.at[block].set(total[block] * kept + jnp.sum(weights, axis=-1))
-        return (sums, top.at[block].set(new), total), None
+        sums = _put(sums, block, sums[block] * kept[..., None] + part)
+        total = _put(total, block, total[block] * kept + jnp.sum(weights, axis=-1))
+        return (sums, _put(top, block, new), total), None
 
     start = jnp.zeros((*shape, v.shape[-1])), top, total
     (sums, top, total), _ = jax.lax.scan(body, start, rows.pairs)
@@ -146,11 +146,12 @@ def _backward(rule, residuals, dy):
         s, seen = scores(pair)
         weights = jnp.where(seen, jnp.exp(s - log_total[row][..., None]), 0.0)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dv = dv.at[key].add(product("bkgts,bkgth->bksh", weights.astype(v.dtype), dy[row]))
+        dv = _put(dv, key, dv[key] + product("bkgts,bkgth->bksh", weights.astype(v.dtype), dy[row]))
         ds = weights * (product("bkgth,bksh->bkgts", dy[row], v[key]) - inner[row][..., None]) * rule.scale
         ds = (ds if rule.softcap is None else ds * (1.0 - (s / rule.softcap) ** 2)).astype(q.dtype)
-        dq = dq.at[row].add(product("bkgts,bksh->bkgth", ds, k[key]))
-        return (dq, dk.at[key].add(product("bkgts,bkgth->bksh", ds, q[row])), dv), None
+        dq = _put(dq, row, dq[row] + product("bkgts,bksh->bkgth", ds, k[key]))
+        dk = _put(dk, key, dk[key] + product("bkgts,bkgth->bksh", ds, q[row]))
+        return (dq, dk, dv), None
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     gradients = jax.lax.scan(body, zeros, rows.pairs)[0]
@@ -158,6 +159,10 @@ def _backward(rule, residuals, dy):
     if sinks is not None:
         dsinks = -jnp.sum(jnp.exp(sinks[None] - log_total) * inner, axis=(0, 1, 4))[None, ..., None]
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), dsinks, None
+
+
+def _put(x: Array, block: Array, value: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(x, value, block, 0)  # in its place; x.at[...] would be a scatter
 
 
 _attend.defvjp(_forward, _backward)

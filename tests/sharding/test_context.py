@@ -1,6 +1,8 @@
 """Rows that devices share: twenty updates equal those of one device, and a row of a million tokens compiles."""
 
 import functools
+import math
+import re
 
 import jax
 import numpy as np
@@ -8,14 +10,14 @@ import pytest
 
 from jaxllm.core.batch import Batch
 from jaxllm.layers.config import Experts, Learned, SlidingWindow
-from jaxllm.models.build import bind, graph
+from jaxllm.models.build import abstract_params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.config import AdamW, StepConfig
 from jaxllm.training.feed import place
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import init_state
-from jaxllm.training.step import compile_step
+from jaxllm.training.step import compile_step, loss_sums
 
 ROWS, LENGTH, STEPS = 4, 16, 20
 SHAPE = {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 32, "max_seq_len": LENGTH}
@@ -74,3 +76,17 @@ def test_twenty_updates_are_those_of_one_device(model, mesh, how):
     for found, one in zip(history, expected, strict=True):
         assert found == pytest.approx(one, rel=1e-4)
     jax.tree.map(lambda found, one: np.testing.assert_allclose(found, one, atol=1e-4), params, wanted)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=1, context=4, tensor=2)], ids=["one", "shared"])
+def test_nothing_of_a_row_of_a_million_tokens_grows_with_its_square(mesh):
+    length = 2**20
+    model = MIXED.model_copy(update={"max_seq_len": length})
+    compute = ComputeConfig(dtype="float32", layers="scan", remat="full", loss_chunk=1024)
+    with jax.set_mesh(make_mesh(mesh, jax.devices()[: 8 if mesh.context > 1 else 1])):
+        of_type = lambda dtype: jax.ShapeDtypeStruct((1, length), dtype)
+        batch = Batch(*(of_type(dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
+        gradient = jax.grad(lambda params, batch: loss_sums(params, batch, model, compute)[0])
+        program = str(jax.make_jaxpr(gradient)(abstract_params(model), batch))
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"\[([\d,]+)\]", program)}
+    assert max(math.prod(shape) for shape in shapes) <= length * max(SHAPE["vocab_size"], SHAPE["d_ff"])
