@@ -283,8 +283,8 @@ def test_two_processes_compute_what_one_does_also_when_one_is_killed_and_one_sto
     processes[1].kill()
     processes[1].wait()
     killed_s = time.monotonic()
-    outputs = finish(processes, 30)
-    assert time.monotonic() - killed_s < 15
+    outputs = finish(processes, 60)
+    assert time.monotonic() - killed_s < 30
     assert processes[0].returncode == 75, outputs
     why = rf"error: process 1 of 2 \(pid {processes[1].pid} on .*\) is missing: it was killed in phase \w+ of step \d+"
     assert re.search(
