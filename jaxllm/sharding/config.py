@@ -39,7 +39,7 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     Raises:
       ValueError: the sizes do not multiply to the device count.
     """
-    sizes = dict(zip(AXES, (config.stage, config.data, config.fsdp, config.expert, config.tensor), strict=True))
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if 0 in sizes.values() or len(free) > 1:
