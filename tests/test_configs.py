@@ -18,6 +18,7 @@ from jaxllm.layers.norms import LayerNorm
 from jaxllm.models import presets
 from jaxllm.models.build import abstract_params
 from jaxllm.recipe import FILE_NAME, Recipe, check, load_recipe
+from jaxllm.sharding.config import AXES
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import train_step
@@ -77,7 +78,7 @@ def step_shapes(recipe: Recipe) -> tuple[TrainState, TrainState, dict]:
 @pytest.mark.parametrize("file", TRAINING, ids=name)
 def test_training_recipe_builds(file, load):
     recipe = load(file)
-    sizes = recipe.mesh.model_dump().values()
+    sizes = [getattr(recipe.mesh, axis) for axis in AXES]
     n_devices = 8 if -1 in sizes else math.prod(sizes)
     check(recipe, vocab_size=recipe.model.vocab_size, n_devices=n_devices)
     before, after, metrics = step_shapes(recipe)
@@ -111,7 +112,7 @@ def test_the_7b_run_may_move_between_machines(load):
     machines = [load(file) for file in TRAINING if file.match("llama2-7b/*-pretrain.yaml")]
     assert len(machines) == 5
     for recipe in machines:
-        moved = recipe.model_copy(update={key: getattr(machines[0], key) for key in ("mesh", "platform")})
+        moved = recipe.model_copy(update={key: getattr(machines[0], key) for key in ("mesh", "platform", "compute")})
         step = recipe.step.model_copy(update={"accumulate": machines[0].step.accumulate})
         assert moved.model_copy(update={"step": step}) == machines[0]
 
