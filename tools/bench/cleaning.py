@@ -7,6 +7,7 @@ Good: Wikipedia articles and paragraphs, news, a play, a novel, English and Chin
 
 import base64
 import json
+import os
 import random
 import re
 import sys
@@ -14,10 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jaxllm.data.clean import CleanConfig, Cleaner, rules
 from jaxllm.data.documents import Document
 from jaxllm.data.language import identify
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
+from jaxllm.data.sources import RowFiles
 
 PRESETS = ("c4", "gopher", "fineweb")
 MENU = "Home\nProducts\nAbout us\nContact\nSign in\nSearch\nCart (0)\nPrivacy policy\nEN | DE | FR\nShare\nFollow us\n"
@@ -89,6 +94,22 @@ def speed(work: Callable[[str], object], texts: list[str]) -> float:
     return best
 
 
+def by_workers(texts: list[str], workers: int, megabytes: float = 16) -> tuple[float, float]:
+    """Return the wall and CPU seconds that `prepare` takes to clean one file of about so many megabytes."""
+    times = max(1, round(megabytes * 1e6 / sum(len(text.encode()) for text in texts)))
+    cpu = lambda: sum(os.times()[:4])
+    with TemporaryDirectory() as place:
+        with open(f"{place}/a.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts * times)
+        config = PrepareConfig(
+            inputs=(RowFiles(path=file.name),), out=f"{place}/out", tokenizer=BytesTokenizer(),
+            clean=CleanConfig(preset="gopher", languages=("any",), deduplicate=False), engine={"workers": workers},
+        )  # fmt: skip
+        wall, busy = time.perf_counter(), cpu()
+        prepare(config)
+        return time.perf_counter() - wall, cpu() - busy
+
+
 def main() -> int:
     """Measure and print."""
     texts = list(good(Path(sys.argv[1])))
@@ -108,6 +129,9 @@ def main() -> int:
     kinds = [[text for kind, text in texts if kind[-2:] == code] for code in ("en", "zh")]
     for name, rule in work.items():
         print(f"  {name:20s} {speed(rule, kinds[0]):8.1f} {speed(rule, kinds[1]):8.1f}")
+    for workers in (1, 2):
+        wall, busy = by_workers([text for _, text in texts], workers)
+        print(f"one file, {workers} workers: {wall:.1f} s, {busy:.1f} s of CPU")
     return 0
 
 
