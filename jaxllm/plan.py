@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.planning.report import show, show_ranking
     from jaxllm.recipe import check, load_recipe
 
-    recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(highlight=False)
+    recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(highlight=False, soft_wrap=True)
     data, out = recipe.data, Path(arguments.out)
     parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
