@@ -239,8 +239,6 @@ def _context_problems(recipe: Recipe, context: int) -> Iterator[tuple[bool, str]
     yield not plain, f"mesh.context={context} is for {kinds}; set it to 1"
     multiples = f"a multiple of {2 * context}, or of {256 * context} for the kernel of TPUs"
     yield length % (2 * context), f"data.packing.seq_len={length} for mesh.context={context} must be {multiples}"
-    stage = recipe.mesh.stage
-    yield stage != 1, f"mesh.context={context} and mesh.stage={stage} do not go together; set one to 1"
 
 
 def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> str | None:

@@ -17,6 +17,8 @@ BLOCK = 512  # rows and columns of a block of scores
 # Longer rows have larger blocks: the table of blocks must fit the scalar memory, and is made block by block in Python.
 MOST_BLOCKS, LONG = 256, 65_536
 
+_BLOCKS = [np.array([[n > 0, n > 1]]) for n in range(3)]  # of which nothing, something or all is seen
+
 
 class Visible(splash.Mask):
     """What the queries at `places` of rows of `keys` see by a rule.
@@ -25,7 +27,7 @@ class Visible(splash.Mask):
     """
 
     def __init__(self, places: np.ndarray, keys: int, rule: Rule):
-        self.q_sequence, self._keys, self._causal = places, keys, rule.causal
+        self.q_sequence, self._places, self._keys, self._causal = places, places.tolist(), keys, rule.causal
         self._window = keys if rule.window is None else rule.window
         self._key = (places.tobytes(), keys, rule)
 
@@ -43,11 +45,11 @@ class Visible(splash.Mask):
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
         """Return bool [1, 2], whether (some, all) keys of a block are seen; its queries are consecutive places."""
         if not self._causal:
-            return np.ones((1, 2), bool)
-        rows, keys = self.q_sequence[block[0]], block[1]
-        nearest, farthest = rows[0] - (keys.stop - 1), rows[-1] - keys.start
-        all_seen = nearest >= 0 and farthest < self._window
-        return np.array([[farthest >= 0 and nearest < self._window, all_seen]])
+            return _BLOCKS[2]
+        rows, keys = block
+        nearest, farthest = (self._places[rows.start] - keys.stop + 1, self._places[rows.stop - 1] - keys.start)
+        some, whole = farthest >= 0 and nearest < self._window, nearest >= 0 and farthest < self._window
+        return _BLOCKS[int(some) + int(whole)]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Visible) and self._key == other._key
