@@ -65,7 +65,6 @@ def run(model, sizes=(), accumulate=1, **how):
 CASES = {
     "tensor": (GROUPED, {"fsdp": 2, "tensor": 2}, {"accumulate": 2, "remat": "full"}),
     "more-tensor-than-kv": (GROUPED, {"tensor": 4}, {"remat": "dots"}),
-    "fsdp": (GROUPED, {"fsdp": 8}, {"accumulate": 2}),
     "windows": (WINDOWS, {"fsdp": 2, "tensor": 4}, {}),
     "expert-tensor": (SPARSE, {"expert": 2, "tensor": 2}, {"remat": "dots"}),
     "expert-fsdp": (SPARSE, {"fsdp": 2, "expert": 4}, {"remat": "full"}),
