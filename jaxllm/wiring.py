@@ -202,6 +202,7 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[int]:
         if first and not (run_dir / "tokenizer").exists():
             with files.new_directory(run_dir / "tokenizer") as temporary:
                 shutil.copytree(loader.tokenizer_dir, temporary, dirs_exist_ok=True)
+        if first:
             shutil.rmtree(run_dir / heartbeat.DIRECTORY, ignore_errors=True)
         launch = np.int32(time.time_ns() // 1000 % 2**31)
         try:

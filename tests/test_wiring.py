@@ -104,7 +104,8 @@ def test_a_refused_resume_changes_nothing(workspace, overrides, message):
     files = {path: path.stat().st_mtime_ns for path in (workspace / "runs" / "one").rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=message):
         train(load_recipe("runs/one", overrides))
-    files.pop(workspace / "runs" / "one" / ".lock")
+    for alive in (".lock", "heartbeats/process-0.json"):
+        files.pop(workspace / "runs" / "one" / alive)
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
 
 
@@ -128,7 +129,7 @@ def test_a_tokenizer_that_was_copied_by_half_is_copied_anew(workspace, monkeypat
     assert not (run_dir / "tokenizer").exists() and not begun
     with pytest.raises(InterruptedError):
         train(recipe)
-    assert begun == [[".lock", "checkpoints", "recipe.yaml", "tokenizer"]]
+    assert begun == [[".lock", "checkpoints", "heartbeats", "recipe.yaml", "tokenizer"]]
     files = {path.name: path.read_bytes() for path in (run_dir / "tokenizer").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (workspace / "data" / "tokenizer").iterdir()}
 

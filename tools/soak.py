@@ -228,7 +228,8 @@ def elastic(place: Workplace) -> None:
             for path in () if last else (place.directory / name / "checkpoints").glob("[0-9]*"):
                 if not path.name.isdigit() or int(path.name) > until:
                     shutil.rmtree(path)
-            print(f"{name}, {n_processes} processes, {' '.join(overrides)}: {outputs[0].splitlines()[0]}", flush=True)
+            about = next(line for line in outputs[0].splitlines() if " parameters, " in line)
+            print(f"{name}, {n_processes} processes, {' '.join(overrides)}: {about}", flush=True)
     one, many = (
         [json.loads(line) for line in (place.directory / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "many")
