@@ -188,7 +188,7 @@ def phases(place: Workplace, n_processes: int) -> None:
     finish(place.launch("undisturbed", n_processes))
     for victim in (n_processes - 1, 0):
         name = f"victim-{victim}"
-        for phase, step in (("compile", 1), ("data", 7), ("save", 10), ("restore", 0), ("step", 25)):
+        for phase, step in (("compile", 1), ("data", 7), ("save", 20), ("restore", 0), ("step", 25)):
             processes = place.launch(name, n_processes, dies={victim: (phase, step)})
             processes[victim].wait(timeout=300)
             killed_s = time.monotonic()
