@@ -91,6 +91,8 @@ def test_labels_on_top_of_a_bert(head, tmp_path, capsys):
     if isinstance(head, Embeddings):
         pooler = before.params["head"]["dense"]["kernel"]
         np.testing.assert_allclose(after.params["head"]["pooler"]["dense"]["kernel"], pooler, atol=1e-6)
+    if isinstance(head, MaskedLM):
+        return
     assert evaluate(["run", "--batch-size", "8"]) is None
     assert " of 2 held-out texts right" in capsys.readouterr().out
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")

@@ -39,7 +39,10 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     Raises:
       ValueError: the sizes do not multiply to the device count.
     """
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {
+        "stage": config.stage, "data": config.data, "fsdp": config.fsdp, "expert": config.expert,
+        "context": config.context, "tensor": config.tensor,
+    }  # fmt: skip
     described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if 0 in sizes.values() or len(free) > 1:
