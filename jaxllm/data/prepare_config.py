@@ -55,7 +55,7 @@ class PrepareConfig(Config):
     part_bytes: int = Field(
         32_000_000,
         ge=1,
-        description="small files are worked on together up to this size, others alone: what a kill costs",
+        description="input is worked on in pieces up to this size, compressed files whole: what a kill costs",
     )
     engine: Annotated[LocalEngine | BeamEngine, Field(discriminator="kind")] = Field(
         LocalEngine(), description="what does the work; the data are the same"
