@@ -55,7 +55,7 @@ class PrepareConfig(Config):
     part_bytes: int = Field(
         32_000_000,
         ge=1,
-        description="input is worked on in pieces up to this size, compressed files whole: what a kill costs",
+        description="input is cut into pieces up to this size, but for compressed files: a kill costs one",
     )
     engine: Annotated[LocalEngine | BeamEngine, Field(discriminator="kind")] = Field(
         LocalEngine(), description="what does the work; the data are the same"
