@@ -87,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         path = re.sub(r"^/(upload/|download/|resumable/)*(upload/)?", "/", url.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        match = re.fullmatch(r"/storage/v1/b/bucket(?:/o(?:/(?P<name>[^/]+))?)?(?P<copy>/\w+To/b/bucket/o/.+)?", path)
+        copy = r"(?P<copy>/\w+To(?:/b/bucket)?/o/.+)?"
+        match = re.fullmatch(rf"/storage/v1/b/bucket(?:/o(?:/(?P<name>[^/]+))?)?{copy}", path)
         with self.objects.lock:
             if match is None:
                 return self._answer(404)
@@ -104,7 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self._answer(status)
             if match["copy"]:
                 target = unquote(match["copy"].rpartition("/o/")[2])
-                made = self.objects.put(target, self.objects[name][1])
+                take = self.objects.pop if "moveTo" in match["copy"] else self.objects.get
+                made = self.objects.put(target, take(name)[1])
                 return self._answer(200, {"done": True, "resource": made} if "rewriteTo" in match["copy"] else made)
             if self.command == "DELETE":
                 del self.objects[name]
@@ -195,12 +197,15 @@ def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_pat
     assert not list(tmp_path.glob("gs:*"))
     for name in ("manifest.json", "train/shard-00000.tokens.npy"):
         assert objects[f"data/{name}"][1] == (tmp_path / "local/data" / name).read_bytes()
-    with objects.lock:  # as a kill leaves it, after the checkpoint of step 2
-        for name in [name for name in objects if name.startswith("run/checkpoints/4/")]:
-            del objects[name]
+    for name in [name for name in objects if name.startswith("run/checkpoints/4/params/")]:
+        objects.put(name, b"damaged")
+    objects.put("run/checkpoints/2/metrics/metrics", b"damaged")
     monkeypatch.setattr(bucket, "TWINS", tmp_path / "there")
     monkeypatch.setattr(bucket, "_mirrored", set())
     train(load_recipe("gs://bucket/run"))
+    assert {name.split("/")[2] for name in objects if name.startswith("run/damaged/")} == {"4", "README"}
+    assert not any(name.startswith("run/checkpoints/2/metrics/") for name in objects)
+    assert "checkpoints" not in {path.name for path in (tmp_path / "there").rglob("*")}
     assert objects["run/metrics.jsonl"][1] == (tmp_path / "local/run/metrics.jsonl").read_bytes()
     ask = lambda model: jaxllm.load(model).generate(["Anna"], max_new_tokens=4)[0]
     assert ask("gs://bucket/run") == ask("local/run")
