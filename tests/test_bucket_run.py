@@ -21,6 +21,7 @@ from jaxllm.core import bucket
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.sources import World
+from jaxllm.preflight import preflight
 from jaxllm.recipe import load_recipe
 from jaxllm.wiring import train
 
@@ -183,17 +184,19 @@ def objects(tmp_path, monkeypatch):
         yield objects
 
 
-def run(home: str, *overrides: str):
+def recipe(home: str, *overrides: str):
     out, data = f"out={home}/run", f"data.sources=[{{path: '{home}/data'}}]"
-    return train(load_recipe("recipe.yaml", [out, data, *overrides]))
+    return load_recipe("recipe.yaml", [out, data, *overrides])
 
 
 def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_path, monkeypatch):
     world = {"inputs": (World(count=120),), "tokenizer": BytesTokenizer(), "validation": 10, "seq_len": 32}
     for home in ("gs://bucket", "local"):
         prepare(PrepareConfig(out=f"{home}/data", **world))
-    run("local")
-    run("gs://bucket", "monitor.max_skipped=4", "checkpoint.keep_last=3")
+    train(recipe("local"))
+    assert {each.name: each.text for each in preflight(recipe("gs://bucket")) if not each.good} == {}
+    assert {name.split("/")[0] for name in objects} == {"data"}
+    train(recipe("gs://bucket", "monitor.max_skipped=4", "checkpoint.keep_last=3"))
     assert not list(tmp_path.glob("gs:*"))
     for name in ("manifest.json", "train/shard-00000.tokens.npy"):
         assert objects[f"data/{name}"][1] == (tmp_path / "local/data" / name).read_bytes()

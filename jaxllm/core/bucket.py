@@ -89,6 +89,11 @@ def remove(path: "Path | AnyPath") -> None:
     epath.Path(path).rmtree(missing_ok=True)
 
 
+def is_twin(path: Path) -> bool:
+    """Whether what is at `path` is in a bucket as well."""
+    return _url(path) is not None
+
+
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is a file or directory at `path`."""
     return origin(here(path)).exists() if is_url(path) else Path(path).exists()
