@@ -4,8 +4,8 @@ Each check is a line: what was looked at and what was found, or what is wrong an
 """
 
 import contextlib
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.bucket import here
+from jaxllm.core.bucket import here, is_twin, origin, remove
 from jaxllm.core.wording import count
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
@@ -194,6 +194,8 @@ def _disk(run_dir: Path, recipe: Recipe, state: TrainState) -> str:
     """Room for all the checkpoints that are kept, and for the one that is being written."""
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best
+    if is_twin(run_dir):
+        return f"{count(kept, 'checkpoint')} of {one / 1e9:.3g} GB and one in writing, all of them in the bucket"
     free = shutil.disk_usage(_existing(run_dir)).free
     text = f"{count(kept, 'checkpoint')} of {one / 1e9:.3g} GB and one in writing, {free / 1e9:.1f} GB free"
     if (kept + 1) * one > free:
@@ -203,14 +205,17 @@ def _disk(run_dir: Path, recipe: Recipe, state: TrainState) -> str:
 
 def _write(run_dir: Path) -> str:
     """Write a checkpoint of a few bytes where the run will be, read it back, and remove it."""
-    existing = _existing(run_dir)
-    temporary = tempfile.TemporaryDirectory(prefix=".jaxllm-check-", dir=existing)
-    with temporary as directory, Checkpoints(directory) as checkpoints:
-        checkpoints.save({"probe": jax.numpy.arange(4.0)}, {"step": 0})
-        checkpoints.wait()
-        if checkpoints.steps() != [0]:
-            raise ValueError(f"a checkpoint that was written into {existing} is not found again")
-    return f"written and found again in {existing}"
+    place = run_dir if is_twin(run_dir) else _existing(run_dir)
+    probe = place / f".jaxllm-check-{os.getpid()}"
+    try:
+        with Checkpoints(probe) as checkpoints:
+            checkpoints.save({"probe": jax.numpy.arange(4.0)}, {"step": 0})
+            checkpoints.wait()
+            if checkpoints.steps() != [0]:
+                raise ValueError(f"a checkpoint that was written into {origin(place)} is not found again")
+    finally:
+        remove(origin(probe))
+    return f"written and found again in {origin(place)}"
 
 
 def _existing(path: Path) -> Path:

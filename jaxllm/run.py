@@ -218,7 +218,7 @@ class Run:
 
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
-        parts = self.recipe.model, _best_params(state), self.run_dir / "tokenizer"
+        parts = self.recipe.model, _best_params(state), self.loader.tokenizer_dir
         model = of_run(*parts, {"chat": self.is_chat, **self._said}, compute=self.recipe.compute)
         for prompt in self.recipe.monitor.prompts:
             self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))

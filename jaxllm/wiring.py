@@ -206,7 +206,9 @@ def _claimed(run_dir: Path, recipe: Recipe, loader: Loader) -> Iterator[int]:
             shutil.rmtree(run_dir / heartbeat.DIRECTORY, ignore_errors=True)
         launch = np.int32(time.time_ns() // 1000 % 2**31)
         try:
-            yield int(multihost_utils.broadcast_one_to_all(launch))  # when the first process has made the directory
+            launch = multihost_utils.broadcast_one_to_all(launch)  # when the first process has made the directory
+            run_dir.mkdir(parents=True, exist_ok=True)  # of a run in a bucket, the twin on another machine
+            yield int(launch)
         finally:
             if first:
                 push(run_dir)

@@ -21,6 +21,7 @@ from jaxllm.core import bucket
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.sources import World
+from jaxllm.preflight import preflight
 from jaxllm.recipe import load_recipe
 from jaxllm.wiring import train
 
@@ -87,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         path = re.sub(r"^/(upload/|download/|resumable/)*(upload/)?", "/", url.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        match = re.fullmatch(r"/storage/v1/b/bucket(?:/o(?:/(?P<name>[^/]+))?)?(?P<copy>/\w+To/b/bucket/o/.+)?", path)
+        copy = r"(?P<copy>/\w+To(?:/b/bucket)?/o/.+)?"
+        match = re.fullmatch(rf"/storage/v1/b/bucket(?:/o(?:/(?P<name>[^/]+))?)?{copy}", path)
         with self.objects.lock:
             if match is None:
                 return self._answer(404)
@@ -104,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self._answer(status)
             if match["copy"]:
                 target = unquote(match["copy"].rpartition("/o/")[2])
-                made = self.objects.put(target, self.objects[name][1])
+                take = self.objects.pop if "moveTo" in match["copy"] else self.objects.get
+                made = self.objects.put(target, take(name)[1])
                 return self._answer(200, {"done": True, "resource": made} if "rewriteTo" in match["copy"] else made)
             if self.command == "DELETE":
                 del self.objects[name]
@@ -181,26 +184,31 @@ def objects(tmp_path, monkeypatch):
         yield objects
 
 
-def run(home: str, *overrides: str):
+def recipe(home: str, *overrides: str):
     out, data = f"out={home}/run", f"data.sources=[{{path: '{home}/data'}}]"
-    return train(load_recipe("recipe.yaml", [out, data, *overrides]))
+    return load_recipe("recipe.yaml", [out, data, *overrides])
 
 
 def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_path, monkeypatch):
     world = {"inputs": (World(count=120),), "tokenizer": BytesTokenizer(), "validation": 10, "seq_len": 32}
     for home in ("gs://bucket", "local"):
         prepare(PrepareConfig(out=f"{home}/data", **world))
-    run("local")
-    run("gs://bucket", "monitor.max_skipped=4", "checkpoint.keep_last=3")
+    train(recipe("local"))
+    assert {each.name: each.text for each in preflight(recipe("gs://bucket")) if not each.good} == {}
+    assert {name.split("/")[0] for name in objects} == {"data"}
+    train(recipe("gs://bucket", "monitor.max_skipped=4", "checkpoint.keep_last=3"))
     assert not list(tmp_path.glob("gs:*"))
     for name in ("manifest.json", "train/shard-00000.tokens.npy"):
         assert objects[f"data/{name}"][1] == (tmp_path / "local/data" / name).read_bytes()
-    with objects.lock:  # as a kill leaves it, after the checkpoint of step 2
-        for name in [name for name in objects if name.startswith("run/checkpoints/4/")]:
-            del objects[name]
+    for name in [name for name in objects if name.startswith("run/checkpoints/4/params/")]:
+        objects.put(name, b"damaged")
+    objects.put("run/checkpoints/2/metrics/metrics", b"damaged")
     monkeypatch.setattr(bucket, "TWINS", tmp_path / "there")
     monkeypatch.setattr(bucket, "_mirrored", set())
     train(load_recipe("gs://bucket/run"))
+    assert {name.split("/")[2] for name in objects if name.startswith("run/damaged/")} == {"4", "README"}
+    assert not any(name.startswith("run/checkpoints/2/metrics/") for name in objects)
+    assert "checkpoints" not in {path.name for path in (tmp_path / "there").rglob("*")}
     assert objects["run/metrics.jsonl"][1] == (tmp_path / "local/run/metrics.jsonl").read_bytes()
     ask = lambda model: jaxllm.load(model).generate(["Anna"], max_new_tokens=4)[0]
     assert ask("gs://bucket/run") == ask("local/run")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from etils.epath import Path as AnyPath
 
 TWINS = Path("~/.cache/jaxllm/buckets").expanduser()
-BULK = "checkpoints"  # the directory of a run that has no twin
+BULK = ("checkpoints", "damaged")  # the directories of a run that have no twin
 LOCK = ".lock"  # in a run directory, held by the process that writes there
 _VERSION_KEYS = ("generation", "etag", "created", "mtime", "size")
 _mirrored: set[Path] = set()
@@ -40,7 +40,7 @@ def here(path: str | os.PathLike) -> Path:
         return Path(path)
     scheme, _, rest = str(path).rstrip("/").partition("://")
     twin = TWINS / scheme / rest
-    root = twin.parent.parent if twin.parent.name == BULK else twin
+    root = twin.parent.parent if twin.parent.name in BULK and twin.name.isdigit() else twin
     if root not in _mirrored:
         with _errors(path):
             _mirror(root)
@@ -82,6 +82,18 @@ def push(path: Path) -> None:
         _write_index(root, index)
 
 
+def remove(path: "Path | AnyPath") -> None:
+    """Remove a directory, on this machine or in a bucket, if there is one."""
+    from etils import epath
+
+    epath.Path(path).rmtree(missing_ok=True)
+
+
+def is_twin(path: Path) -> bool:
+    """Whether what is at `path` is in a bucket as well."""
+    return _url(path) is not None
+
+
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is a file or directory at `path`."""
     return origin(here(path)).exists() if is_url(path) else Path(path).exists()
@@ -101,7 +113,7 @@ def _mirror(root: Path) -> None:
         base = fs._strip_protocol(url)
         for remote, info in fs.find(url, detail=True).items():
             name = remote[len(base) :].lstrip("/")
-            if not name.startswith(f"{BULK}/"):
+            if not _is_bulk(name):
                 found[name] = remote, _version(info)
         for name in index.keys() - found.keys():
             (root / name).unlink(missing_ok=True)
@@ -113,6 +125,10 @@ def _mirror(root: Path) -> None:
                 fs.get_file(remote, str(temporary))
                 os.replace(temporary, file)
         _write_index(root, {name: [version, *_stat(root / name)] for name, (_, version) in found.items()})
+
+
+def _is_bulk(name: str) -> bool:
+    return not set(BULK).isdisjoint(name.split("/")[:-1])
 
 
 def _is_written(root: Path) -> bool:
@@ -131,7 +147,7 @@ def _beside(root: Path, kind: str) -> Path:
 
 def _files(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name == BULK:
+        if path.name.startswith(".") or path.name in BULK:
             continue
         if path.is_dir():
             yield from _files(path)

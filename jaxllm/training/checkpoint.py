@@ -8,7 +8,6 @@ moment leaves either the whole checkpoint or none.
 import json
 import logging
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as managers
 
-from jaxllm.core.bucket import origin
+from jaxllm.core.bucket import origin, remove
 from jaxllm.models.build import AnyConfig, Params, abstract_params
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
@@ -163,8 +162,10 @@ class Checkpoints:
         """Move a damaged checkpoint out of the way, without deleting it: the disk may be at fault."""
         place = self.directory.parent / "damaged" / str(step)
         if jax.process_index() == 0:
-            shutil.rmtree(place, ignore_errors=True)
+            remove(place)
             place.parent.mkdir(exist_ok=True)
+            # A bucket has no empty directories, and epath renames into none that is missing.
+            (place.parent / "README").write_text("Checkpoints that could not be read.\n")
             (self.directory / str(step)).rename(place)
         multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
@@ -182,7 +183,7 @@ def _drop_damaged_losses(directory: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))["val_loss"]
         except (ValueError, KeyError, TypeError):
             _note(f"{path} is damaged and is dropped: this checkpoint no longer counts among the best")
-            shutil.rmtree(path.parent)
+            remove(path.parent)
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

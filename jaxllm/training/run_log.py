@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxllm.core.batch import Batch
+from jaxllm.core.bucket import push
 from jaxllm.core.files import write_text
 from jaxllm.training.config import MonitorConfig
 from jaxllm.training.goodput import Goodput, device_memory
@@ -157,6 +158,7 @@ class RunLog:
         path = self._run_dir / "skipped" / f"step-{step}-process-{jax.process_index()}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **batch._asdict())
+        push(path)  # by each process, whose twin the first one does not see
         facts = f"loss={metrics['loss']:.4g}, grad_norm={metrics['grad_norm']:.4g}"
         if self._writer is not None:
             self._write_documents("skipped", step)

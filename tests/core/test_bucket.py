@@ -39,8 +39,9 @@ def test_what_changed_is_copied_and_nothing_else(fs, monkeypatch):
     twin = bucket.here("memory://b/run/")
     assert not twin.exists()
     files.write_json(twin / "recipe.yaml", 1)
-    (twin / "checkpoints/5").mkdir(parents=True)
-    for name in ("metrics.jsonl", ".lock", "checkpoints/5/x"):
+    for name in ("checkpoints/5", "damaged/5"):
+        (twin / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", ".lock", "checkpoints/5/x", "damaged/5/x"):
         (twin / name).write_text("old")
     assert stored(fs) == {"/b/run/recipe.yaml": b"1\n"}
     bucket.push(twin)
@@ -56,7 +57,8 @@ def test_a_twin_becomes_what_the_bucket_has(fs, monkeypatch):
     fs.pipe("/b/data/a", b"new")
     fs.rm("/b/data/b")
     fs.pipe("/b/data/c/d", b"new")
-    fs.pipe("/b/data/checkpoints/5/x", b"large")
+    for name in ("checkpoints/5/x", "damaged/5/x", "tune/checkpoints/5/x"):
+        fs.pipe(f"/b/data/{name}", b"large")
     assert again(monkeypatch, "memory://b/data/checkpoints/5") == twin / "checkpoints/5"
     kept = {path.relative_to(twin).as_posix(): path.read_text() for path in twin.rglob("*") if path.is_file()}
     assert kept == {"a": "new", "c/d": "new"}
