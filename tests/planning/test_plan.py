@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -26,8 +28,17 @@ mesh: {data: 1, fsdp: 4}
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan: libtpu")
 
 
+def accept(job):
+    """Refuse no layout."""
+
+
+def refuse(job):
+    """Refuse every layout."""
+    raise ValueError(f"no rows for {job.mesh}")
+
+
 def test_candidates_are_all_that_may_fit():
-    found = search.candidates(JOB, NODE, jax.devices()[:4])
+    found = search.candidates(JOB, NODE, jax.devices()[:4], accept)[0]
     for each in found:
         sizes = axis_sizes(each.job.mesh, 4)
         assert JOB.rows % (sizes["data"] * sizes["fsdp"] * each.job.step.accumulate) == 0
@@ -37,9 +48,65 @@ def test_candidates_are_all_that_may_fit():
     assert {each.job.compute.remat for each in found} == set(search.remats())
     assert [each.seconds for each in found] == sorted(each.seconds for each in found)
     small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": min(each.bytes for each in found)}))
-    fewer = search.candidates(JOB, small, jax.devices()[:4])
+    fewer = search.candidates(JOB, small, jax.devices()[:4], accept)[0]
     assert 0 < len(fewer) < len(found)
     assert max(each.bytes for each in fewer) <= search.SLACK * small.chip.hbm_bytes
+
+
+def test_candidates_leave_out_what_slices_and_the_recipe_refuse():
+    slices = NODE._replace(name="v5e", shape=(2, 2), slices=2)
+    stages = JOB.mesh.model_copy(update={"stage": 2})
+
+    def check(job):
+        sizes = axis_sizes(job.mesh, 8)
+        job.compute.pipeline.check(2, MODEL.n_layers, job.rows // job.step.accumulate, sizes["data"] * sizes["fsdp"])
+
+    found, refused = search.candidates(JOB._replace(mesh=stages), slices, jax.devices(), check)
+    assert {each.job.mesh.data % 2 for each in found} == {0}
+    assert {each.job.mesh.stage for each in found} == {2}
+    assert max(each.job.step.accumulate for each in found) == 64 // (2 * 8)  # data=2, and 8 microbatches of the stages
+    assert any("2 slices, which do not divide mesh.data=1" in each for each in refused)
+    assert any("rows are not divisible by 8 microbatches" in each for each in refused)
+
+
+class _Pool:
+    """Runs what it is given at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
+    said, plan = [], SimpleNamespace(fits=True, time=None, needed=1.0)
+
+    def compiled(job, _):
+        if job.compute.remat == "full":
+            raise RuntimeError("the compiler gave up")
+        return plan
+
+    monkeypatch.setattr(search, "make_plan", compiled)
+    monkeypatch.setattr(search, "ProcessPoolExecutor", _Pool)
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:4])
+    found = search.search(JOB, NODE, accept, 12, 1, said.append)
+    assert found
+    assert "full" not in {job.compute.remat for job, _ in found}
+    assert any("compute.remat=full" in each and "failed, RuntimeError: the compiler gave up" in each for each in said)
+    with pytest.raises(ValueError, match="layouts are refused, the last because no rows"):
+        search.search(JOB, NODE, refuse, 12, 1, said.append)
 
 
 def test_memory_by_category_is_that_of_the_shapes():
