@@ -30,11 +30,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
     from jaxllm.core import config
     from jaxllm.planning import decoding, search
-    from jaxllm.planning.aot import Job
+    from jaxllm.planning.aot import Job, check_model
     from jaxllm.planning.report import show, show_ranking
     from jaxllm.recipe import check, load_recipe
 
     recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(highlight=False, soft_wrap=True)
+    check_model(recipe.model)
     data, out = recipe.data, Path(arguments.out)
     parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)

@@ -168,7 +168,7 @@ def _kernels(run: Run) -> str:
 
 
 def _memory(run: Run, state: TrainState) -> str:
-    text, needed = run.memory(state.opt_state)
+    text, needed = run.memory(state)
     available = _device_bytes()
     if available is not None and needed > available:
         raise ValueError(

@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -109,23 +108,26 @@ class _Speed:
     """The time of a step at best: products at `BEST_SHARE` of the peak, or what moves meanwhile if that is more.
 
     Parameters are gathered twice for each microbatch and their gradients reduced once, over fsdp, beside the products;
-    activations are reduced four times a layer (six with recomputation), over tensor, while nothing else goes on.
+    activations are reduced four times a layer (six with recomputation), over tensor, while nothing else goes on. Left
+    out, as every layout that is tried has the same axes: keys and values over context, what stages and experts pass on.
     """
 
     def __init__(self, job: Job, place: Topology, parts: Abstract):
         self.mesh, self.place = parts.mesh, place
         self.network = Network.of(place, list(parts.mesh.devices.flat)) if place.chip.kind == "tpu" else None
         self.flops = accounting.flops_per_token(job.model, job.seq_len) * job.rows * job.seq_len
-        self.weights = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(parts.state.params)) / parts.mesh.shape["tensor"]
+        self.weights = memory.of_device(parts.state.params) / 2 * parts.mesh.shape["fsdp"]  # bfloat16, gathered
 
     def seconds(self, job: Job) -> float:
         again = 1 + AGAIN.get(job.compute.remat, 0.1)
-        computing = self.flops * again / self.mesh.size / (BEST_SHARE * self.place.chip.peak)
+        sizes = self.mesh.shape
+        working = self.mesh.size * (1 - job.compute.pipeline.idle(sizes["stage"]))
+        computing = self.flops * again / working / (BEST_SHARE * self.place.chip.peak)
         gathers = 2 * self._over("all-gather", self.weights, "fsdp") + self._over(
             "reduce-scatter", self.weights, "fsdp"
         )
-        gathers += self._over("all-reduce", 2 * self.weights / self.mesh.shape["fsdp"], "data")
-        width = 2.0 * job.model.d_model * job.rows * job.seq_len / batch_parts(self.mesh.shape)
+        gathers += sum(self._over("all-reduce", 2 * self.weights / sizes["fsdp"], axis) for axis in ("data", "context"))
+        width = 2.0 * job.model.d_model * job.rows * job.seq_len / batch_parts(sizes) / sizes["context"]
         reductions = (6 if job.compute.remat == "full" else 4) * job.model.n_layers
         return max(computing, job.step.accumulate * gathers) + reductions * self._over("all-reduce", width, "tensor")
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from jaxllm import plan
+from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.planning import aot, memory, search, topology
 from jaxllm.planning.aot import Job
@@ -119,6 +120,24 @@ def test_memory_by_category_is_that_of_the_shapes():
     assert sum(memory.by_category(sizes, 1e9).values()) == pytest.approx(1e9)
 
 
+def test_memory_of_rows_that_devices_share_an_average_and_an_optimizer_that_is_away():
+    of = lambda job, kind="gpu": memory.expected(job, aot.abstract(job, jax.devices()[:4]), kind)
+    whole = of(JOB._replace(mesh=MeshConfig(data=2, tensor=2)))
+    shared = of(JOB._replace(mesh=MeshConfig(data=2, context=2), step=StepConfig(ema_decay=0.9)))
+    for name in ("activations", "logits"):
+        assert shared[name] == whole[name]  # two devices for a row, either way
+    parameters = 4 * accounting.param_count(MODEL)
+    assert shared["parameters"] == shared["moving average"] == parameters  # every device has them
+    assert shared["optimizer"] == pytest.approx(2 * parameters / 2, rel=0.1)  # the replicas share it, and no others
+    away = JOB._replace(mesh=MeshConfig(data=2, context=2), step=StepConfig(offload=True))
+    parts = aot.abstract(away, jax.devices()[:4])
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(parts.state.opt_state) if leaf.ndim} == {
+        "pinned_host"
+    }
+    assert "optimizer" not in of(away)
+    assert of(away, "cpu")["optimizer"] == shared["optimizer"]
+
+
 SHORT = "The total memory required for HLO temporaries (47.70G) exceeds available HBM (15.75G)."
 LONG = """Ran out of memory in memory space hbm. Used 20.11G of 15.75G hbm. Exceeded hbm capacity by 4.36G.
   Largest program allocations in hbm:
@@ -144,6 +163,13 @@ def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2"]) == 2
     assert "a plan for v5e:2x2 needs libtpu; run: pip install 'jaxllm[plan]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--search"], ["--decode", "8x64"]])
+def test_encoders_are_refused(flags, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("model: {", "model: {latent: {size: 8}, "))
+    assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2", *flags]) == 2
+    assert "plans are for decoder-only models; this one has an encoder" in capsys.readouterr().err
 
 
 @needs_compiler
