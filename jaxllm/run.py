@@ -31,7 +31,7 @@ from jaxllm.models.config import ModelConfig, is_vae
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.models.kernel import attention_kernel
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.planning.aot import Abstract, Job, batch_of
+from jaxllm.planning.aot import Job, on_mesh
 from jaxllm.planning.memory import expected
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.training.checkpoint import Checkpoints, load_params
@@ -284,12 +284,12 @@ class Run:
             if keys:
                 yield f"note: {' and '.join(keys)}: the memory of a CPU is the host's, so that nothing is saved here"
 
-    def memory(self, state: TrainState) -> tuple[str, float]:
+    def memory(self) -> tuple[str, float]:
         """Estimate what lies on a device, in words and in bytes."""
         recipe = self.recipe
         parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
         job = Job(*parts, recipe.data.batch_size, recipe.data.packing.seq_len)
-        sizes = expected(job, Abstract(state, batch_of(job, self.mesh), self.mesh), jax.default_backend())
+        sizes = expected(job, on_mesh(job, self.mesh), jax.default_backend())
         needed = sum(sizes.values())
         return f"memory per device, estimated: {accounting.memory_line(sizes)}{self._held(needed)}", needed
 

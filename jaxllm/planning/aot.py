@@ -83,20 +83,20 @@ def abstract(job: Job, devices: list[Any]) -> Abstract:
     Raises:
       ValueError: the mesh does not use the devices exactly.
     """
-    mesh = make_mesh(job.mesh, devices)
+    return on_mesh(job, make_mesh(job.mesh, devices))
+
+
+def on_mesh(job: Job, mesh: Mesh) -> Abstract:
+    """Return state and batch of `job` on a mesh."""
     state = abstract_state(job.model, optimizer(job.optim), ema=job.step.ema_decay is not None)
     shardings = state_shardings(state, param_shardings(job.model, mesh), mesh, job.step.offload)
     put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return Abstract(jax.tree.map(put, state, shardings), batch_of(job, mesh), mesh)
-
-
-def batch_of(job: Job, mesh: Mesh) -> Batch:
-    """Return the batch of a step of `job`, as shapes with shardings."""
     shape = (job.rows, job.seq_len)
     field = lambda name: jnp.float32 if name == "weights" else jnp.int32
-    return Batch(*(
+    batch = Batch(*(
         jax.ShapeDtypeStruct(shape, field(name), sharding=batch_sharding(mesh, shape)) for name in Batch._fields
     ))  # fmt: skip
+    return Abstract(jax.tree.map(put, state, shardings), batch, mesh)
 
 
 def check_model(model: AnyConfig) -> None:

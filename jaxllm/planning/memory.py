@@ -24,7 +24,7 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
     the host, which is the device's own only on a CPU.
 
     Args:
-      parts: of shapes, or of arrays. kind: of the platform, such as "gpu".
+      kind: of the platform, such as "gpu".
     """
     sizes = parts.mesh.shape
     rows = max(1, job.rows // job.step.accumulate // batch_parts(sizes))
