@@ -30,11 +30,12 @@ def main(argv: list[str] | None = None) -> int | None:
 
     from jaxllm.core import config
     from jaxllm.planning import decoding, search
-    from jaxllm.planning.aot import Job
+    from jaxllm.planning.aot import Job, check_model
     from jaxllm.planning.report import show, show_ranking
     from jaxllm.recipe import check, load_recipe
 
     recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(highlight=False, soft_wrap=True)
+    check_model(recipe.model)
     data, out = recipe.data, Path(arguments.out)
     parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
@@ -43,15 +44,20 @@ def main(argv: list[str] | None = None) -> int | None:
         decoding.show(plan := decoding.plan_decoding(recipe.model, recipe.compute, place, rows, slots), console)
         files.write_json(out / "plan.json", plan.model_dump(mode="json"))
         return 0 if plan.needed is not None else 1
+    hosts = 1 + max(device.process_index for device in devices)
+
+    def contradictions(job: Job) -> None:
+        own = recipe.model_copy(update={"mesh": job.mesh, "compute": job.compute, "step": job.step})
+        check(own, vocab_size=recipe.model.vocab_size, n_devices=len(devices), n_processes=hosts)
+
     if arguments.search:
-        found = search.search(job, place, arguments.tries, arguments.jobs, console.print)
+        found = search.search(job, place, contradictions, arguments.tries, arguments.jobs, console.print)
         show_ranking([plan for _, plan in found], console)
     else:
-        hosts = 1 + max(device.process_index for device in devices)
-        check(recipe, vocab_size=recipe.model.vocab_size, n_devices=len(devices), n_processes=hosts)
+        contradictions(job)
         plan = search.make_plan(job, place)
         show(plan, console)
-        found = [(job, plan)] if plan.fits else search.nearest(job, plan, place)
+        found = [(job, plan)] if plan.fits else search.nearest(job, plan, place, contradictions)
     if found and (changed := search.changes(job, found[0][0])):
         console.print(f"{'the best' if arguments.search else 'the nearest that fits'}: {' '.join(changed)}")
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *changed])

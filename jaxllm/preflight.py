@@ -71,7 +71,7 @@ def preflight(recipe: Recipe) -> Iterator[Finding]:
     yield Finding("mesh and prompts", True, f"{count(mesh.size, 'device')}: {_shape(mesh)}")
     yield Finding("computation", True, _kernels(run))
     state = abstract_state(recipe.model, optimizer(recipe.optim), ema=recipe.step.ema_decay is not None)
-    yield _finding("memory", lambda: _memory(run, state))
+    yield _finding("memory", lambda: _memory(run))
     yield _finding("disk", lambda: _disk(run_dir, recipe, state))
     yield _finding("checkpoint", lambda: _write(run_dir))
 
@@ -167,8 +167,8 @@ def _kernels(run: Run) -> str:
     )
 
 
-def _memory(run: Run, state: TrainState) -> str:
-    text, needed = run.memory(state.opt_state)
+def _memory(run: Run) -> str:
+    text, needed = run.memory()
     available = _device_bytes()
     if available is not None and needed > available:
         raise ValueError(

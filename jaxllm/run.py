@@ -31,8 +31,9 @@ from jaxllm.models.config import ModelConfig, is_vae
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.models.kernel import attention_kernel
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
+from jaxllm.planning.aot import Job, on_mesh
+from jaxllm.planning.memory import expected
 from jaxllm.recipe import Recipe, load_recipe
-from jaxllm.sharding.config import batch_parts
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.encoder_losses import answer_metrics
 from jaxllm.training.feed import place
@@ -283,21 +284,12 @@ class Run:
             if keys:
                 yield f"note: {' and '.join(keys)}: the memory of a CPU is the host's, so that nothing is saved here"
 
-    def memory(self, opt_state: Any) -> tuple[str, float]:
-        """Estimate a device's share, in words and in bytes: parameters lie over all axes but data, optimizer state
-        over all devices.
-        """
-        model, data, shape = self.recipe.model, self.recipe.data, self.mesh.shape
-        rows = data.batch_size // self.recipe.step.accumulate // batch_parts(shape)
-        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(opt_state))
-        copies = kept / 4 / accounting.param_count(model)
-        split = dict.fromkeys(("parameters", "gradients"), self.mesh.size // shape["data"] // shape["context"])
-        split |= dict.fromkeys(("activations", "logits"), shape["context"] * shape["tensor"])
-        split["optimizer"] = self.mesh.size
-        sizes = accounting.training_bytes(model, self.compute, rows, data.packing.seq_len, copies)
-        sizes = {key: size / split[key] for key, size in sizes.items()}
-        if self.recipe.step.offload and jax.default_backend() != "cpu":
-            del sizes["optimizer"]  # it is in the host's memory
+    def memory(self) -> tuple[str, float]:
+        """Estimate what lies on a device, in words and in bytes."""
+        recipe = self.recipe
+        parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
+        job = Job(*parts, recipe.data.batch_size, recipe.data.packing.seq_len)
+        sizes = expected(job, on_mesh(job, self.mesh), jax.default_backend())
         needed = sum(sizes.values())
         return f"memory per device, estimated: {accounting.memory_line(sizes)}{self._held(needed)}", needed
 

@@ -115,7 +115,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
                 more = f"; to go on: python -m jaxllm.train {run_dir} steps=N" * goes_on
                 log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained{more}")
             else:
-                for line in (run.memory(state.opt_state)[0], *run.efficiency()):
+                for line in (run.memory()[0], *run.efficiency()):
                     log.say(line)
             state = _train(run, state, steps, log, stop, heart)
             step = int(state.step)

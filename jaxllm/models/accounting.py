@@ -70,21 +70,17 @@ def flops_per_token(config: AnyConfig, seq_len: int) -> float:
     return 6.0 * multiplied + attention
 
 
-def training_bytes(
-    config: AnyConfig, compute: ComputeConfig, rows: int, seq_len: int, copies: float = 2
-) -> dict[str, int]:
-    """Estimate the bytes that training holds at its peak on one device, before any sharding, by category.
+def activation_bytes(config: AnyConfig, compute: ComputeConfig, rows: int, seq_len: int) -> dict[str, int]:
+    """Estimate the bytes that training holds at its peak beside parameters and the like, before any sharding.
 
     Args:
       compute: resolved for the platform, as `dtype` decides the width of activations.
       rows: of one microbatch on one device; seq_len: tokens of a row.
-      copies: float32 arrays that are kept per parameter (AdamW 2, Muon 1 for matrices; a moving average 1 more).
     Returns:
-      parameters, optimizer, gradients, activations (kept for the backward pass, and its working set), logits (of one
-      loss chunk, with their gradient). Compared with XLA's own account on a CPU it is right within a factor of 1.5; of
-      experts only where groups have a kernel, because on a CPU `ragged_dot` makes a copy of the rows for each expert.
+      activations (kept for the backward pass, and its working set), logits (of one loss chunk, with their gradient).
+      With the gradients it is within a factor of 1.5 of XLA's own account on a CPU; of experts only where groups have a
+      kernel, because on a CPU `ragged_dot` makes a copy of the rows for each expert.
     """
-    count = param_count(config)
     width = 2 if compute.dtype == "bfloat16" else 4
     kept = working = 0.0
     for half, _ in _halves(config):
@@ -93,9 +89,6 @@ def training_bytes(
         kept += of_half * half.depth / half.n_layers
         working = max(working, *(layer_bytes(stack.config, *shape) for stack in stacks))
     return {
-        "parameters": 4 * count,
-        "optimizer": 4 * count * copies,
-        "gradients": 4 * count,
         # The backward pass works on one whole layer.
         "activations": int(kept + working),
         "logits": rows * min(seq_len, compute.loss_chunk) * config.vocab_size * (4 + width),
@@ -141,7 +134,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
 
 
 def memory_line(sizes: Mapping[str, float]) -> str:
-    """Return `training_bytes` as text: "4.1 GB: parameters 1.0 GB, optimizer 2.0 GB, logits 66.1 MB, ..."."""
+    """Return bytes by category as text: "4.1 GB: parameters 1.0 GB, optimizer 2.0 GB, logits 66.1 MB, ..."."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B"))
     amount = lambda size: next(f"{size / (unit or 1):.1f} {name}" for unit, name in units if size >= unit)
     return f"{amount(sum(sizes.values()))}: " + ", ".join(f"{key} {amount(size)}" for key, size in sizes.items())

@@ -81,13 +81,15 @@ def abstract(job: Job, devices: list[Any]) -> Abstract:
     """Return state and batch of `job` on a mesh of `devices`.
 
     Raises:
-      ValueError: the mesh does not use the devices exactly, or the model is of another kind than plans are for.
+      ValueError: the mesh does not use the devices exactly.
     """
-    if not isinstance(job.model, ModelConfig) or is_vae(job.model):
-        raise ValueError("plans are for decoder-only models; this one has an encoder")
-    mesh = make_mesh(job.mesh, devices)
+    return on_mesh(job, make_mesh(job.mesh, devices))
+
+
+def on_mesh(job: Job, mesh: Mesh) -> Abstract:
+    """Return state and batch of `job` on a mesh."""
     state = abstract_state(job.model, optimizer(job.optim), ema=job.step.ema_decay is not None)
-    shardings = state_shardings(state, param_shardings(job.model, mesh), mesh)
+    shardings = state_shardings(state, param_shardings(job.model, mesh), mesh, job.step.offload)
     put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     shape = (job.rows, job.seq_len)
     field = lambda name: jnp.float32 if name == "weights" else jnp.int32
@@ -97,19 +99,35 @@ def abstract(job: Job, devices: list[Any]) -> Abstract:
     return Abstract(jax.tree.map(put, state, shardings), batch, mesh)
 
 
+def check_model(model: AnyConfig) -> None:
+    """Refuse a model of another kind than plans are for.
+
+    Raises:
+      ValueError: it has an encoder.
+    """
+    if not isinstance(model, ModelConfig) or is_vae(model):
+        raise ValueError("plans are for decoder-only models; this one has an encoder")
+
+
 def compile_step(job: Job, topology: Topology, devices: list[Any]) -> Compiled:
     """Compile the training step of `job`, or take it from the cache."""
     start = time.perf_counter()
     state, batch, mesh = abstract(job, devices)
-    compute = job.compute.resolve(topology.chip.kind, job.model.n_layers)
-    if topology.chip.kind == "gpu" and compute.kernel == "auto":
-        compute = compute.model_copy(update={"kernel": "xla"})  # cuDNN would have to be here, and asks the GPU
+    compute = resolved(job.compute, topology, job.model.n_layers)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jit_step(job.model, compute, job.optim, job.step, shardings)
     with jax.set_mesh(mesh):
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         lowered = step.trace(state, batch, rate).lower(lowering_platforms=(platform(topology),))
     return compile_lowered(lowered, topology, mesh, start)
+
+
+def resolved(compute: ComputeConfig, topology: Topology, layers: int) -> ComputeConfig:
+    """Return how a model of so many layers is computed on its chips, as far as that can be compiled here."""
+    compute = compute.resolve(topology.chip.kind, layers)
+    if topology.chip.kind == "gpu" and compute.kernel == "auto":
+        compute = compute.model_copy(update={"kernel": "xla"})  # cuDNN would have to be here, and asks the GPU
+    return compute
 
 
 def platform(topology: Topology) -> str:

@@ -16,7 +16,7 @@ from jaxllm.inference.steps import Rows
 from jaxllm.models.build import STACKS, Params, abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.planning import memory, schedule, topology
-from jaxllm.planning.aot import Compiled, compile_lowered, platform
+from jaxllm.planning.aot import Compiled, compile_lowered, platform, resolved
 from jaxllm.planning.network import Network
 from jaxllm.planning.report import BASIS, GIB
 from jaxllm.planning.topology import Topology
@@ -55,7 +55,7 @@ def plan_decoding(model: ModelConfig, compute: ComputeConfig, place: Topology, r
       rows: decoded at one time. slots: tokens of a row, of prompt and answer; half of them are prompt.
     """
     start, devices = time.perf_counter(), topology.devices(place)
-    mesh, compute = make_mesh(MeshConfig(data=1, tensor=-1), devices), compute.resolve(place.chip.kind, model.n_layers)
+    mesh, compute = make_mesh(MeshConfig(data=1, tensor=-1), devices), resolved(compute, place, model.n_layers)
     slots = bucket(slots, model.max_seq_len)
     params = _held(model, compute, mesh)
     prefill, step, *_ = programs(model, compute, Layout())

@@ -20,20 +20,25 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
     """Return bytes of a device by category, before anything is compiled.
 
     Parameters, optimizer and batch are exact; gradients are as parameters; activations and logits are the estimate of
-    `accounting.training_bytes` for the rows of a microbatch on a device.
+    `accounting.activation_bytes` for the rows of a microbatch on a device. An offloaded optimizer lies in the memory of
+    the host, which is the device's own only on a CPU.
+
+    Args:
+      kind: of the platform, such as "gpu".
     """
     sizes = parts.mesh.shape
     rows = max(1, job.rows // job.step.accumulate // batch_parts(sizes))
     compute = job.compute.resolve(kind, job.model.n_layers)
-    guessed = accounting.training_bytes(job.model, compute, rows, job.seq_len)
-    parameters = of_device(parts.state.params)
+    guessed = accounting.activation_bytes(job.model, compute, rows, job.seq_len)
+    parameters, shared = of_device(parts.state.params), sizes["tensor"] * sizes["context"]
+    away = job.step.offload and kind != "cpu"
     found = {
         "parameters": parameters,
-        "optimizer": of_device(parts.state.opt_state),
+        "optimizer": 0.0 if away else of_device(parts.state.opt_state),
         "moving average": of_device(parts.state.ema),
         "gradients": parameters,
-        "activations": guessed["activations"] / sizes["tensor"],
-        "logits": guessed["logits"] / sizes["tensor"],
+        "activations": guessed["activations"] / shared,
+        "logits": guessed["logits"] / shared,
         "batch": of_device(parts.batch),
     }
     return {name: size for name, size in found.items() if size}

@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,12 +23,13 @@ from jaxllm.planning.aot import Abstract, Job, abstract, compile_step
 from jaxllm.planning.network import Network
 from jaxllm.planning.report import Plan, line, plan_of
 from jaxllm.planning.topology import Topology
-from jaxllm.sharding.config import AXES, MeshConfig, batch_parts
+from jaxllm.sharding.config import AXES, ROW_AXES, MeshConfig, axis_sizes, batch_parts, slice_sizes
 
 SLACK = 1.1  # a candidate is tried if its shapes need up to so much more than there is: they are an estimate
 AGAIN = {"none": 0.0, "full": 1 / 3}  # of the model's FLOPs, what the backward pass computes again; of others a tenth
 TRIED, MAX_TENSOR = ("data", "fsdp", "tensor"), 8  # axes whose sizes are tried; more than a host's chips are too slow
 BEST_SHARE = 0.7  # of the peak, for the order in which candidates are tried
+Check = Callable[[Job], None]  # raises ValueError where parts of a job contradict each other, as `recipe.check` does
 
 
 class Candidate(NamedTuple):
@@ -40,21 +40,42 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def candidates(job: Job, place: Topology, devices: list[Any]) -> list[Candidate]:
-    """Return what may fit, the fastest first; `job` gives the model and the global batch, which stay as they are."""
-    found = []
+def candidates(job: Job, place: Topology, devices: list[Any], check: Check) -> tuple[list[Candidate], list[str]]:
+    """Return (what may fit, the fastest first; why other layouts are refused).
+
+    Args:
+      job: gives the model and the global batch, which stay as they are.
+    """
+    found, refused = [], []
     for mesh in _meshes(job, len(devices)):
-        parts = abstract(job._replace(mesh=mesh), devices)
-        speed = _Speed(job, place, parts)
-        cuts = _microbatches(job.rows, batch_parts(parts.mesh.shape))
-        for remat, accumulate in itertools.product(remats(), cuts):
-            compute = job.compute.model_copy(update={"remat": remat})
+        cuts = []
+        for accumulate in _microbatches(job.rows, mesh):
             step = job.step.model_copy(update={"accumulate": accumulate})
-            each = job._replace(mesh=mesh, compute=compute, step=step)
+            each = job._replace(mesh=mesh, step=step)
+            if problem := _problem(each, place, check):
+                refused.append(problem)
+            else:
+                cuts.append(each)
+        if not cuts:
+            continue
+        parts = abstract(cuts[0], devices)
+        speed = _Speed(job, place, parts)
+        for remat, cut in itertools.product(remats(), cuts):
+            each = cut._replace(compute=job.compute.model_copy(update={"remat": remat}))
             needed = sum(memory.expected(each, parts, place.chip.kind).values())
             if needed <= SLACK * place.chip.hbm_bytes:
                 found.append(Candidate(each, needed, speed.seconds(each)))
-    return sorted(found, key=lambda each: (each.seconds, each.job.step.accumulate, each.bytes))
+    return sorted(found, key=lambda each: (each.seconds, each.job.step.accumulate, each.bytes)), refused
+
+
+def _problem(job: Job, place: Topology, check: Check) -> str:
+    """Say why a layout cannot be had, "" if it can."""
+    try:
+        slice_sizes(job.mesh, axis_sizes(job.mesh, place.size), place.slices)
+        check(job)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def remats() -> tuple[str, ...]:
@@ -77,8 +98,9 @@ def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
-def _microbatches(rows: int, parts: int) -> list[int]:
+def _microbatches(rows: int, mesh: MeshConfig) -> list[int]:
     """Return into how many microbatches the rows of a device can be cut, by powers of two."""
+    parts = math.prod(max(getattr(mesh, axis), 1) for axis in ROW_AXES)
     return [1 << power for power in range(8) if rows % (parts << power) == 0]
 
 
@@ -86,23 +108,26 @@ class _Speed:
     """The time of a step at best: products at `BEST_SHARE` of the peak, or what moves meanwhile if that is more.
 
     Parameters are gathered twice for each microbatch and their gradients reduced once, over fsdp, beside the products;
-    activations are reduced four times a layer (six with recomputation), over tensor, while nothing else goes on.
+    activations are reduced four times a layer (six with recomputation), over tensor, while nothing else goes on. Left
+    out, as every layout that is tried has the same axes: keys and values over context, what stages and experts pass on.
     """
 
     def __init__(self, job: Job, place: Topology, parts: Abstract):
         self.mesh, self.place = parts.mesh, place
         self.network = Network.of(place, list(parts.mesh.devices.flat)) if place.chip.kind == "tpu" else None
         self.flops = accounting.flops_per_token(job.model, job.seq_len) * job.rows * job.seq_len
-        self.weights = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(parts.state.params)) / parts.mesh.shape["tensor"]
+        self.weights = memory.of_device(parts.state.params) / 2 * parts.mesh.shape["fsdp"]  # bfloat16, gathered
 
     def seconds(self, job: Job) -> float:
         again = 1 + AGAIN.get(job.compute.remat, 0.1)
-        computing = self.flops * again / self.mesh.size / (BEST_SHARE * self.place.chip.peak)
+        sizes = self.mesh.shape
+        working = self.mesh.size * (1 - job.compute.pipeline.idle(sizes["stage"]))
+        computing = self.flops * again / working / (BEST_SHARE * self.place.chip.peak)
         gathers = 2 * self._over("all-gather", self.weights, "fsdp") + self._over(
             "reduce-scatter", self.weights, "fsdp"
         )
-        gathers += self._over("all-reduce", 2 * self.weights / self.mesh.shape["fsdp"], "data")
-        width = 2.0 * job.model.d_model * job.rows * job.seq_len / batch_parts(self.mesh.shape)
+        gathers += sum(self._over("all-reduce", 2 * self.weights / sizes["fsdp"], axis) for axis in ("data", "context"))
+        width = 2.0 * job.model.d_model * job.rows * job.seq_len / batch_parts(sizes) / sizes["context"]
         reductions = (6 if job.compute.remat == "full" else 4) * job.model.n_layers
         return max(computing, job.step.accumulate * gathers) + reductions * self._over("all-reduce", width, "tensor")
 
@@ -132,24 +157,36 @@ def make_plan(job: Job, place: Topology) -> Plan:
     return plan_of(job, place, abstract(job, devices), compile_step(job, place, devices))
 
 
-def search(job: Job, place: Topology, tries: int, workers: int, say: Callable[[str], None]) -> list[tuple[Job, Plan]]:
+def search(
+    job: Job, place: Topology, check: Check, tries: int, workers: int, say: Callable[[str], None]
+) -> list[tuple[Job, Plan]]:
     """Compile the most promising candidates, `workers` at a time; return those that fit, the best first.
 
+    What a compiler refuses is said, and left out.
+
     Raises:
-      ValueError: nothing can fit, by the shapes alone.
+      ValueError: nothing can fit, by the shapes alone, or everything is refused.
     """
-    possible = candidates(job, place, topology.devices(place))
+    possible, refused = candidates(job, place, topology.devices(place), check)
     if not possible:
+        also = f"; {len(refused)} layouts are refused, the last because {refused[-1]}" if refused else ""
         raise ValueError(
-            f"no mesh of {place} holds this model and batch of {job.rows} rows, whatever is recomputed; take more chips"
+            f"no mesh of {place} holds this model and batch of {job.rows} rows, whatever is recomputed; take more "
+            f"chips{also}"
         )
     jobs, found = [each.job for each in _varied(possible)[:tries]], []
     say(f"{len(possible)} layouts may fit; {len(jobs)} are compiled, {workers} at a time")
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=topology.without_hardware) as pool:
         running = {pool.submit(make_plan, each, place): each for each in jobs}
         for future in as_completed(running):
-            plan, own = future.result(), running[future]
-            say(f"{' '.join(changes(job, own)) or 'as it is'}: {line(plan)}")
+            own = running[future]
+            name = " ".join(changes(job, own)) or "as it is"
+            try:
+                plan = future.result()
+            except Exception as error:  # catch-all: one that fails, or a dead worker, may not cost the other plans
+                say(f"{name}: failed, {type(error).__name__}: {error}")
+                continue
+            say(f"{name}: {line(plan)}")
             if plan.fits:
                 found.append((own, plan))
     return sorted(found, key=lambda each: each[1].time.step if each[1].time else each[1].needed)
@@ -166,7 +203,7 @@ def _varied(possible: list[Candidate]) -> list[Candidate]:
     return [each for _, _, each in sorted(turns, key=lambda turn: turn[:2])]
 
 
-def nearest(job: Job, plan: Plan, place: Topology) -> list[tuple[Job, Plan]]:
+def nearest(job: Job, plan: Plan, place: Topology, check: Check) -> list[tuple[Job, Plan]]:
     """Return what differs least from a job that does not fit, and does fit, with its plan; at most three are compiled.
 
     Of each kind of change (recompute more, smaller microbatches, another mesh, several of them) the fastest that needs
@@ -176,7 +213,7 @@ def nearest(job: Job, plan: Plan, place: Topology) -> list[tuple[Job, Plan]]:
     own = sum(memory.expected(job, abstract(job, devices), place.chip.kind).values())
     limit = min(own * plan.available / plan.needed if plan.needed else own, place.chip.hbm_bytes)
     changed: dict[tuple[bool, ...], Job] = {}
-    for each in candidates(job, place, devices):
+    for each in candidates(job, place, devices, check)[0]:
         if each.bytes < limit:
             other = each.job
             changed.setdefault((other.mesh != job.mesh, other.step != job.step, other.compute != job.compute), other)

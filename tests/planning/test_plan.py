@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxllm import plan
+from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.planning import aot, memory, search, topology
 from jaxllm.planning.aot import Job
@@ -26,8 +29,17 @@ mesh: {data: 1, fsdp: 4}
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan: libtpu")
 
 
+def accept(job):
+    """Refuse no layout."""
+
+
+def refuse(job):
+    """Refuse every layout."""
+    raise ValueError(f"no rows for {job.mesh}")
+
+
 def test_candidates_are_all_that_may_fit():
-    found = search.candidates(JOB, NODE, jax.devices()[:4])
+    found = search.candidates(JOB, NODE, jax.devices()[:4], accept)[0]
     for each in found:
         sizes = axis_sizes(each.job.mesh, 4)
         assert JOB.rows % (sizes["data"] * sizes["fsdp"] * each.job.step.accumulate) == 0
@@ -37,9 +49,65 @@ def test_candidates_are_all_that_may_fit():
     assert {each.job.compute.remat for each in found} == set(search.remats())
     assert [each.seconds for each in found] == sorted(each.seconds for each in found)
     small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": min(each.bytes for each in found)}))
-    fewer = search.candidates(JOB, small, jax.devices()[:4])
+    fewer = search.candidates(JOB, small, jax.devices()[:4], accept)[0]
     assert 0 < len(fewer) < len(found)
     assert max(each.bytes for each in fewer) <= search.SLACK * small.chip.hbm_bytes
+
+
+def test_candidates_leave_out_what_slices_and_the_recipe_refuse():
+    slices = NODE._replace(name="v5e", shape=(2, 2), slices=2)
+    stages = JOB.mesh.model_copy(update={"stage": 2})
+
+    def check(job):
+        sizes = axis_sizes(job.mesh, 8)
+        job.compute.pipeline.check(2, MODEL.n_layers, job.rows // job.step.accumulate, sizes["data"] * sizes["fsdp"])
+
+    found, refused = search.candidates(JOB._replace(mesh=stages), slices, jax.devices(), check)
+    assert {each.job.mesh.data % 2 for each in found} == {0}
+    assert {each.job.mesh.stage for each in found} == {2}
+    assert max(each.job.step.accumulate for each in found) == 64 // (2 * 8)  # data=2, and 8 microbatches of the stages
+    assert any("2 slices, which do not divide mesh.data=1" in each for each in refused)
+    assert any("rows are not divisible by 8 microbatches" in each for each in refused)
+
+
+class _Pool:
+    """Runs what it is given at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
+    said, plan = [], SimpleNamespace(fits=True, time=None, needed=1.0)
+
+    def compiled(job, _):
+        if job.compute.remat == "full":
+            raise RuntimeError("the compiler gave up")
+        return plan
+
+    monkeypatch.setattr(search, "make_plan", compiled)
+    monkeypatch.setattr(search, "ProcessPoolExecutor", _Pool)
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:4])
+    found = search.search(JOB, NODE, accept, 12, 1, said.append)
+    assert found
+    assert "full" not in {job.compute.remat for job, _ in found}
+    assert any("compute.remat=full" in each and "failed, RuntimeError: the compiler gave up" in each for each in said)
+    with pytest.raises(ValueError, match="layouts are refused, the last because no rows"):
+        search.search(JOB, NODE, refuse, 12, 1, said.append)
 
 
 def test_memory_by_category_is_that_of_the_shapes():
@@ -50,6 +118,24 @@ def test_memory_by_category_is_that_of_the_shapes():
     assert sizes["optimizer"] < 2 * sizes["parameters"] / 1.9  # over the replicas as well
     assert sizes["batch"] == 5 * 4 * 64 * 128 / 8
     assert sum(memory.by_category(sizes, 1e9).values()) == pytest.approx(1e9)
+
+
+def test_memory_of_rows_that_devices_share_an_average_and_an_optimizer_that_is_away():
+    of = lambda job, kind="gpu": memory.expected(job, aot.abstract(job, jax.devices()[:4]), kind)
+    whole = of(JOB._replace(mesh=MeshConfig(data=2, tensor=2)))
+    shared = of(JOB._replace(mesh=MeshConfig(data=2, context=2), step=StepConfig(ema_decay=0.9)))
+    for name in ("activations", "logits"):
+        assert shared[name] == whole[name]  # two devices for a row, either way
+    parameters = 4 * accounting.param_count(MODEL)
+    assert shared["parameters"] == shared["moving average"] == parameters  # every device has them
+    assert shared["optimizer"] == pytest.approx(2 * parameters / 2, rel=0.1)  # the replicas share it, and no others
+    away = JOB._replace(mesh=MeshConfig(data=2, context=2), step=StepConfig(offload=True))
+    parts = aot.abstract(away, jax.devices()[:4])
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(parts.state.opt_state) if leaf.ndim} == {
+        "pinned_host"
+    }
+    assert "optimizer" not in of(away)
+    assert of(away, "cpu")["optimizer"] == shared["optimizer"]
 
 
 SHORT = "The total memory required for HLO temporaries (47.70G) exceeds available HBM (15.75G)."
@@ -77,6 +163,13 @@ def test_without_the_compiler_it_says_what_to_install(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2"]) == 2
     assert "a plan for v5e:2x2 needs libtpu; run: pip install 'jaxllm[plan]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--search"], ["--decode", "8x64"]])
+def test_encoders_are_refused(flags, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("model: {", "model: {latent: {size: 8}, "))
+    assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2", *flags]) == 2
+    assert "plans are for decoder-only models; this one has an encoder" in capsys.readouterr().err
 
 
 @needs_compiler

@@ -89,9 +89,10 @@ def train(recipe: Recipe, steps: int) -> dict:
     per_step = data.batch_size * length
     flops = accounting.flops_per_token(model, length) * per_step
     peak = accounting.peak_flops(jax.devices()[0].device_kind)
-    copies = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) / accounting.param_count(model)
     micro = max(1, data.batch_size // recipe.step.accumulate // jax.device_count())
-    estimate = accounting.training_bytes(model, compute, micro, length, copies)
+    estimate = {"state": sum(leaf.nbytes for leaf in jax.tree.leaves(state))}
+    estimate |= {"gradients": 4 * accounting.param_count(model)}
+    estimate |= accounting.activation_bytes(model, compute, micro, length)
     return {
         "compile_and_first_step_s": first_s, "step_s": seconds, "tokens_per_s": per_step / seconds,
         "flops_per_token": flops / per_step, "mfu": peak and flops / seconds / peak / jax.device_count(),
