@@ -111,7 +111,7 @@ def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarra
     recipe = load_recipe(run_dir)
     if not isinstance(recipe.model, ModelConfig) or is_vae(recipe.model):
         raise ValueError(f"{run_dir} does not predict the next token from those before alone; leave --losses out")
-    compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
+    compute = recipe.compute.elsewhere().resolve(jax.default_backend(), recipe.model.n_layers)
     params, meta = load_params(run_dir, recipe.model, step=step)
     sys.stderr.write(f"losses by the checkpoint of step {meta['step']}\n")
     nats = jax.jit(functools.partial(token_losses, model=recipe.model, compute=compute))

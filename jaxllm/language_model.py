@@ -297,7 +297,7 @@ def load(
     recipe = load_recipe(run_dir / FILE_NAME)
     shardings = None if mesh is None else param_shardings(recipe.model, mesh)
     params, meta = load_params(run_dir, recipe.model, step=step, shardings=shardings)
-    lm = of_run(recipe.model, params, run_dir / "tokenizer", meta, compute=compute or recipe.compute)
+    lm = of_run(recipe.model, params, run_dir / "tokenizer", meta, compute=compute or recipe.compute.elsewhere())
     if not is_vae(recipe.model):
         golden.check(lm, run_dir)
     return lm

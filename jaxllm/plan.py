@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int | None:
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
     if arguments.decode:
         rows, slots = map(int, arguments.decode.split("x"))
-        decoding.show(plan := decoding.plan_decoding(recipe.model, recipe.compute, place, rows, slots), console)
+        plan = decoding.plan_decoding(recipe.model, recipe.compute.elsewhere(), place, rows, slots)
+        decoding.show(plan, console)
         files.write_json(out / "plan.json", plan.model_dump(mode="json"))
         return 0 if plan.needed is not None else 1
     hosts = 1 + max(device.process_index for device in devices)

@@ -220,7 +220,7 @@ class Run:
     def write_samples(self, step: int, state: TrainState) -> None:
         """Write down what the model answers to `monitor.prompts` now."""
         parts = self.recipe.model, _best_params(state), self.loader.tokenizer_dir
-        model = of_run(*parts, {"chat": self.is_chat, **self._said}, compute=self.recipe.compute)
+        model = of_run(*parts, {"chat": self.is_chat, **self._said}, compute=self.recipe.compute.elsewhere())
         for prompt in self.recipe.monitor.prompts:
             self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))
 

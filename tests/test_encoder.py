@@ -18,6 +18,7 @@ from jaxllm.locate import look
 from jaxllm.models.build import abstract_params
 from jaxllm.models.config import ModelConfig
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
+from jaxllm.recipe import load_recipe
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 
@@ -286,7 +287,10 @@ def test_converted_to_a_run_and_back(encoders, tmp_path, capsys, name):
     assert capsys.readouterr().out.count("to the last bit") == 2
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "again" / file).read_bytes() == (path / file).read_bytes(), file
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("kernel: auto", "kernel: splash"))  # as if a TPU had trained it
     run = jaxllm.load(tmp_path / "run")
+    assert load_recipe(recipe).compute.kernel == "splash"
     pair = [("a cat", "the dog")]
     assert run.tokenizer.encode(pair, 99) == encoders[name].tokenizer.encode(pair, 99)
     golden = tmp_path / "run" / "golden.json"

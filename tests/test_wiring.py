@@ -5,9 +5,12 @@ import resource
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import jaxllm
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import prepare
@@ -21,6 +24,7 @@ from jaxllm.sharding.mesh import make_mesh
 from jaxllm.train import main as train_command
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
+from jaxllm.training.state import TrainState
 from jaxllm.tune import main as tune_command
 from jaxllm.wiring import RunResult, _kept, check_home, total_steps, train
 
@@ -249,6 +253,26 @@ def test_more_epochs_begin_behind_the_last_sample_and_not_behind_its_filled_up_b
     train(load_recipe("runs/epochs/recipe.yaml", ["data.epochs=2", f"steps={steps + 1}"]))
     last = [record for record in read(Path("runs/epochs/metrics.jsonl")) if "sample" in record][-1]
     assert (last["step"], last["sample"]) == (steps + 1, size)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_what_was_trained_with_the_kernel_of_an_accelerator_is_read_anywhere(workspace, capsys, kernel):
+    path = Path("runs/one/recipe.yaml")
+    expected = jaxllm.load("runs/one").logits([[7, 8, 9]])
+    text = path.read_text().replace("kernel: auto", f"kernel: {kernel}")
+    assert f"kernel: {kernel}" in text
+    path.write_text(text)
+    lm = jaxllm.load("runs/one")
+    np.testing.assert_array_equal(lm.logits([[7, 8, 9]]), expected)
+    assert not inspect(["runs/one", "--losses", "--rows=1"])
+    recipe = load_recipe("runs/one", ["compute.kernel=auto", "monitor.prompts=[The]", "monitor.sample_tokens=2"])
+    run, said = Run(recipe, Loader(recipe.data), make_mesh(recipe.mesh)), []
+    run.recipe = load_recipe("runs/one", ["monitor.prompts=[The]", "monitor.sample_tokens=2"])  # as on its accelerator
+    run.log = SimpleNamespace(sample=lambda *sample: said.append(sample[:2]))
+    run.write_samples(4, TrainState(0, lm.params, (), None, 0.0))
+    assert said == [(4, "The")]
+    with pytest.raises(ValueError, match=f"compute.kernel={kernel} cannot compute this attention: it is for a"):
+        train(load_recipe("runs/one", ["steps=6"]))
 
 
 def announced(*overrides):

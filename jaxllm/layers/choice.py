@@ -37,7 +37,7 @@ def choose(kernel: Kernel, asked: Asked) -> Kernel:
     """Return the kernel to use, "xla" where "auto" finds no better one; what it finds on accelerators is said once.
 
     Raises:
-      ValueError: the kernel that is named cannot do it.
+      ValueError: the kernel that is named cannot do it, or none can.
     """
     if kernel != "auto":
         if why := refusal(kernel, asked):
@@ -45,8 +45,9 @@ def choose(kernel: Kernel, asked: Asked) -> Kernel:
         return kernel
     fast = {"tpu": "splash", "gpu": "cudnn"}.get(asked.platform)
     why = refusal(fast, asked) if fast else None
-    if why and (other := refusal("xla", asked)):
-        raise ValueError(f"no kernel can compute this attention: {fast}: {why}; xla: {other}")
+    if (why or not fast) and (other := refusal("xla", asked)):
+        refused = f"{fast}: {why}; xla: {other}" if why else f"xla: {other}"
+        raise ValueError(f"no kernel can compute this attention: {refused}")
     if fast:
         _say(f"attention on {asked.platform}: {fast if why is None else f'xla ({fast}: {why})'}")
     return "xla" if fast is None or why else fast

@@ -252,6 +252,10 @@ class ComputeConfig(Config):
     loss_chunk: int = Field(512, ge=1, description="tokens of a row whose logits exist at one time, in training")
     pipeline: Pipeline = Field(Pipeline(), description="how rows go through the stages of a mesh that has some")
 
+    def elsewhere(self) -> "ComputeConfig":
+        """Return what a model that was trained so is read with: the kernel was for that machine, and that mesh."""
+        return self.model_copy(update={"kernel": "auto"})
+
     def resolve(self, platform: str, n_layers: int) -> "ComputeConfig":
         """Replace each auto by the choice for `platform` ("cpu", "gpu", "tpu")."""
         dtype = ("float32" if platform == "cpu" else "bfloat16") if self.dtype == "auto" else self.dtype

@@ -39,10 +39,8 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     Raises:
       ValueError: the sizes do not multiply to the device count.
     """
-    sizes = {
-        "stage": config.stage, "data": config.data, "fsdp": config.fsdp, "expert": config.expert,
-        "context": config.context, "tensor": config.tensor,
-    }  # fmt: skip
+    given = config.stage, config.data, config.fsdp, config.expert, config.context, config.tensor
+    sizes = dict(zip(AXES, given, strict=True))
     described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if 0 in sizes.values() or len(free) > 1:
@@ -55,19 +53,20 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     return sizes
 
 
-def slice_sizes(config: MeshConfig, sizes: Mapping[str, int], slices: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the axis sizes within a slice, and those over slices: all 1 but `config.across`.
+def slice_sizes(config: MeshConfig, sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """Return the axis sizes within a slice, where `config.across` goes over all slices.
 
     Raises:
       ValueError: the slices do not divide that axis.
     """
     axis = config.across
     if sizes[axis] % slices:
+        others = " or ".join(name for name in ("stage", "data", "fsdp") if sizes[name] % slices == 0)
         raise ValueError(
             f"the devices lie in {slices} slices, which do not divide mesh.{axis}={sizes[axis]}; make it a multiple of "
-            f"{slices}, or let another axis go over them (mesh.across={axis})"
+            f"{slices}{f', or set mesh.across to {others}' * bool(others)}"
         )
-    return {**sizes, axis: sizes[axis] // slices}, {**dict.fromkeys(sizes, 1), axis: slices}
+    return {**sizes, axis: sizes[axis] // slices}
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 from pydantic import Field, model_validator
 

@@ -236,7 +236,8 @@ def _bit_sums(tree: Any) -> list[int]:
 
 
 def _sums_of(leaves: list[jax.Array]) -> jax.Array:
-    bits = lambda leaf: jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+    near = lambda leaf: jax.device_put(leaf, jax.memory.Space.Device)  # of what waits in the host's memory
+    bits = lambda leaf: jax.lax.bitcast_convert_type(near(leaf), f"uint{8 * leaf.dtype.itemsize}")
     return jnp.stack([jnp.sum(bits(leaf).astype(jnp.uint32), dtype=jnp.uint32) for leaf in leaves])
 
 

@@ -135,6 +135,12 @@ def _report(step: int, metrics: dict, batch: Batch, clock: _Clock, observer: Obs
 
 
 def _local_rows(x: jax.Array) -> np.ndarray:
-    """Return the rows of a global array that this process holds, each once: a mesh axis may replicate them."""
-    rows = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([rows[start] for start in sorted(rows)])
+    """Return the rows of a global array that this process holds, each once and whole: mesh axes copy and cut them."""
+    parts = {tuple(cut.start or 0 for cut in shard.index): shard.data for shard in x.addressable_shards}
+    starts = [sorted(set(along)) for along in zip(*parts, strict=True)]
+    size = next(iter(parts.values())).shape
+    rows = np.empty([len(along) * length for along, length in zip(starts, size, strict=True)], x.dtype)
+    for start, part in parts.items():
+        first = [along.index(at) * length for along, at, length in zip(starts, start, size, strict=True)]
+        rows[tuple(slice(at, at + length) for at, length in zip(first, size, strict=True))] = part
+    return rows

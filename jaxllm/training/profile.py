@@ -22,8 +22,8 @@ class Profile:
         self._running = False
 
     def before(self, step: int, state: object) -> None:
-        """Begin the trace, if `step` is the first that is in it; `state` is what that update reads."""
-        if step == self._first:
+        """Begin the trace, if `step` is in it and it has not begun; `state` is what that update reads."""
+        if self._first <= step <= self._last and not self._running:  # a resumed run may begin in the midst of it
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._directory)
             self._running = True

@@ -153,6 +153,14 @@ def test_a_named_kernel_that_cannot_run_says_why(kernel, asked, why):
         choose(kernel, asked)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_auto_drops_no_bias(platform):
+    asked = TPU._replace(platform=platform, bias=True)
+    assert choose("auto", asked) == "xla"
+    with pytest.raises(ValueError, match=r"no kernel can compute .*xla: a bias on scores, when dev"):
+        choose("auto", asked._replace(parts=2))
+
+
 def test_attention_with_a_kernel_of_another_platform_is_refused_before_anything_is_compiled():
     q, k, v, _ = arrays()
     with pytest.raises(ValueError, match="it is for a tpu, and this is a cpu"):

@@ -49,6 +49,10 @@ def test_freed_memory_is_kept_only_if_asked(keep, monkeypatch):
     assert bool(called) == keep
 
 
+def test_devices_of_google_are_looked_for():
+    assert distributed._google_devices() in (True, False)
+
+
 @pytest.mark.parametrize(
     ("installed", "devices", "cpu"), [([], False, True), (["libtpu"], False, True), (["libtpu"], True, False),
      (["libtpu", "jax_cuda13_plugin"], False, False)],

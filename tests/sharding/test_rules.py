@@ -79,9 +79,19 @@ def test_impossible_meshes(config, message):
 def hosts(*counts):
     """GPUs of hosts, of which one after the other has its devices named by turns."""
     slices = [number for number, count in enumerate(counts) for _ in range(count)]
-    return [SimpleNamespace(platform="gpu", device_kind="H100", slice_index=s, id=i) for i, s in enumerate(slices)][
-        ::-1
-    ]
+    make = lambda i, s: SimpleNamespace(platform="gpu", device_kind="H100", slice_index=s, process_index=s, id=i)
+    return [make(i, s) for i, s in enumerate(slices)][::-1]
+
+
+def chips(x, y, z, slices=1):
+    """TPUs of slices [x, y, z], whose hosts have 2 x 2 x 1 of them each."""
+    return [
+        SimpleNamespace(
+            platform="tpu", device_kind="TPU v5", slice_index=s, core_on_chip=0, coords=(i, j, k),
+            process_index=(((s * z) + k) * y // 2 + j // 2) * (x // 2) + i // 2,
+        )
+        for s, k, j, i in np.ndindex(slices, z, y, x)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("across", ["stage", "data", "fsdp"])
@@ -96,10 +106,32 @@ def test_one_axis_goes_over_the_slices_and_all_others_stay_within(across):
 
 
 @pytest.mark.parametrize(
+    ("config", "devices"),
+    [
+        (MeshConfig(fsdp=-1, data=1, tensor=4), chips(4, 4, 4)),  # the network alone would lay rows over two hosts
+        (MeshConfig(fsdp=-1, data=1, tensor=2, context=2), chips(4, 4, 4)),
+        (MeshConfig(fsdp=6, data=-1, tensor=2), chips(2, 4, 6)),
+        (MeshConfig(fsdp=-1, data=2, tensor=4), chips(4, 4, 4, slices=2)),
+        (MeshConfig(fsdp=-1, data=1, tensor=4), hosts(8, 8)),  # GPUs: data does not go over the hosts, and need not
+    ],
+)
+def test_a_row_lies_in_one_host(config, devices):
+    found = arrange(config, devices)
+    rows = found.reshape(-1, config.tensor * config.context)
+    assert len({id(device) for device in found.flat}) == len(devices)
+    assert all(len({device.process_index for device in row}) == 1 for row in rows)
+
+
+def test_where_a_host_has_no_room_a_row_goes_over_several():
+    assert arrange(MeshConfig(data=1, tensor=-1), chips(4, 4, 4)).shape == (1, 1, 1, 1, 1, 64)  # as decoding has it
+
+
+@pytest.mark.parametrize(
     ("config", "devices", "message"),
     [
-        (MeshConfig(data=1, fsdp=8), hosts(4, 4), "2 slices, which do not divide mesh.data=1; make it a multiple of 2"),
-        (MeshConfig(data=8), hosts(5, 3), "differ in size: {1: 3, 0: 5} devices by slice"),
+        (MeshConfig(data=1, fsdp=-1), chips(2, 2, 2, slices=2), "mesh.data=1; .* of 2, or set mesh.across to fsdp$"),
+        (MeshConfig(data=1, tensor=-1), chips(2, 2, 2, slices=2), "not divide mesh.data=1; make it a multiple of 2$"),
+        (MeshConfig(data=8), hosts(5, 3), r"differ in size: \{1: 3, 0: 5\} devices by slice"),
     ],
 )
 def test_slices_that_do_not_fit(config, devices, message):

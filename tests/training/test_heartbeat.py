@@ -139,6 +139,20 @@ def test_an_error_of_a_peer_is_said_and_its_end_is_none(beating, monkeypatch):
     assert ") ended in phase data: ValueError: a shard is short; this is" in left.value.args[1]
 
 
+@pytest.mark.parametrize(("error", "looks"), [("RESOURCE_EXHAUSTED: 9G of 8G", False), ("INTERNAL: gloo", True)])
+def test_memory_that_is_short_is_nobody_elses_fault_and_every_other_error_is_said(
+    beating, monkeypatch, capsys, error, looks
+):
+    monkeypatch.setattr(heartbeat.atexit, "register", lambda *_: None)
+    for name in ("_answer_aborts", "_beat"):
+        monkeypatch.setattr(Heartbeat, name, lambda _: None)
+    one = beating(0)  # whose peer is missing
+    one._period_s = 0.02
+    with pytest.raises(Left if looks else jax.errors.JaxRuntimeError), one:
+        raise jax.errors.JaxRuntimeError(error)
+    assert (f"process 0: {error}\n" == capsys.readouterr().err) == looks
+
+
 def test_a_single_process_beats(tmp_path):
     with Heartbeat(tmp_path, 1, 0.2) as heart:
         heart.enter("step", 4)

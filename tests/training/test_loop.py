@@ -26,7 +26,7 @@ class Loop:
 
     def __init__(self, tmp_path, bad=(), actions=(), stop=None, count=9, max_skipped=1):
         self.failed, self.stop = [], stop or StopRequest()
-        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))  # the tensor axis holds each row twice
+        mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2))  # of each row two halves, and both twice
         config = MonitorConfig(log_every=1, max_skipped=max_skipped)
         state = TrainState(jnp.int32(0), {}, (), None, jnp.float32(0))
 

@@ -16,6 +16,7 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training import goodput
 from jaxllm.training.block_norms import block_norms
+from jaxllm.training.checkpoint import _bit_sums
 from jaxllm.training.config import AdamW, MonitorConfig, StepConfig
 from jaxllm.training.feed import place
 from jaxllm.training.goodput import Goodput
@@ -71,6 +72,8 @@ def test_what_waits_in_the_memory_of_the_host_changes_nothing():
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(moved.params)} == {"device"}
     np.testing.assert_allclose(metrics["loss"], same["loss"], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, moved.params)
+    near = jax.device_put(moved.opt_state, jax.tree.map(lambda leaf: leaf.sharding, state.opt_state))
+    assert _bit_sums(moved.opt_state) == _bit_sums(near)
 
 
 def test_norms_of_blocks_are_those_of_their_leaves():
@@ -144,7 +147,8 @@ def test_a_trace_of_some_steps_names_their_parts(tmp_path):
     [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"attention" in trace.read_bytes()
     profile = Profile(tmp_path / "stopped", (1, 9))
-    profile.before(1, x)
+    for number in (5, 6):  # a resumed run begins in the midst
+        profile.before(number, x)
     profile.close()
     assert list((tmp_path / "stopped").rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="profile=5:3 ends before it begins"):
