@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.data.shape import Shape
+from jaxllm.sharding.config import AXES
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("check_style", ROOT / "tools" / "check_style.py")
@@ -163,6 +164,7 @@ def test_every_field_has_a_reader():
     trees = sources()
     read = set().union(*(read_names(tree) for tree in trees))
     read |= {f"{end}_{measure}" for end in ("min", "max") for measure in vars(Shape)}  # QualityConfig.failed
+    read |= set(AXES)  # MeshConfig's, by name
     read.add("preset")  # CleanConfig fills in what it stands for
     unread = [
         f"{config.name}.{field.target.id}"
