@@ -9,7 +9,7 @@ import pytest
 import jaxllm
 from jaxllm import evaluate
 from jaxllm.data.chat import encode_chat
-from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens
 from jaxllm.data.tokenizer import byte_tokenizer
 from jaxllm.language_model import LanguageModel
 from jaxllm.models.build import init_params
@@ -69,7 +69,7 @@ def test_a_huggingface_directory_needs_data_and_leaves_out_what_is_too_long_for_
     with DatasetWriter(tmp_path / "chat", tokenizer, "chat") as writer:
         for split, length in (("train", 3), ("validation", 3), ("validation", 70)):
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * length}]
-            writer.add_chat(split, *encode_chat(tokenizer, turns), "t", "0")
+            writer.add(split, chat_tokens(tokenizer, Encoded("t", "0", *encode_chat(tokenizer, turns), 0)))
     flags = ["--tasks", "perplexity", "--data", str(tmp_path / "chat"), "--seq-len", "64", "--batch-size", "8"]
     assert evaluate.main([str(tmp_path / "exported"), *flags]) is None
     printed = capsys.readouterr()

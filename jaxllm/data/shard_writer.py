@@ -176,12 +176,6 @@ class DatasetWriter:
         """
         self.add(split, text_tokens(self.tokenizer, Encoded(source, location, ids, [], text_bytes, more)))
 
-    def add_chat(
-        self, split: str, ids: list[int], trained: list[bool], source: str, location: str, more: Mapping = NOTHING
-    ) -> None:
-        """Store one encoded conversation; `more` as in `add_text`."""
-        self.add(split, chat_tokens(self.tokenizer, Encoded(source, location, ids, trained, 0, more)))
-
     def seal(self) -> Path:
         """Write the rest, the tokenizer and the manifest; return the directory, complete but not yet in its place.
 

@@ -90,7 +90,7 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
     last = plan.units + number - 1
     (rows, passed), sums = jax.lax.scan(turn, start, jnp.arange(last))
     rows, _ = _exchange(rows, passed, jnp.asarray(last), plan)
-    return _join(rows[1:], plan), jax.tree.map(lambda z: _total(z, plan), sums)
+    return _join(rows[1:]), jax.tree.map(lambda z: _total(z, plan), sums)
 
 
 def spread(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any) -> Array:
@@ -128,7 +128,7 @@ def _cut(x: Array, plan: Schedule) -> Array:
     return rearrange(x, "(s p k g) ... -> g s (p k) ...", s=plan.stages, p=_row_parts(), g=plan.groups)
 
 
-def _join(x: Array, plan: Schedule) -> Array:
+def _join(x: Array) -> Array:
     """Undo `_cut`."""
     return constrain(rearrange(x, "g s (p k) ... -> (s p k g) ...", p=_row_parts()), "rows", "stream", None)
 

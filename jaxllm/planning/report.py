@@ -16,17 +16,6 @@ GIB = 2**30
 BASIS = "model estimate: the compiler's cycles and schedule replayed, collectives by link bandwidth; no chip was timed"
 
 
-class Traffic(Record):
-    """Collectives of one kind: how many in a step, between how many devices, bytes given, seconds, of them exposed."""
-
-    kind: str
-    group: int
-    count: int
-    bytes: float
-    seconds: float
-    exposed: float
-
-
 class Time(Record):
     """A model estimate of a step, seconds; what its basis is, `basis` says."""
 
@@ -67,7 +56,7 @@ class Plan(Record):
     memory: dict[str, float]
     buffers: list[tuple[float, str]]
     time: Time | None
-    collectives: list[Traffic]
+    collectives: list[schedule.Collective]
     compile_seconds: float
     cached: bool
 
@@ -94,7 +83,7 @@ def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -
         needed=None if needed is None else needed / GIB, available=available / GIB,
         memory={name: size / GIB for name, size in sizes.items()},
         buffers=[(size / GIB, what) for size, what in buffers[:5]], time=time,
-        collectives=[Traffic(**each._asdict()) for each in traffic],
+        collectives=traffic,
         compile_seconds=compiled.seconds, cached=compiled.cached,
     )  # fmt: skip
 

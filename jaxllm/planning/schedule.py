@@ -10,6 +10,7 @@ import math
 import re
 from typing import NamedTuple
 
+from jaxllm.core.config import Record
 from jaxllm.planning import hlo
 from jaxllm.planning.hlo import Instruction, Module, n_bytes
 from jaxllm.planning.network import COLLECTIVES, Network, group_of
@@ -25,7 +26,7 @@ FREE = frozenset({
 })  # fmt: skip
 
 
-class Collective(NamedTuple):
+class Collective(Record):
     """All runs of collectives of one kind between groups of one size in a step.
 
     Attributes:
@@ -71,13 +72,13 @@ def estimate(text: str, network: Network) -> Estimate:
     """Replay the text of a module that was compiled for the chips of `network`."""
     replay = _Replay(hlo.read(text), network)
     seconds = replay.run(replay.module.entry, 1)
-    found = [Collective(*key, *values) for key, values in sorted(replay.collectives.items())]
-    return Estimate(seconds, *(replay.spent[key] for key in ("computing", "kernels", "guessed", "waiting")), found)
+    spent = (replay.spent[key] for key in ("computing", "kernels", "guessed", "waiting"))
+    return Estimate(seconds, *spent, _listed(replay.collectives))
 
 
 def count(text: str, n_devices: int) -> list[Collective]:
     """Return the collectives of a module without times, as of compilers that estimate none."""
-    module, found = hlo.read(text), collections.defaultdict(lambda: [0, 0.0])
+    module, found = hlo.read(text), collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
 
     def visit(name: str, times: int) -> None:
         table = {each.name: each for each in module.computations[name]}
@@ -94,7 +95,12 @@ def count(text: str, n_devices: int) -> list[Collective]:
                 entry[1] += times * given
 
     visit(module.entry, 1)
-    return [Collective(*key, *values, 0.0, 0.0) for key, values in sorted(found.items())]
+    return _listed(found)
+
+
+def _listed(found: dict[tuple[str, int], list]) -> list[Collective]:
+    rows = ((*key, *values) for key, values in sorted(found.items()))
+    return [Collective(**dict(zip(Collective.model_fields, row, strict=True))) for row in rows]
 
 
 class _Replay:

@@ -4,7 +4,7 @@ import pytest
 
 from jaxllm.data import tokenizer
 from jaxllm.data.pieces_training import TokenizerConfig
-from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. 12 foxes, 345 dogs.\n\n    indented = True\n",
@@ -58,7 +58,8 @@ def chat_dataset(tmp_path, byte):
                     ask, reply = 10 + number % 200, 20 + number % 200
                     ids = [1] + [ask] * (prompt - 1) + [reply] * (answer - 1) + [2]
                     trained = [False] * prompt + [True] * answer
-                    writer.add_chat(split, ids, trained, name, f"{split} {number}")
+                    conversation = Encoded(name, f"{split} {number}", ids, trained, 0)
+                    writer.add(split, chat_tokens(byte, conversation))
         return tmp_path / name
 
     return write
