@@ -232,11 +232,15 @@ def _bit_sums(tree: Any) -> list[int]:
     leaves = jax.tree.leaves(tree)
     sharding = leaves[0].sharding
     everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return np.asarray(jax.jit(_sums_of, out_shardings=everywhere)(leaves)).tolist()
+    sums = jax.jit(_sums_of, out_shardings=everywhere)
+    # What waits in the host's memory goes through the device's leaf by leaf: for all of it there is no room.
+    away = any(leaf.sharding.memory_kind == "pinned_host" for leaf in leaves)
+    parts = [[leaf] for leaf in leaves] if away else [leaves]
+    return [each for part in parts for each in np.asarray(sums(part)).tolist()]
 
 
 def _sums_of(leaves: list[jax.Array]) -> jax.Array:
-    near = lambda leaf: jax.device_put(leaf, jax.memory.Space.Device)  # of what waits in the host's memory
+    near = lambda leaf: jax.device_put(leaf, jax.memory.Space.Device)
     bits = lambda leaf: jax.lax.bitcast_convert_type(near(leaf), f"uint{8 * leaf.dtype.itemsize}")
     return jnp.stack([jnp.sum(bits(leaf).astype(jnp.uint32), dtype=jnp.uint32) for leaf in leaves])
 
