@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TWINS = Path("~/.cache/jaxllm/buckets").expanduser()
 BULK = ("checkpoints", "damaged")  # the directories of a run that have no twin
+LAST = "manifest.json"  # of a dataset: says that all its other files are there
 LOCK = ".lock"  # in a run directory, held by the process that writes there
 _VERSION_KEYS = ("generation", "etag", "created", "mtime", "size")
 _mirrored: set[Path] = set()
@@ -29,18 +30,18 @@ def is_url(path: str | os.PathLike) -> bool:
 
 
 def here(path: str | os.PathLike) -> Path:
-    """Return where `path` is on this machine: itself, or, of a URL, its twin, which is brought up to date once.
+    """Return where `path` is on this machine: itself, or, of a URL, its twin; a twin is brought up to date once.
 
     A checkpoint ("gs://bucket/run/checkpoints/500") is a place in the twin of its run, where nothing is.
 
     Raises:
       ValueError: the bucket cannot be read, or the package for it is not installed.
     """
-    if not is_url(path):
-        return Path(path)
-    scheme, _, rest = str(path).rstrip("/").partition("://")
-    twin = TWINS / scheme / rest
-    root = twin.parent.parent if twin.parent.name in BULK and twin.name.isdigit() else twin
+    scheme, _, rest = str(path).partition("://")
+    twin = TWINS / scheme / rest.strip("/") if is_url(path) else Path(path)
+    if _url(twin) is None or (_is_hidden(twin) and not is_url(path)):
+        return twin
+    root = _root(twin.parent.parent if twin.parent.name in BULK and twin.name.isdigit() else twin)
     if root not in _mirrored:
         with _errors(path):
             _mirror(root)
@@ -61,25 +62,31 @@ def origin(path: str | os.PathLike) -> "Path | AnyPath":
 def push(path: Path) -> None:
     """Copy what has changed in the twin of a directory, or a file of it, into the bucket; nothing for other paths.
 
-    Hidden files and checkpoints stay where they are.
+    Hidden files and checkpoints stay where they are. A changed manifest of a dataset goes first and comes last, so
+    that what was cut short has none.
     """
     url = _url(path)
-    if url is None or any(part.startswith(".") for part in path.relative_to(TWINS).parts):
+    if url is None or _is_hidden(path):
         return
     with _errors(url):
-        fs = _file_system(url)
-        root = next((each for each in (path, *path.parents) if _beside(each, "json").is_file()), path)
+        fs, root = _file_system(url), _root(path)
         index = _read_index(root)
-        for name in [name for name in index if not (root / name).exists()]:
-            fs.rm_file(_url(root / name))
+        files = {file.relative_to(root).as_posix(): file for file in ([path] if path.is_file() else _files(path))}
+        files = {name: file for name, file in files.items() if not _is_bulk(name)}
+        changed = [name for name, file in files.items() if index.get(name, [None])[1:] != _stat(file)]
+        is_last = lambda name: name.rpartition("/")[2] == LAST
+        gone = [name for name in index if (root / name).is_relative_to(path) and not (root / name).exists()]
+        for name in sorted({*gone, *filter(is_last, index.keys() & {*changed})}, key=is_last, reverse=True):
             del index[name]
-        for file in [path] if path.is_file() else _files(path):
-            name = file.relative_to(root).as_posix()
-            if index.get(name, [None])[1:] != (now := _stat(file)):
-                fs.put_file(str(file), _url(file))
-                fs.invalidate_cache()
-                index[name] = [_version(fs.info(_url(file))), *now]
-        _write_index(root, index)
+            _write_index(root, index)
+            with suppress(FileNotFoundError):  # another machine was first
+                fs.rm_file(_url(root / name))
+        for name in sorted(changed, key=is_last):
+            now = _stat(files[name])
+            fs.put_file(str(files[name]), _url(files[name]))
+            fs.invalidate_cache()
+            index[name] = [_version(fs.info(_url(files[name]))), *now]
+            _write_index(root, index)
 
 
 def remove(path: "Path | AnyPath") -> None:
@@ -89,6 +96,17 @@ def remove(path: "Path | AnyPath") -> None:
     epath.Path(path).rmtree(missing_ok=True)
 
 
+def named(path: Path) -> str:
+    """Return what a person calls `path`: where it is in a bucket, if it is a twin."""
+    return _url(path) or str(path)
+
+
+def is_pushed(file: Path) -> bool:
+    """Whether the bucket has had all of a file that is in a twin; for other paths, whether there is one."""
+    root = _root(file)
+    return file.is_file() if _url(file) is None else file.relative_to(root).as_posix() in _read_index(root)
+
+
 def is_twin(path: Path) -> bool:
     """Whether what is at `path` is in a bucket as well."""
     return _url(path) is not None
@@ -96,7 +114,7 @@ def is_twin(path: Path) -> bool:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is a file or directory at `path`."""
-    return origin(here(path)).exists() if is_url(path) else Path(path).exists()
+    return origin(here(path)).exists()
 
 
 def _mirror(root: Path) -> None:
@@ -107,15 +125,15 @@ def _mirror(root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(_beside(root, "lock"), "a") as mirroring:
         fcntl.flock(mirroring, fcntl.LOCK_EX)  # until it is closed
-        if _is_written(root):
-            return
+        written = [each.parent.relative_to(root) for each in root.rglob(LOCK) if _is_held(each)]  # runs in it, too
         index, found = _read_index(root), {}
+        kept = {name: index[name] for name in index if any(Path(name).is_relative_to(each) for each in written)}
         base = fs._strip_protocol(url)
         for remote, info in fs.find(url, detail=True).items():
             name = remote[len(base) :].lstrip("/")
-            if not _is_bulk(name):
+            if not (_is_bulk(name) or any(Path(name).is_relative_to(each) for each in written)):
                 found[name] = remote, _version(info)
-        for name in index.keys() - found.keys():
+        for name in index.keys() - found.keys() - kept.keys():
             (root / name).unlink(missing_ok=True)
         for name, (remote, version) in found.items():
             file = root / name
@@ -124,15 +142,25 @@ def _mirror(root: Path) -> None:
                 temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
                 fs.get_file(remote, str(temporary))
                 os.replace(temporary, file)
-        _write_index(root, {name: [version, *_stat(root / name)] for name, (_, version) in found.items()})
+        seen = {name: [version, *_stat(root / name)] for name, (_, version) in found.items()}
+        _write_index(root, kept | seen)
 
 
 def _is_bulk(name: str) -> bool:
     return not set(BULK).isdisjoint(name.split("/")[:-1])
 
 
-def _is_written(root: Path) -> bool:
-    with suppress(FileNotFoundError), open(root / LOCK, "rb") as file:
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(TWINS).parts)
+
+
+def _root(path: Path) -> Path:
+    """Return the directory above `path`, or `path`, of which there is an index; else `path`."""
+    return next((each for each in (path, *path.parents) if _url(each) and _beside(each, "json").is_file()), path)
+
+
+def _is_held(lock: Path) -> bool:
+    with suppress(FileNotFoundError), open(lock, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -147,7 +175,7 @@ def _beside(root: Path, kind: str) -> Path:
 
 def _files(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name in BULK:
+        if path.name.startswith("."):
             continue
         if path.is_dir():
             yield from _files(path)

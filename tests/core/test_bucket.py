@@ -45,6 +45,7 @@ def test_what_changed_is_copied_and_nothing_else(fs, monkeypatch):
         (twin / name).write_text("old")
     assert stored(fs) == {"/b/run/recipe.yaml": b"1\n"}
     bucket.push(twin)
+    bucket.push(twin / "checkpoints/5/x")
     assert set(stored(fs)) == {"/b/run/recipe.yaml", "/b/run/metrics.jsonl"}
     monkeypatch.setattr(fs.__class__, "put_file", lambda *_: pytest.fail("nothing has changed"))
     bucket.push(twin)
@@ -72,6 +73,40 @@ def test_the_twin_of_a_run_that_writes_stays(fs, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert (again(monkeypatch, "memory://b/run") / "metrics.jsonl").read_text() == "1\n2\n"
     assert (again(monkeypatch, "memory://b/run") / "metrics.jsonl").read_text() == "1\n"
+
+
+def test_a_run_that_writes_inside_of_what_is_mirrored_stays_and_has_no_second_index(fs, monkeypatch):
+    twin = bucket.here("memory://b/all")
+    files.write_text("memory://b/all/run/metrics.jsonl", "1\n")
+    files.write_text(twin / "run.json", "old")
+    fs.pipe({"/b/all/run.json": b"new", "/b/all/run/metrics.jsonl": b"2\n"})
+    monkeypatch.setattr(bucket, "_mirrored", set())
+    with open(twin / "run" / bucket.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert bucket.here(twin / "run") == twin / "run"  # its own name on this machine
+    assert [(twin / name).read_text() for name in ("run.json", "run/metrics.jsonl")] == ["new", "1\n"]
+    assert [path.name for path in twin.rglob(".*")] == [bucket.LOCK]
+    assert bucket.named(twin / "run") == "memory://b/all/run"
+
+
+def test_the_manifest_of_a_cut_upload_is_missing(fs, monkeypatch):
+    twin = bucket.here("memory://b/data")
+    for content in ("old", "new"):
+        for name in ("manifest.json", "tokenizer", "x"):
+            twin.mkdir(exist_ok=True)
+            (twin / name).write_text(content * 2)
+        if content == "old":
+            bucket.push(twin)
+    with monkeypatch.context() as patch:
+        put = fs.put_file
+        cut = lambda _, file, remote: pytest.fail("cut") if remote.endswith("x") else put(file, remote)
+        patch.setattr(fs.__class__, "put_file", cut)
+        with pytest.raises(pytest.fail.Exception):
+            bucket.push(twin)
+    assert stored(fs) == {"/b/data/tokenizer": b"newnew", "/b/data/x": b"oldold"}
+    assert not bucket.is_pushed(twin / "manifest.json") and bucket.is_pushed(twin / "tokenizer")
+    bucket.push(twin)
+    assert set(stored(fs).values()) == {b"newnew"} and bucket.is_pushed(twin / "manifest.json")
 
 
 def test_new_directories_and_files_in_a_bucket(fs):
