@@ -6,6 +6,9 @@ import fsspec
 import pytest
 
 from jaxllm.core import bucket, files
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
+from jaxllm.data.sources import World
 
 
 @pytest.fixture
@@ -107,6 +110,18 @@ def test_the_manifest_of_a_cut_upload_is_missing(fs, monkeypatch):
     assert not bucket.is_pushed(twin / "manifest.json") and bucket.is_pushed(twin / "tokenizer")
     bucket.push(twin)
     assert set(stored(fs).values()) == {b"newnew"} and bucket.is_pushed(twin / "manifest.json")
+
+
+def test_a_dataset_whose_upload_was_cut_is_uploaded_by_the_same_command(fs, monkeypatch):
+    config = PrepareConfig(inputs=(World(count=40),), tokenizer=BytesTokenizer(), out="memory://b/data", seq_len=32)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"memory://b/data.*no network"):
+        patch.setattr(fs.__class__, "put_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+        prepare(config)
+    assert stored(fs) == {}
+    prepare(config)
+    assert {"/b/data/manifest.json", "/b/data/train/shard-00000.tokens.npy"} <= set(stored(fs))
+    with pytest.raises(FileExistsError, match=r"^memory://b/data exists"):
+        prepare(config)
 
 
 def test_new_directories_and_files_in_a_bucket(fs):
