@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxllm
 from jaxllm.core import files
-from jaxllm.core.bucket import here, named
+from jaxllm.core.bucket import here, is_pushed, named
 from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
 from jaxllm.data.world_tasks import GUIDE
@@ -111,10 +111,10 @@ def _prepare(out: Path, smoke: bool) -> None:
                 f"{dataset} was made of {found:,} texts, and now {count:,} are wanted (--smoke makes fewer); choose "
                 "another --out"
             )
-    if not text.exists():
+    if not is_pushed(text / "manifest.json"):
         world, vocabulary = World(count=n_documents, seed=0), TokenizerConfig(vocab_size=VOCAB_SIZE)
         prepare(PrepareConfig(inputs=(world,), out=named(text), tokenizer=vocabulary, seq_len=128))
-    if not chat.exists():
+    if not is_pushed(chat / "manifest.json"):
         world, vocabulary = World(count=n_conversations, seed=1), ExistingTokenizer(path=named(text))
         prepare(PrepareConfig(inputs=(world,), out=named(chat), chat=True, tokenizer=vocabulary, seq_len=192))
 
