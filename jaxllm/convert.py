@@ -10,7 +10,6 @@ examples:
 """
 
 import sys
-from pathlib import Path
 
 from jaxllm.core import files
 from jaxllm.core.command import command, parser
@@ -21,7 +20,7 @@ def main(argv: list[str] | None = None) -> int | None:
     """Load, write, compare what was written with what was loaded."""
     line = parser(__doc__)
     line.add_argument("source", metavar="FROM", help="model to read")
-    line.add_argument("target", metavar="TO", type=Path, help="directory to write; must not exist or be empty")
+    line.add_argument("target", metavar="TO", help="directory to write; must not exist or be empty")
     arguments = line.parse_args(argv)
     from jaxllm.locate import is_huggingface, look
     from jaxllm.models.accounting import param_count

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxllm.core import files
+from jaxllm.core.bucket import here
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder_config import Embeddings, EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
@@ -48,7 +49,7 @@ def compare(expected: Float[np.ndarray, "V"], other: "AnyLanguageModel") -> floa
 
 def write(expected: Float[np.ndarray, "V"], directory: str | Path) -> None:
     """Keep the fingerprint of a model, some of its `logits`, in its directory."""
-    files.write_json(Path(directory) / FILE_NAME, {"logits": _sample(expected).tolist()})
+    files.write_json(here(directory) / FILE_NAME, {"logits": _sample(expected).tolist()})
 
 
 def check(lm: "AnyLanguageModel", directory: str | Path) -> None:
@@ -57,7 +58,7 @@ def check(lm: "AnyLanguageModel", directory: str | Path) -> None:
     Raises:
       ValueError: they differ by more than rounding can explain.
     """
-    path = Path(directory) / FILE_NAME
+    path = here(directory) / FILE_NAME
     if path.is_file():
         kept = np.asarray(files.read_json(path)["logits"], np.float32)
         what = f"{path}: the model no longer computes what it did when it was converted; convert it again"

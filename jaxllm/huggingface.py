@@ -168,7 +168,7 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
             files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
             _write_tokenizer(tokenizer, temporary)
         files.write_json(temporary / "config.json", raw)
-    return Path(directory)
+    return here(directory)
 
 
 def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

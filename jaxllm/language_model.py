@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import golden
 from jaxllm.core import files
-from jaxllm.core.bucket import here
+from jaxllm.core.bucket import here, named
 from jaxllm.core.tree import named_leaves
 from jaxllm.core.wording import count
 from jaxllm.data import text_pairs, text_pieces
@@ -264,7 +264,7 @@ def save_run(
     directory = here(directory)
     files.check_empty(directory)
     data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
-    recipe = Recipe(out=str(directory), model=model.config, data=data)
+    recipe = Recipe(out=named(directory), model=model.config, data=data)
     files.write_text(directory / FILE_NAME, configs.dump(recipe))
     (tokenizer or model.tokenizer).save(directory / "tokenizer")
     with Checkpoints(directory) as checkpoints:

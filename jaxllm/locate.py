@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
-from jaxllm.core.bucket import exists, here
+from jaxllm.core.bucket import exists, here, named
 from jaxllm.core.gguf_file import is_gguf
 from jaxllm.models.config import ModelConfig, is_vae
 
@@ -24,7 +24,7 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
     path = here(model)
     if not exists(model):
         hint = files.misspelt(path) or "; MODEL is a run directory, a Hugging Face directory or a GGUF file"
-        raise ValueError(f"{path} does not exist{hint}")
+        raise ValueError(f"{named(path)} does not exist{hint}")
     path, step = files.named_run(path)
     if step is not None:
         return path, step
@@ -32,8 +32,9 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
         ggufs = [each.name for each in sorted(path.glob("*.gguf"))]
         hint = f"; of its GGUF files name one: {', '.join(ggufs)}" if ggufs else ""
         raise ValueError(
-            f"{path} is no run directory (no recipe.yaml) and no Hugging Face directory (no config.json); give what "
-            f"train or tune has written, or a directory with config.json and safetensors files, or a GGUF file{hint}"
+            f"{named(path)} is no run directory (no recipe.yaml) and no Hugging Face directory (no config.json); "
+            "give what train or tune has written, or a directory with config.json and safetensors files, or a GGUF "
+            f"file{hint}"
         )
     return path, None
 

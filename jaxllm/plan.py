@@ -10,7 +10,6 @@ status is 1 if nothing fits.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from jaxllm.core import files
 from jaxllm.core.command import command, parser
@@ -36,14 +35,14 @@ def main(argv: list[str] | None = None) -> int | None:
 
     recipe, console = load_recipe(arguments.recipe, arguments.overrides), Console(highlight=False, soft_wrap=True)
     check_model(recipe.model)
-    data, out = recipe.data, Path(arguments.out)
+    data, out = recipe.data, arguments.out
     parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
     if arguments.decode:
         rows, slots = map(int, arguments.decode.split("x"))
         plan = decoding.plan_decoding(recipe.model, recipe.compute.elsewhere(), place, rows, slots)
         decoding.show(plan, console)
-        files.write_json(out / "plan.json", plan.model_dump(mode="json"))
+        files.write_json(f"{out}/plan.json", plan.model_dump(mode="json"))
         return 0 if plan.needed is not None else 1
     hosts = 1 + max(device.process_index for device in devices)
 
@@ -62,9 +61,9 @@ def main(argv: list[str] | None = None) -> int | None:
     if found and (changed := search.changes(job, found[0][0])):
         console.print(f"{'the best' if arguments.search else 'the nearest that fits'}: {' '.join(changed)}")
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *changed])
-    files.write_json(out / "plan.json", [each.model_dump(mode="json") for _, each in found])
+    files.write_json(f"{out}/plan.json", [each.model_dump(mode="json") for _, each in found])
     if found:
-        files.write_text(out / "recipe.yaml", config.dump(recipe))
+        files.write_text(f"{out}/recipe.yaml", config.dump(recipe))
         console.print(f"written: {out}/recipe.yaml, {out}/plan.json")
     return 0 if found else 1
 

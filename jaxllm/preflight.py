@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.bucket import here, is_twin, origin, remove
+from jaxllm.core.bucket import here, is_twin, named, origin, remove
 from jaxllm.core.wording import count
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
@@ -96,7 +96,7 @@ def _finding(name: str, look: Callable[[], str]) -> Finding:
 
 def _home(run_dir: Path, recipe: Recipe) -> str:
     check_home(run_dir, recipe)
-    return f"{run_dir} {'holds this run, which goes on' if (run_dir / FILE_NAME).exists() else 'is free'}"
+    return f"{named(run_dir)} {'holds this run, which goes on' if (run_dir / FILE_NAME).exists() else 'is free'}"
 
 
 def _data(loader: Loader) -> str:

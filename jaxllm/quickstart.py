@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jaxllm
 from jaxllm.core import files
+from jaxllm.core.bucket import here, is_pushed, named
 from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
 from jaxllm.data.world_tasks import GUIDE
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     console = Console(highlight=False)
     start = time.perf_counter()
-    out = Path(arguments.out or ("runs/quickstart-smoke" if arguments.smoke else "runs/quickstart"))
+    out = here(arguments.out or ("runs/quickstart-smoke" if arguments.smoke else "runs/quickstart"))
     files.check_no_file(out)
     _heading(console, 1, "Writing a micro-world and its tokenizer")
     _prepare(out, arguments.smoke)
@@ -79,8 +80,8 @@ def main(argv: list[str] | None = None) -> int | None:
     _report(out, results, _conversations(console, base, tuned))
     console.print(
         f"\n{_took(now, earlier)}, {short(results['tokens'])} trained tokens. "
-        f"The report: {out / 'report.html'}\n"
-        f"Talk to it:  python -m jaxllm.sample {out} --chat\nWhat to ask: {GUIDE}",
+        f"The report: {named(out / 'report.html')}\n"
+        f"Talk to it:  python -m jaxllm.sample {named(out)} --chat\nWhat to ask: {GUIDE}",
         soft_wrap=True, markup=False,
     )  # fmt: skip
     return None
@@ -110,12 +111,12 @@ def _prepare(out: Path, smoke: bool) -> None:
                 f"{dataset} was made of {found:,} texts, and now {count:,} are wanted (--smoke makes fewer); choose "
                 "another --out"
             )
-    if not text.exists():
+    if not is_pushed(text / "manifest.json"):
         world, vocabulary = World(count=n_documents, seed=0), TokenizerConfig(vocab_size=VOCAB_SIZE)
-        prepare(PrepareConfig(inputs=(world,), out=str(text), tokenizer=vocabulary, seq_len=128))
-    if not chat.exists():
-        world, vocabulary = World(count=n_conversations, seed=1), ExistingTokenizer(path=str(text))
-        prepare(PrepareConfig(inputs=(world,), out=str(chat), chat=True, tokenizer=vocabulary, seq_len=192))
+        prepare(PrepareConfig(inputs=(world,), out=named(text), tokenizer=vocabulary, seq_len=128))
+    if not is_pushed(chat / "manifest.json"):
+        world, vocabulary = World(count=n_conversations, seed=1), ExistingTokenizer(path=named(text))
+        prepare(PrepareConfig(inputs=(world,), out=named(chat), chat=True, tokenizer=vocabulary, seq_len=192))
 
 
 def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
@@ -124,11 +125,11 @@ def _train(out: Path, stage: str, arguments: argparse.Namespace) -> int:
     from jaxllm.wiring import train
 
     sources = ["pretrain"] if stage == "pretrain" else ["instruct", "pretrain"]
-    overrides = [f"data.sources.{i}.path={out / 'data' / source}" for i, source in enumerate(sources)]
-    overrides.append(f"out={out / stage}")
+    overrides = [f"data.sources.{i}.path={named(out / 'data' / source)}" for i, source in enumerate(sources)]
+    overrides.append(f"out={named(out / stage)}")
     if stage == "tune":
         random = ["start_from=none", "model.preset=quickstart"]
-        overrides += random if arguments.skip_pretraining else [f"start_from={out / 'pretrain'}"]
+        overrides += random if arguments.skip_pretraining else [f"start_from={named(out / 'pretrain')}"]
     if arguments.smoke:
         overrides.append(str(SMOKE["steps"]))
     return train(load_recipe(shipped(f"quickstart/{stage}.yaml"), overrides), name=stage, goes_on=False).status
@@ -200,9 +201,9 @@ def _report(out: Path, results: dict[str, Any], exchanges: tuple) -> None:
         for stage, (name, note) in STAGES.items() if (out / stage / "recipe.yaml").exists()
     )  # fmt: skip
     steps = (
-        ("Hold a conversation", f"python -m jaxllm.sample {out} --chat"),
-        ("Ask one thing", f'python -m jaxllm.sample {out} --prompt "{QUESTION}"'),
-        ("See what it was trained on", f"python -m jaxllm.inspect {out} --step 1"),
+        ("Hold a conversation", f"python -m jaxllm.sample {named(out)} --chat"),
+        ("Ask one thing", f'python -m jaxllm.sample {named(out)} --prompt "{QUESTION}"'),
+        ("See what it was trained on", f"python -m jaxllm.inspect {named(out)} --step 1"),
         ("Use real text: the manual of Python itself", "python -m jaxllm.prepare configs/pydocs/text.yaml"),
         ("Use your own", "python -m jaxllm.prepare --text 'my/**/*.txt' --out data/mine"),
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from jaxllm.core import config as configs
-from jaxllm.core.bucket import here
+from jaxllm.core.bucket import here, named
 from jaxllm.core.config import Config, ConfigError, Duration
 from jaxllm.core.files import misspelt, named_run, read_json
 from jaxllm.core.schema import describe
@@ -126,7 +126,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
     A run directory is `out` of its own recipe, wherever it was copied or moved to.
     """
-    given, path = path, None if path is None else here(path)
+    path = None if path is None else here(path)
+    given = None if path is None else named(path)
     if path is not None and not path.exists():
         raise ValueError(f"{given} does not exist{misspelt(path) or '; give a RECIPE.yaml or a RUN_DIR'}")
     if path is not None and path.is_dir():
@@ -134,16 +135,16 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             chat = read_json(manifest)["kind"] == "chat"
             usual = "tune configs/own-text/tune.yaml" if chat else "train configs/own-text/pretrain.yaml"
             raise ValueError(
-                f"{path} is a dataset, and no recipe or run; learn from it with a recipe, such as: "
-                f"python -m jaxllm.{usual} data.sources.0.path={path}"
+                f"{given} is a dataset, and no recipe or run; learn from it with a recipe, such as: "
+                f"python -m jaxllm.{usual} data.sources.0.path={given}"
             )
         if not any(override.partition("=")[0].strip() == "out" for override in overrides):
-            overrides = [f"out={json.dumps(str(given))}", *overrides]
+            overrides = [f"out={json.dumps(given)}", *overrides]
         directory, path = path, path / FILE_NAME
         if not path.exists():
             found = [*directory.glob("*.yaml"), *(recipe.parent for recipe in directory.glob(f"*/{FILE_NAME}"))]
             hint = f"; recipes and runs in it: {', '.join(map(str, sorted(found)))}" if found else ""
-            raise ValueError(f"{directory} is no run directory (no {FILE_NAME}){hint}")
+            raise ValueError(f"{given} is no run directory (no {FILE_NAME}){hint}")
     ways = {"model": "model.preset=NAME (such as llama-3m)"}
     return configs.load(Recipe, path, overrides, expand=_expand, commands={"inputs": "prepare"}, ways=ways)
 

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.bucket import here, push
+from jaxllm.core.bucket import here, named, push
 from jaxllm.core.wording import count, short
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
@@ -233,7 +233,7 @@ class Run:
             for segment in segments(plan, row, tokenizer, self.loader.row(sample)):
                 text = "".join(token.text for token in segment.tokens)
                 yield {
-                    "sample": sample, "dataset": str(plan.dataset.directory), "document": segment.document,
+                    "sample": sample, "dataset": named(plan.dataset.directory), "document": segment.document,
                     **segment.origin, "tokens": segment.n_tokens, "text": text,
                 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.batch import Batch
-from jaxllm.core.bucket import LOCK, here, origin, push
+from jaxllm.core.bucket import LOCK, here, named, origin, push
 from jaxllm.core.wording import count
 from jaxllm.data.loader import Loader
 from jaxllm.models.accounting import memory_line
@@ -112,7 +112,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
             if name == "train" and chats and not done and recipe.data.objective.kind == "next_token":
                 log.say(f"note: of the conversations in {' and '.join(chats)} only the answers are learned, as in tune")
             if steps == done:
-                more = f"; to go on: python -m jaxllm.train {run_dir} steps=N" * goes_on
+                more = f"; to go on: python -m jaxllm.train {recipe.out} steps=N" * goes_on
                 log.say(f"finished: all {count(steps, 'step')} are done, nothing is trained{more}")
             else:
                 for line in (run.memory()[0], *run.efficiency()):
@@ -120,7 +120,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
             state = _train(run, state, steps, log, stop, heart)
             step = int(state.step)
             if step < steps:
-                log.say(f"stopped by {stop.reason} at step {step}; resume with: python -m jaxllm.train {run_dir}")
+                log.say(f"stopped by {stop.reason} at step {step}; resume with: python -m jaxllm.train {recipe.out}")
     return RunResult(run_dir, step, stop.reason if stop.agreed else "")
 
 
@@ -221,20 +221,20 @@ def check_home(run_dir: Path, recipe: Recipe) -> None:
         changed = [key for key in FIXED if before.model_dump()[key] != recipe.model_dump()[key]]
         if changed:
             raise ValueError(
-                f"{run_dir} already holds a run with another {', '.join(changed)}; choose another `out`, delete the "
-                f"directory, or resume it unchanged with: python -m jaxllm.train {run_dir}"
+                f"{named(run_dir)} already holds a run with another {', '.join(changed)}; choose another `out`, delete "
+                f"the directory, or resume it unchanged with: python -m jaxllm.train {named(run_dir)}"
             )
     elif run_dir.exists():  # what a run leaves that was killed before it wrote its recipe is no obstacle
         leftover = re.compile(rf"{re.escape(LOCK)}|\.{re.escape(FILE_NAME)}\..*\.tmp")
         if any(not leftover.fullmatch(path.name) for path in run_dir.iterdir()):
-            raise ValueError(f"{run_dir} is not empty and holds no run; choose another `out`")
+            raise ValueError(f"{named(run_dir)} is not empty and holds no run; choose another `out`")
 
 
 def _kept(run_dir: Path) -> str:
     """Say what is on disk of a run that is left without saving; asks the file system alone, for any thread."""
     steps = [int(path.name) for path in (origin(run_dir) / "checkpoints").glob("*") if path.name.isdigit()]
     kept = f"the newest checkpoint is of step {max(steps)}; resume" if steps else "nothing was saved yet; begin anew"
-    return f"{kept} with: python -m jaxllm.train {run_dir}"
+    return f"{kept} with: python -m jaxllm.train {named(run_dir)}"
 
 
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 import jaxllm
+from jaxllm.convert import main as convert
 from jaxllm.core import bucket
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
@@ -189,7 +190,7 @@ def recipe(home: str, *overrides: str):
     return load_recipe("recipe.yaml", [out, data, *overrides])
 
 
-def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_path, monkeypatch):
+def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_path, monkeypatch, capsys):
     world = {"inputs": (World(count=120),), "tokenizer": BytesTokenizer(), "validation": 10, "seq_len": 32}
     for home in ("gs://bucket", "local"):
         prepare(PrepareConfig(out=f"{home}/data", **world))
@@ -197,7 +198,6 @@ def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_pat
     assert {each.name: each.text for each in preflight(recipe("gs://bucket")) if not each.good} == {}
     assert {name.split("/")[0] for name in objects} == {"data"}
     train(recipe("gs://bucket", "monitor.max_skipped=4", "checkpoint.keep_last=3"))
-    assert not list(tmp_path.glob("gs:*"))
     for name in ("manifest.json", "train/shard-00000.tokens.npy"):
         assert objects[f"data/{name}"][1] == (tmp_path / "local/data" / name).read_bytes()
     for name in [name for name in objects if name.startswith("run/checkpoints/4/params/")]:
@@ -205,11 +205,20 @@ def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_pat
     objects.put("run/checkpoints/2/metrics/metrics", b"damaged")
     monkeypatch.setattr(bucket, "TWINS", tmp_path / "there")
     monkeypatch.setattr(bucket, "_mirrored", set())
+    capsys.readouterr()
     train(load_recipe("gs://bucket/run"))
+    train(load_recipe("gs://bucket/run"))
+    said = capsys.readouterr()
+    assert "python -m jaxllm.train gs://bucket/run steps=N" in said.out and str(tmp_path) not in said.out + said.err
     assert {name.split("/")[2] for name in objects if name.startswith("run/damaged/")} == {"4", "README"}
     assert not any(name.startswith("run/checkpoints/2/metrics/") for name in objects)
     assert "checkpoints" not in {path.name for path in (tmp_path / "there").rglob("*")}
     assert objects["run/metrics.jsonl"][1] == (tmp_path / "local/run/metrics.jsonl").read_bytes()
+    for source, target in (("run", "exported"), ("exported", "back")):
+        convert([f"gs://bucket/{source}", f"gs://bucket/{target}"])
+    assert "exported/config.json" in objects and "back/golden.json" in objects
+    assert b"gs://bucket/back" in objects["back/recipe.yaml"][1]
+    assert not list(tmp_path.glob("gs:*"))
     ask = lambda model: jaxllm.load(model).generate(["Anna"], max_new_tokens=4)[0]
     assert ask("gs://bucket/run") == ask("local/run")
     assert ask("gs://bucket/run/checkpoints/2") == ask("local/run/checkpoints/2")

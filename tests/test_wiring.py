@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.metrics import read
 from jaxllm.training.state import TrainState
 from jaxllm.tune import main as tune_command
-from jaxllm.wiring import RunResult, _kept, check_home, total_steps, train
+from jaxllm.wiring import RunResult, _claimed, _kept, check_home, total_steps, train
 
 RECIPE = """
 out: runs/one
@@ -171,6 +172,12 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path, found, f
     (tmp_path / found).touch()
     with nullcontext() if free else pytest.raises(ValueError, match="holds no run"):
         check_home(tmp_path, None)
+
+
+def test_each_process_has_the_directory_that_only_the_first_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with _claimed(tmp_path / "twins" / "run", None, None):
+        assert not list((tmp_path / "twins" / "run").iterdir())
 
 
 def test_rows_are_at_least_one(workspace, capsys):

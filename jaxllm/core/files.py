@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.core.bucket import here, push
+from jaxllm.core.bucket import here, named, push
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -87,7 +87,7 @@ def check_empty(directory: str | os.PathLike) -> None:
     """Raise ValueError unless `directory` is free to write into: it does not exist, or holds nothing."""
     check_no_file(path := here(directory))
     if path.exists() and any(path.iterdir()):
-        raise ValueError(f"{path} is not empty; choose a new directory")
+        raise ValueError(f"{named(path)} is not empty; choose a new directory")
 
 
 @contextlib.contextmanager

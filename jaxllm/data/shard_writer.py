@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 
 from jaxllm.core import files
-from jaxllm.core.bucket import here, push
+from jaxllm.core.bucket import here, is_pushed, named, push
 from jaxllm.core.wording import count
 from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
 from jaxllm.data.tokenizer import Tokenizer
@@ -29,13 +29,14 @@ def check_out(directory: str | Path, overwrite: bool, inputs: Iterable[str] = ()
     """Raise FileExistsError unless `directory` can be made, or replaced without the loss of anything but a dataset.
 
     Args:
-      overwrite: an empty directory and a dataset may be replaced; nothing else ever is.
+      overwrite: an empty directory and a dataset may be replaced; nothing else ever is. One whose way into its bucket
+        was cut short is replaced without it.
       inputs: files that are read; they must lie elsewhere.
     """
     path, place = here(directory), here(directory).resolve()
     if not os.path.lexists(path):
         return
-    other = f"choose another directory than {path}"
+    other = f"choose another directory than {named(path)}"
     if Path.cwd().is_relative_to(place):
         raise FileExistsError(f"{other}: the current directory is in it")
     if path.is_symlink() or not path.is_dir():
@@ -47,8 +48,13 @@ def check_out(directory: str | Path, overwrite: bool, inputs: Iterable[str] = ()
         raise FileExistsError(f"{other}: it holds {foreign}, which is no part of a dataset")
     if any(path.iterdir()) and not {"version", "splits"} <= files.read_json(path / "manifest.json", {"": None}).keys():
         raise FileExistsError(f"{other}: it is not empty and has no manifest.json of a dataset")
-    if not overwrite:
-        raise FileExistsError(f"{path} exists; choose another directory, or --overwrite to replace it")
+    if not overwrite and not _was_cut(path):
+        raise FileExistsError(f"{named(path)} exists; choose another directory, or --overwrite to replace it")
+
+
+def _was_cut(directory: Path) -> bool:
+    """Whether a dataset is complete here, and not in the bucket."""
+    return (directory / "manifest.json").is_file() and not is_pushed(directory / "manifest.json")
 
 
 class Encoded(NamedTuple):
@@ -205,7 +211,7 @@ class DatasetWriter:
         if not self.directory.exists():
             os.replace(self._temporary, self.directory)
             return
-        if not self.overwrite:
+        if not self.overwrite and not _was_cut(self.directory):
             raise FileExistsError(f"{self.directory} appeared while the data was prepared; it is left as it is")
         check_out(self.directory, self.overwrite)  # hours may have passed
         old = self._temporary.with_suffix(".old")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxllm.core.bucket import LOCK
+from jaxllm.core.bucket import LOCK, named
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise ValueError(
-                f"{run_dir} is in use by another process ({holder}); stop that one, or choose another `out`"
+                f"{named(run_dir)} is in use by another process ({holder}); stop that one, or choose another `out`"
             ) from None
         except OSError as error:
             log.warning("%s: this file system has no locks (%s); start no second process here", file.name, error)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxllm.core.batch import Batch
-from jaxllm.core.bucket import push
+from jaxllm.core.bucket import named, push
 from jaxllm.core.files import write_text
 from jaxllm.training.config import MonitorConfig
 from jaxllm.training.goodput import Goodput, device_memory
@@ -114,10 +114,11 @@ class RunLog:
         mean = None if metrics["skipped"] else self._spikes(metrics["loss"])
         if mean is not None and self._writer is not None and self._dumps < MAX_DUMPS:
             self._dumps += 1
-            path = self._write_documents("spikes", step)
+            path = named(self._write_documents("spikes", step))
             self.say(
                 f"note: the loss of step {step}, {metrics['loss']:.4g}, stands out from a mean of {mean:.4g}; its "
-                f"documents are in {path}; python -m jaxllm.inspect {self._run_dir} --step {step} --losses shows which"
+                f"documents are in {path}; python -m jaxllm.inspect {named(self._run_dir)} --step {step} --losses "
+                "shows which"
             )
         first = step == self._begin.step + 1
         self._goodput.add(seconds - waited - (self._compile_s if first else 0.0))
@@ -162,13 +163,13 @@ class RunLog:
         facts = f"loss={metrics['loss']:.4g}, grad_norm={metrics['grad_norm']:.4g}"
         if self._writer is not None:
             self._write_documents("skipped", step)
-        self.say(f"step {step} skipped: {facts}; its batch is in {path}, its documents beside it")
+        self.say(f"step {step} skipped: {facts}; its batch is in {named(path)}, its documents beside it")
         if self._skipped_in_a_row > self._config.max_skipped:
             raise Diverged(
                 f"{self._skipped_in_a_row} steps in a row were refused: loss, gradient or new parameters not finite, or"
                 f" the gradient a spike (step {step}: {facts}); the parameters are those before them. Lower"
-                f" optim.lr, look at the batches in {path.parent} (python -m jaxllm.inspect {self._run_dir} --step"
-                f" {step}), or raise monitor.max_skipped"
+                f" optim.lr, look at the batches in {named(path.parent)} (python -m jaxllm.inspect "
+                f"{named(self._run_dir)} --step {step}), or raise monitor.max_skipped"
             )
 
     def _write_documents(self, name: str, step: int) -> Path:

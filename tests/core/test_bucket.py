@@ -3,9 +3,17 @@
 import fcntl
 
 import fsspec
+import jax
+import numpy as np
 import pytest
 
 from jaxllm.core import bucket, files
+from jaxllm.core.batch import Batch
+from jaxllm.data.prepare import prepare
+from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
+from jaxllm.data.sources import World
+from jaxllm.training.config import MonitorConfig
+from jaxllm.training.run_log import Position, RunLog
 
 
 @pytest.fixture
@@ -107,6 +115,26 @@ def test_the_manifest_of_a_cut_upload_is_missing(fs, monkeypatch):
     assert not bucket.is_pushed(twin / "manifest.json") and bucket.is_pushed(twin / "tokenizer")
     bucket.push(twin)
     assert set(stored(fs).values()) == {b"newnew"} and bucket.is_pushed(twin / "manifest.json")
+
+
+def test_a_dataset_whose_upload_was_cut_is_uploaded_by_the_same_command(fs, monkeypatch):
+    config = PrepareConfig(inputs=(World(count=40),), tokenizer=BytesTokenizer(), out="memory://b/data", seq_len=32)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"memory://b/data.*no network"):
+        patch.setattr(fs.__class__, "put_file", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+        prepare(config)
+    assert stored(fs) == {}
+    prepare(config)
+    assert {"/b/data/manifest.json", "/b/data/train/shard-00000.tokens.npy"} <= set(stored(fs))
+    with pytest.raises(FileExistsError, match=r"^memory://b/data exists"):
+        prepare(config)
+
+
+def test_another_process_pushes_the_batch_that_it_refuses(fs, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    place = {"begin": Position(0, 0, 1), "tokens_per_step": 1, "flops": (1.0, None)}
+    log = RunLog(bucket.here("memory://b/run"), "train", MonitorConfig(), 9, **place)
+    log.skipped(3, Batch(*[np.zeros(1)] * len(Batch._fields)), {"loss": np.nan, "grad_norm": 1.0})
+    assert set(stored(fs)) == {"/b/run/skipped/step-3-process-1.npz"}
 
 
 def test_new_directories_and_files_in_a_bucket(fs):
