@@ -268,7 +268,8 @@ def finish(processes, seconds=240):
 
 
 def until(processes, run_dir, n_lines):
-    while all(process.poll() is None for process in processes) and lines(run_dir) < n_lines:
+    saved = lambda: any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))  # whole, by step 8
+    while all(process.poll() is None for process in processes) and not (lines(run_dir) >= n_lines and saved()):
         time.sleep(0.02)
 
 
