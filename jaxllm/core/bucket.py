@@ -41,11 +41,11 @@ def here(path: str | os.PathLike) -> Path:
     twin = TWINS / scheme / rest.strip("/") if is_url(path) else Path(path)
     if _url(twin) is None or (_is_hidden(twin) and not is_url(path)):
         return twin
-    root = _root(twin.parent.parent if twin.parent.name in BULK and twin.name.isdigit() else twin)
-    if root not in _mirrored:
+    place = twin.parent.parent if twin.parent.name in BULK and twin.name.isdigit() else twin
+    if _mirrored.isdisjoint((place, *place.parents)):
         with _errors(path):
-            _mirror(root)
-        _mirrored.add(root)
+            _mirror(place)
+        _mirrored.add(place)
     return twin
 
 
@@ -117,21 +117,23 @@ def exists(path: str | os.PathLike) -> bool:
     return origin(here(path)).exists()
 
 
-def _mirror(root: Path) -> None:
-    """Make the twin what the bucket has; while a process of this machine writes there, it is newer and stays."""
-    url = _url(root)
+def _mirror(place: Path) -> None:
+    """Make a twin what the bucket has; a run that a process of this machine writes is newer here and stays."""
+    url, root = _url(place), _root(place)
     fs = _file_system(url)
     fs.invalidate_cache()
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(_beside(root, "lock"), "a") as mirroring:
         fcntl.flock(mirroring, fcntl.LOCK_EX)  # until it is closed
-        written = [each.parent.relative_to(root) for each in root.rglob(LOCK) if _is_held(each)]  # runs in it, too
+        locks = [*place.rglob(LOCK), *(each / LOCK for each in place.parents if each.is_relative_to(root))]
+        written = [each.parent for each in locks if _is_held(each)]
+        stays = lambda name: any((root / name).is_relative_to(each) for each in written)
         index, found = _read_index(root), {}
-        kept = {name: index[name] for name in index if any(Path(name).is_relative_to(each) for each in written)}
-        base = fs._strip_protocol(url)
+        kept = {name: index[name] for name in index if stays(name) or not (root / name).is_relative_to(place)}
+        base = fs._strip_protocol(_url(root))
         for remote, info in fs.find(url, detail=True).items():
-            name = remote[len(base) :].lstrip("/")
-            if not (_is_bulk(name) or any(Path(name).is_relative_to(each) for each in written)):
+            name = remote[len(base) :].lstrip("/") or "."
+            if not (_is_bulk(name) or stays(name)):
                 found[name] = remote, _version(info)
         for name in index.keys() - found.keys() - kept.keys():
             (root / name).unlink(missing_ok=True)

@@ -87,11 +87,14 @@ def test_a_run_that_writes_inside_of_what_is_mirrored_stays_and_has_no_second_in
     twin = bucket.here("memory://b/all")
     files.write_text("memory://b/all/run/metrics.jsonl", "1\n")
     files.write_text(twin / "run.json", "old")
-    fs.pipe({"/b/all/run.json": b"new", "/b/all/run/metrics.jsonl": b"2\n"})
+    fs.pipe({"/b/all/run.json": b"new", "/b/all/run/metrics.jsonl": b"2\n", "/b/all/run/recipe.yaml": b"new"})
+    again(monkeypatch, "memory://b/all/run/recipe.yaml")
+    assert (twin / "run.json").read_text() == "old" and (twin / "run/recipe.yaml").read_text() == "new"
     monkeypatch.setattr(bucket, "_mirrored", set())
     with open(twin / "run" / bucket.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert bucket.here(twin / "run") == twin / "run"  # its own name on this machine
+        assert bucket.here(twin / "run/x") == twin / "run/x"  # its own name on this machine
+        again(monkeypatch, "memory://b/all")
     assert [(twin / name).read_text() for name in ("run.json", "run/metrics.jsonl")] == ["new", "1\n"]
     assert [path.name for path in twin.rglob(".*")] == [bucket.LOCK]
     assert bucket.named(twin / "run") == "memory://b/all/run"
