@@ -20,8 +20,8 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
     """Return bytes of a device by category, before anything is compiled.
 
     Parameters, optimizer and batch are exact; gradients are as parameters; activations and logits are the estimate of
-    `accounting.activation_bytes` for the rows of a microbatch on a device. An offloaded optimizer lies in the memory of
-    the host, which is the device's own only on a CPU.
+    `accounting.activation_bytes` for the rows of a microbatch on a device. What of the optimizer lies in the memory
+    of the host does not count, but on a CPU, which has no other.
 
     Args:
       kind: of the platform, such as "gpu".
@@ -31,10 +31,10 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
     compute = job.compute.resolve(kind, job.model.n_layers)
     guessed = accounting.activation_bytes(job.model, compute, rows, job.seq_len)
     parameters, shared = of_device(parts.state.params), sizes["tensor"] * sizes["context"]
-    away = job.step.offload and kind != "cpu"
+    own = lambda leaf: kind == "cpu" or leaf.sharding.memory_kind != "pinned_host"
     found = {
         "parameters": parameters,
-        "optimizer": 0.0 if away else of_device(parts.state.opt_state),
+        "optimizer": of_device([leaf for leaf in jax.tree.leaves(parts.state.opt_state) if own(leaf)]),
         "moving average": of_device(parts.state.ema),
         "gradients": parameters,
         "activations": guessed["activations"] / shared,

@@ -180,7 +180,8 @@ def sentences(plan: Plan) -> list[str]:
         said.append(f"  MFU counts {time.formula}")
     elif plan.fits:
         said.append(
-            "no times for GPUs, whose compiler estimates none; attention is planned as XLA computes it, not cuDNN"
+            "no times for GPUs, whose compiler estimates none; attention is planned as XLA computes it, not cuDNN, and "
+            "what is offloaded as if it lay on the chip"
         )
     said.append(f"{where} {plan.compile_seconds:.0f} s")
     return said

@@ -134,7 +134,7 @@ def test_memory_of_rows_that_devices_share_an_average_and_an_optimizer_that_is_a
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(parts.state.opt_state) if leaf.ndim} == {
         "pinned_host"
     }
-    assert "optimizer" not in of(away)
+    assert of(away)["optimizer"] < 100  # counters
     assert of(away, "cpu")["optimizer"] == shared["optimizer"]
 
 
