@@ -145,7 +145,11 @@ FORCED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", [PLAIN, RULED, FORCED], ids=["plain", "ruled", "forced"])
+@pytest.mark.parametrize(
+    ("pair", "asked"),
+    [("t5", PLAIN), ("t5", RULED), ("bart", PLAIN), ("bart", FORCED), ("marian", RULED), ("marian", FORCED)],
+    ids=["t5-plain", "t5-ruled", "bart-plain", "bart-forced", "marian-ruled", "marian-forced"], indirect=["pair"],
+)  # fmt: skip
 def test_beams_are_those_of_transformers_alone_and_in_a_batch(pair, asked):
     _, model, path = pair
     _, config, params = ours(path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core.batch import Batch
-from jaxllm.layers.config import Experts, Learned, SlidingWindow
+from jaxllm.layers.config import Learned, SlidingWindow
 from jaxllm.models.build import abstract_params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
@@ -26,12 +26,10 @@ MIXED = ModelConfig(
     **SHAPE, n_kv_heads=2, window=SlidingWindow(size=5, layers=(True, False)), score_softcap=5.0, sinks=True
 )
 LEARNED = ModelConfig(**SHAPE, positions=Learned(), bias=True, tie_embeddings=True)
-SPARSE = ModelConfig(**SHAPE, ffn=Experts(number=4, top_k=2, balance=0.1, router_z=0.01))
 ADAMW = AdamW(lr=3e-3, eps=1e-3)  # a large eps: where a gradient is zero, its sign is a matter of rounding
 CASES = {
     "windows": (MIXED, MeshConfig(data=2, context=2, tensor=2), {"remat": "full"}),
     "fsdp": (LEARNED, MeshConfig(fsdp=2, context=4, data=1), {"remat": "dots", "accumulate": 2}),
-    "experts": (SPARSE, MeshConfig(expert=2, context=4, data=1), {"layers": "unroll"}),
 }
 
 

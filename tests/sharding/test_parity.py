@@ -67,14 +67,12 @@ CASES = {
     "more-tensor-than-kv": (GROUPED, {"tensor": 4}, {"remat": "dots"}),
     "windows": (WINDOWS, {"fsdp": 2, "tensor": 4}, {}),
     "expert-tensor": (SPARSE, {"expert": 2, "tensor": 2}, {"remat": "dots"}),
-    "expert-fsdp": (SPARSE, {"fsdp": 2, "expert": 4}, {"remat": "full"}),
     "stage-tensor": (GROUPED, {"stage": 2, "fsdp": 2, "tensor": 2}, {"remat": "full", "pipeline": Pipeline()}),
     "stage-windows": (WINDOWS, {"stage": 4}, {"accumulate": 2, "pipeline": Pipeline(microbatches=4)}),
     "rounds": (WINDOWS, {"stage": 2, "tensor": 2}, {"remat": "dots", "pipeline": Pipeline(microbatches=4, rounds=2)}),
     "context-tensor": (GROUPED, {"context": 2, "tensor": 2}, {}),
     "stage-context": (SPARSE, {"stage": 2, "context": 2, "tensor": 2}, {"pipeline": Pipeline(microbatches=2)}),
     "stage-dense": (DENSE_FIRST, {"stage": 2}, {"pipeline": Pipeline(microbatches=2), "remat": "full"}),
-    "stage-expert": (SPARSE, {"stage": 2, "expert": 2, "tensor": 2}, {"pipeline": Pipeline(microbatches=2, rounds=2)}),
 }
 
 
