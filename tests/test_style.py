@@ -19,6 +19,14 @@ def test_repository_keeps_the_limits():
     assert not problems, "\n".join(f"{p.path}:{p.line}: {p.rule}: {p.text}" for p in problems)
 
 
+def test_undefined_names_are_found_and_axes_are_none(tmp_path):
+    (tmp_path / "jaxllm").mkdir()
+    (tmp_path / "jaxllm/a.py").write_text('def f(x: Float[Array, "T"]) -> int:\n    return Path(x)\n')
+    found = [(p.line, p.text) for p in check_style.undefined(tmp_path)]
+    assert found == [(1, "Undefined name `Float`"), (1, "Undefined name `Array`"), (2, "Undefined name `Path`")]
+    assert not [*check_style.undefined(ROOT)]
+
+
 def lines(code: str, count: int) -> str:
     return code + "\n" + "    x = 1\n" * count
 
@@ -112,7 +120,7 @@ def test_bad_import_is_found(tmp_path, text):
 
 
 def test_output_and_exit_status(tmp_path, capsys):
-    problems(tmp_path, {"jaxllm/core/a.py": "\ntry:\n    x\nexcept:\n    pass\n", "tests/b.py": "x = 1\n" * 301})
+    problems(tmp_path, {"jaxllm/core/a.py": "\ntry:\n    3\nexcept:\n    pass\n", "tests/b.py": "x = 1\n" * 301})
     capsys.readouterr()
     assert check_style.main([str(tmp_path)]) == 1
     assert capsys.readouterr().out.splitlines() == [

@@ -9,8 +9,10 @@ Reads sources only (standard library, nothing is imported), so it runs before an
 
 import ast
 import io
+import json
 import re
 import statistics
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -193,6 +195,17 @@ def configs(source: Source) -> Iterator[Problem]:
                 )
 
 
+def undefined(root: Path) -> Iterator[Problem]:
+    """Names that nothing defines, as ruff finds them (if it is here); an axis alone, Float[Array, "T"], is none."""
+    command = f"{sys.executable} -m ruff check --isolated --no-cache --select F821 --output-format json".split()
+    found = subprocess.run([*command, "jaxllm", "tools", "tests"], cwd=root, capture_output=True, text=True).stdout
+    for hit in json.loads(found or "[]"):
+        path, row = Path(hit["filename"]).relative_to(root.resolve()), hit["location"]["row"]
+        line = (root / path).read_text(encoding="utf-8").splitlines()[row - 1]
+        if line[hit["location"]["column"] - 2] != '"' or line[hit["end_location"]["column"] - 1 :][:1] != '"':
+            yield Problem(path, row, "undefined", hit["message"])
+
+
 def _last(node: ast.AST | None) -> str:
     """Return the last word of a name: c of a.b.c."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
@@ -282,7 +295,8 @@ def _heavy_chain(module: str, table: dict[str, list[Import]], seen: frozenset[st
 def main(argv: list[str] | None = None) -> int:
     """Print the problems; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    problems = check(Path(argv[0]) if argv else Path(__file__).resolve().parent.parent)
+    root = Path(argv[0]) if argv else Path(__file__).resolve().parent.parent
+    problems = [*check(root), *undefined(root)]
     for problem in problems:
         label = "warning: " if problem.warning else ""
         print(f"{problem.path}:{problem.line}: {label}{problem.rule}: {problem.text}")
