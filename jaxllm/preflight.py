@@ -66,9 +66,9 @@ def preflight(recipe: Recipe) -> Iterator[Finding]:
         mesh = make_mesh(recipe.mesh)
         run = Run(recipe, loader, mesh)
     except ValueError as error:
-        yield Finding("mesh and prompts", False, str(error))
+        yield Finding("mesh and data", False, str(error))
         return
-    yield Finding("mesh and prompts", True, f"{count(mesh.size, 'device')}: {_shape(mesh)}")
+    yield Finding("mesh and data", True, f"{count(mesh.size, 'device')}: {_shape(mesh)}")
     yield Finding("computation", True, _kernels(run))
     state = abstract_state(recipe.model, optimizer(recipe.optim), ema=recipe.step.ema_decay is not None)
     yield _finding("memory", lambda: _memory(run))

@@ -60,12 +60,16 @@ class Run:
       begin: where this process begins; known after `start`.
       kernel: what computes attention.
     Raises:
-      ValueError: a prompt, the validation data or the kernel cannot be used.
+      ValueError: a prompt, the data or the kernel cannot be used.
     """
 
     def __init__(self, recipe: Recipe, loader: Loader, mesh: Mesh):
         self.recipe, self.loader, self.mesh = recipe, loader, mesh
         self.run_dir = here(recipe.out)
+        if is_vae(recipe.model) and (chats := [each for each in loader.datasets if each.kind == "chat"]):
+            raise ValueError(
+                f"model.latent learns whole texts, and {chats[0].directory} has conversations; prepare it as text"
+            )
         self.compute = recipe.compute.resolve(jax.default_backend(), recipe.model.n_layers)
         platform, shared = mesh.devices.flat[0].platform, mesh.shape["context"]
         self.kernel = attention_kernel(recipe.model, self.compute, platform, recipe.data.packing.seq_len, shared)

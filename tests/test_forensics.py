@@ -122,3 +122,13 @@ def test_check_finds_nothing_in_a_good_recipe_and_leaves_nothing(workspace, caps
 def test_check_names_what_is_wrong(workspace, capsys, overrides, message):
     assert train(["recipe.yaml", "--check", *(["out=other"] if overrides[0] != "out=data" else []), *overrides]) == 1
     assert message in capsys.readouterr().out
+
+
+def test_check_refuses_conversations_for_a_model_of_whole_texts(workspace, capsys):
+    talk = PrepareConfig(inputs=(World(count=40),), out="talk", tokenizer=BytesTokenizer(), chat=True, validation=0)
+    prepare(talk)
+    vae = ["model.latent.size=8", "model.latent.slots=2", "model.latent.encoder_layers=1", "data.packing.whole=true"]
+    long = ["data.packing.seq_len=1024", "model.max_seq_len=1024", "model.positions={kind: learned}"]
+    assert train(["recipe.yaml", "out=other", "data.sources.0.path=talk", *vae, *long, "--check"]) == 1
+    shown = capsys.readouterr().out
+    assert "model.latent learns whole texts, and talk has conversations; prepare it as text" in shown, shown

@@ -152,12 +152,14 @@ class Cleaner:
         return conversation._replace(messages=tuple(messages))
 
     def _text(self, text: str, owner: Document | Conversation, but: Collection[str] = ()) -> str | None:
+        given = text
         for name, rule in self._rules.items():
             if name in but:
                 continue
             result = rule(text)
             if not isinstance(result, str):
-                self._drop(name, ": ".join([*(result or ()), repr(text[:60])]), owner)
+                shown = text if text.strip() else given  # a rule before may have left nothing
+                self._drop(name, ": ".join([*(result or ()), repr(shown[:60])]), owner)
                 return None
             self.counts[name].changed += result != text
             text = result

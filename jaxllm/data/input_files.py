@@ -181,10 +181,21 @@ def open_file(path: str) -> BinaryIO:
     return _path(path).open("rb")
 
 
-def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
-    """Yield the lines, which end at newlines only: (number from 1, offset, size, at most `limit` + 1 of its bytes)."""
+def lines(content: BinaryIO, limit: int, *, cut: bool = False) -> Iterator[Line]:
+    """Yield the lines, which end at newlines only: (number from 1, offset, size, at most `limit` + 1 of its bytes).
+
+    Args:
+      cut: yield a longer line in pieces of at most `limit` bytes of UTF-8, which end at a space where there is one.
+    """
     stream, offset, number = unpacked(content), getattr(content, "first", 0), getattr(content, "before", 0)
-    while data := stream.readline(limit + 1):
+    rest = b""
+    while data := rest + stream.readline(limit + 1 - len(rest)):
+        rest = b""
+        if cut and len(data) > limit and (stop := _stop(data, limit)):
+            data, rest = data[:stop], data[stop:]
+            yield number + 1, offset, stop, data
+            offset += stop
+            continue
         size, end = len(data), data
         while not end.endswith(b"\n"):
             if not (end := stream.readline(BUFFER)):
@@ -195,6 +206,14 @@ def lines(content: BinaryIO, limit: int) -> Iterator[Line]:
         number += 1
         yield number, offset, size, data
         offset += size
+
+
+def _stop(data: bytes, limit: int) -> int:
+    """Where to end the first piece of a line of UTF-8: behind a space near `limit`, or before a character."""
+    stop = data.rfind(b" ", limit - limit // 8, limit) + 1 or limit
+    while stop and data[stop] & 0xC0 == 0x80:
+        stop -= 1
+    return stop
 
 
 class Stretch(io.RawIOBase):
@@ -226,15 +245,27 @@ def unpacked(content: BinaryIO) -> BinaryIO:
     head = stream.peek(16)
     if not _PACKED.match(head):
         return stream
-    if head.startswith(b"\x1f\x8b"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=stream), BUFFER)
-    if head.startswith(b"\xfd7zXZ\x00"):
-        return io.BufferedReader(lzma.LZMAFile(stream), BUFFER)
-    if head.startswith(b"BZh"):
-        return io.BufferedReader(bz2.BZ2File(stream), BUFFER)
+    for begin, opened in ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ", lzma.open), (b"BZh", bz2.open)):
+        if head.startswith(begin):
+            return io.BufferedReader(_Steps(opened(stream)), BUFFER)
     with extra("prep"):
         import pyarrow
-    return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BUFFER)  # it finds cut ones
+    return io.BufferedReader(_Steps(pyarrow.CompressedInputStream(stream, "zstd")), BUFFER)  # it finds cut ones
+
+
+class _Steps(io.RawIOBase):
+    """What a decompressor has at once: to ask for more loses what comes before the place where a file is cut."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.stream.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _path(path: str):

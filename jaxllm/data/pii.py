@@ -13,7 +13,9 @@ Kind = Literal["email", "phone", "ip", "key", "id"]
 
 _PATTERNS = {
     "key": (
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{0,5000}?-----END [A-Z ]*PRIVATE KEY-----"
+        r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:"
+        r"(?:(?!-----BEGIN)[\s\S]){0,15000}?-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+        r"|(?:(?:\s|\\[nr]){0,4}[A-Za-z0-9+/=]{16,})+)"  # or its end is not there
         r"|\b(?:sk|pk|rk)[-_](?:[A-Za-z0-9]{2,12}[-_]){0,4}[A-Za-z0-9]{20,}\b"  # OpenAI, Anthropic, Stripe
         r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bxox[abprs]-[A-Za-z0-9-]{10,}\b"
         r"|\bhf_[A-Za-z0-9]{30,}\b|\bAIza[0-9A-Za-z_-]{35}\b"
@@ -30,11 +32,17 @@ _PATTERNS = {
     ),
     "phone": (
         r"(?<![\w+.-])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
-        r"|(?<![\w+.-])(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}(?![\w-])"  # North America
+        r"|(?<![\w+.-])(?:1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}(?![\w-])"  # North America
         r"|(?<![\w.])1[3-9]\d([ -]?)\d{4}\1\d{4}(?![\w]|\.\d)"  # Chinese mobile
         r"|(?<![\w.])0\d{2,3}-\d{7,8}(?!\w)"  # and landline
     ),
 }
+# What stands before four numbers that are a version or a section, and no address.
+_VERSION = re.compile(
+    r"(?:\b(?:v|ver|version|release|build|update|firmware|driver|sdk|section|chapter|clause|sec|ch)s?[.:]?\s*"
+    r"|[A-Za-z]/|[A-Za-z]-|[=<>~!^]=\s*|第\s*|版本?\s*[:：]?\s*|§\s*)$",
+    re.IGNORECASE,
+)
 # What a text with one of these has in any case; a set of characters at its start makes it quick to look for.
 _SIGNS = {
     "key": "PRIVATE KEY|sk[-_]|pk[-_]|rk[-_]|AKIA|ASIA|gh[pousr]_|xox[abprs]-|hf_|AIza|eyJ",
@@ -57,19 +65,21 @@ def mask(kinds: Sequence[Kind]) -> Callable[[str], str]:
     def masked(text: str) -> str:
         for kind, sign, pattern in found:
             if sign.search(text):
-                text = pattern.sub(lambda match, kind=kind: f"[{kind}]" if _is(kind, match[0]) else match[0], text)
+                text = pattern.sub(lambda match, kind=kind: f"[{kind}]" if _is(kind, match) else match[0], text)
         return text
 
     return masked
 
 
-def _is(kind: str, text: str) -> bool:
+def _is(kind: str, match: re.Match) -> bool:
     """Look closer where a pattern finds too much: public addresses, and identity numbers whose check digit is right."""
+    text = match[0]
     if kind == "ip":
         try:
-            return ipaddress.ip_address(text).is_global
+            public = ipaddress.ip_address(text).is_global
         except ValueError:
             return False
+        return public and not _VERSION.search(match.string[max(0, match.start() - 16) : match.start()])
     if kind == "id":  # GB 11643-1999
         rest = sum(weight * int(digit) for weight, digit in zip(_CHINESE_WEIGHTS, text, strict=False)) % 11
         return "10X98765432"[rest] == text[-1].upper()

@@ -166,7 +166,7 @@ class Progress:
 def lengths_of(lengths: np.ndarray) -> Iterator[LengthReport]:
     """Yield a histogram of document lengths, int64[n] in tokens, by powers of two."""
     exponents = np.frexp(np.maximum(lengths - 1, 0))[1]  # 2 ** (e - 1) < length <= 2 ** e
-    for exponent in range(int(exponents.min(initial=0)), int(exponents.max(initial=-1)) + 1):
+    for exponent in range(exponents.min(), exponents.max() + 1) if len(exponents) else ():
         found = lengths[exponents == exponent]
         low = 2 ** (exponent - 1) + 1 if exponent else 1
         yield LengthReport(low=low, high=2**exponent, documents=len(found), tokens=int(found.sum()))
@@ -174,7 +174,7 @@ def lengths_of(lengths: np.ndarray) -> Iterator[LengthReport]:
 
 def write_page(path: Path, report: PrepareReport, recipe: str) -> None:
     """Write the report as a page that needs no other file."""
-    text = page.render(__package__, "report.html.j2", report=report, recipe=recipe, size=_bytes)
+    text = page.render(__package__, "report.html.j2", report=report, recipe=recipe, size=_bytes, nothing=RuleCount())
     files.write_bytes(path, text.encode("utf-8", "replace"))
 
 
@@ -190,26 +190,31 @@ def show(report: PrepareReport, console: "Console") -> None:
     from rich.markup import escape
     from rich.table import Column, Table
 
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     unit = "conversation" if report.kind == "chat" else "document"
-    wrap = partial(Column, overflow="fold")  # the end of a path, and the line number behind it, are never cut off
-    table = Table(Column(), wrap(), title=escape(report.directory), show_header=False, title_justify="left")
+    table = Table(
+        Column(), Column(overflow="fold"), title=escape(report.directory), show_header=False, title_justify="left"
+    )
     for name, value in _facts(report, unit):
         table.add_row(name, escape(value))
     console.print(table)
     losses = [("unreadable", report.replaced, report.problems - report.replaced, report.problem_examples)]
-    losses += [(name, rule.changed, rule.dropped, rule.examples) for name, rule in report.rules.items()]
+    losses += [(name, rule.changed, rule.dropped, rule.examples[:1]) for name, rule in report.rules.items()]
     if losses := [each for each in losses if any(each[1:3])]:
-        columns = "rule", "changed", f"{unit}s dropped", wrap("examples")
-        table = Table(*columns, title="left out or changed", title_justify="left")
-        for name, changed, dropped, examples in losses:
-            table.add_row(name, f"{changed:,}", f"{dropped:,}", escape("\n".join(examples)))
+        numbers = (Column(name, justify="right") for name in ("changed", f"{unit}s dropped"))
+        table = Table("rule", *numbers, title="left out or changed", title_justify="left")
+        for name, changed, dropped, _ in losses:
+            table.add_row(name, f"{changed:,}", f"{dropped:,}")
         console.print(table)
+        for name, _, _, examples in losses:
+            for text in examples:
+                say(f"{name}: {text}")
     else:
-        console.print("nothing was left out or changed")
+        say("nothing was left out or changed")
     for note in report.notes:
-        console.print(f"note: {escape(note)}")
+        say(f"note: {note}")
     if losses:
-        console.print(f"more examples, lengths and clusters: {escape(report.directory)}/report.html")
+        say(f"more examples, lengths and clusters: {report.directory}/report.html")
 
 
 def _facts(report: PrepareReport, unit: str) -> Iterator[tuple[str, str]]:

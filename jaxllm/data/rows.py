@@ -43,10 +43,10 @@ def read(part: "Part", problems: Problems, fields: list[str] | None) -> Iterator
             for file, prefix, content in streams(part, problems):
                 yield from problems.guard(file, _json_lines(content, part.source, problems, file, prefix))
         case "parquet":
-            yield from problems.guard(part.path, _parquet(part.path, fields, problems))
+            yield from problems.guard(part.path, _parquet(part, fields, problems))
         case "arrayrecord":
             plain = fields is not None and part.source.fields is None
-            yield from problems.guard(part.path, _array_record(part.path, plain, problems))
+            yield from problems.guard(part.path, _array_record(part, plain, problems))
         case "hf":
             yield from problems.guard(part.path, _arrow(part.path))
         case "tfds":
@@ -84,11 +84,24 @@ def _numbered(path: str, word: str, values: Iterable[dict], start: int = 0) -> I
         yield Row(f"{path}, {word} {number}", f"{word} {number}", None, value)
 
 
-def _parquet(path: str, fields: list[str] | None, problems: Problems) -> Iterator[Row]:
+def count_groups(path: str, kind: str) -> int:
+    """Return in how many parts a file can be read: row groups of Parquet, records of ArrayRecord; 1: it is broken."""
+    with extra("prep"):
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    if kind == "arrayrecord":
+        return max(1, _record_reader(path).num_records())
+    with suppress(pyarrow.ArrowException, OSError), open_file(path) as stream:
+        return max(1, ParquetFile(stream).num_row_groups)
+    return 1
+
+
+def _parquet(part: "Part", fields: list[str] | None, problems: Problems) -> Iterator[Row]:
     """One row group after the other, and of each a buffer only; a broken one is left out."""
     with extra("prep"):
         import pyarrow
         from pyarrow.parquet import ParquetFile
+    path = part.path
     with open_file(path) as stream:
         try:
             file = ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
@@ -96,16 +109,17 @@ def _parquet(path: str, fields: list[str] | None, problems: Problems) -> Iterato
             raise OSError(f"no whole Parquet file ({error})") from error
         names = file.schema_arrow.names
         if fields and fields[0] not in names:
+            if part.first:
+                return  # which the part before says
             raise OSError(f"no column {fields[0]!r}; there are {', '.join(map(repr, names))}")
-        start = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        for group in part.share(len(counts)):
+            start, count = sum(counts[:group]), counts[group]
             batches = file.iter_batches(BATCH, [group], fields)
             try:
                 yield from _numbered(path, "row", chain.from_iterable(map(_rows, batches)), start)
             except (pyarrow.ArrowException, OSError) as error:
                 problems.report(f"{path}: row group {group} (rows {start} to {start + count - 1}) is broken ({error})")
-            start += count
 
 
 def _rows(batch) -> list[dict]:
@@ -174,15 +188,19 @@ def _tfds(part: "Part") -> Iterator[Row]:
         yield from _numbered(part.path, "example", batch, start)
 
 
-def _array_record(path: str, plain: bool, problems: Problems) -> Iterator[Row]:
+def _record_reader(path: str):
     with extra("prep"):
         from array_record.python.array_record_module import ArrayRecordReader
-    reader = ArrayRecordReader(path)
+    return ArrayRecordReader(path)
+
+
+def _array_record(part: "Part", plain: bool, problems: Problems) -> Iterator[Row]:
+    path, reader = part.path, _record_reader(part.path)
     if not reader.ok():
         reader.read([0])  # says why
-    count = reader.num_records()
-    for start in range(0, count, BATCH):
-        for number, record in enumerate(_records(reader, start, min(start + BATCH, count), path, problems), start):
+    share = part.share(reader.num_records())
+    for start in share[::BATCH]:
+        for number, record in enumerate(_records(reader, start, min(start + BATCH, share.stop), path, problems), start):
             place = f"{path}, record {number}"
             text = None if record is None else problems.decode(record, place, 0)
             if text is not None:

@@ -171,17 +171,6 @@ class DatasetWriter:
         """Store documents, all in one shard: in the open one if they fit."""
         self._splits[split].add(stored)
 
-    def add_text(
-        self, split: str, ids: list[int], source: str, location: str, text_bytes: int, more: Mapping = NOTHING
-    ) -> None:
-        """Store one document as [bos] + ids + [eos].
-
-        Args:
-          text_bytes: the UTF-8 length of its text.
-          more: of where it comes from: offset, id.
-        """
-        self.add(split, text_tokens(self.tokenizer, Encoded(source, location, ids, [], text_bytes, more)))
-
     def seal(self) -> Path:
         """Write the rest, the tokenizer and the manifest; return the directory, complete but not yet in its place.
 

@@ -5,6 +5,7 @@ same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, wh
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -16,13 +17,14 @@ from jaxllm.data.problems import Problems, as_json
 
 FORMS = ("messages", "alpaca", "instances")  # of rows that are conversations, apart from a field each
 IDS = ("id", "url")  # fields that say what a row is called, the first that is there
-MAX_BYTES = 1 << 27
+MAX_BYTES, MAX_TEXT = 1 << 25, 1 << 24  # memory is up to 50 times as much
 PATH = "file, glob pattern (** matches any depth), archive (.zip, .tar, .tar.gz), or directory; also gs://..."
 FIELDS = (
     "text: name of the field with the text (default: text); chat: messages, alpaca, instances or PROMPT,ANSWER (names "
     "of two fields; default: as the row looks)"
 )
 LONGEST = "longest document or line that is read, in bytes; a longer one is a problem"
+CUT = "longest document, in bytes; a longer one is cut if it is UTF-8, at a line end or a space, and else a problem"
 
 
 class Encoded(Config):
@@ -62,7 +64,7 @@ class TextFiles(Encoded):
     split: Literal["file", "paragraph", "line"] = Field(
         "file", description="what one document is: a whole file, text between blank lines, a line"
     )
-    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
+    max_bytes: int = Field(MAX_TEXT, ge=1, description=CUT)
 
 
 class WebPages(Config):
@@ -118,7 +120,7 @@ class Part(NamedTuple):
       path: the file, or what the source is called.
       size, changed: of the file when it was found, in bytes, and when it was written; what is appended later is not
         read. None: unknown.
-      first, stop: bytes of the file, or rows of a data set.
+      first, stop: bytes of the file (of one that is not cut at bytes, its share: `share`), or rows of a data set.
       before: lines of the file before `first`.
     """
 
@@ -129,6 +131,12 @@ class Part(NamedTuple):
     first: int = 0
     stop: int = 0
     before: int = 0
+
+    def share(self, count: int) -> range:
+        """Return which of the `count` records of the file, or groups of them, are in this stretch of it."""
+        return (
+            range(*(-(-byte * count // self.size) for byte in (self.first, self.stop))) if self.size else range(count)
+        )
 
 
 def parts(source: Input) -> list[Part]:
@@ -150,15 +158,21 @@ def parts(source: Input) -> list[Part]:
 
 
 def cut(part: Part, step: int) -> list[Part]:
-    """Return stretches of `step` bytes or more of a file of lines, if it is here and not compressed, or `part`."""
+    """Return stretches of `step` bytes or more of a file, or `part`: one that is remote or packed has none of lines."""
+    if part.size is None or part.size <= step or input_files.is_archive(part.path):
+        return [part]
     match part.source:
+        case RowFiles(kind="parquet" | "arrayrecord" as kind):
+            count = min(part.size // step, rows.count_groups(part.path, kind))
+            edges = [part.size * number // count for number in range(count + 1)]
+            return [part._replace(first=first, stop=stop) for first, stop in pairwise(edges)]
         case RowFiles(kind="jsonl") | TextFiles(kind="text", split="line"):
             end = rb"\n"
         case TextFiles(kind="text", split="paragraph"):
             end = rb"\n\r?\n"
         case _:
             return [part]
-    if part.size is None or part.size <= step or "://" in part.path or input_files.is_archive(part.path):
+    if "://" in part.path:
         return [part]
     found = input_files.cut(part.path, part.size, step, end)
     return [part._replace(first=first, stop=stop, before=before) for first, stop, before in found]

@@ -13,7 +13,7 @@ from jaxllm.data.input_files import Line, lines, streams, unpacked
 from jaxllm.data.problems import Problems
 
 if TYPE_CHECKING:
-    from jaxllm.data.sources import Part
+    from jaxllm.data.sources import Part, TextFiles
 
 _YAML_LINE = re.compile(rb"[\w .\"'-]+:(\s|$)|\s|-\s|#|$")
 _HTML = ("text/html", "application/xhtml+xml")
@@ -32,17 +32,16 @@ class _Text(NamedTuple):
 
 
 def read(part: "Part", problems: Problems) -> Iterator[Document]:
-    """Yield the documents of one input file; those longer than the source's `max_bytes` are problems."""
+    """Yield the documents of one input file; those longer than the source's `max_bytes` are cut, or problems."""
     source = part.source
     readers = {"text": _plain, "markdown": _plain, "html": _page, "warc": _archive}
     for file, prefix, content in streams(part, problems):
         found = readers[source.kind](content, source, problems, file)
         for location, offset, size, text, name in problems.guard(file, found):
             if size > source.max_bytes:
-                finer = "cut finer (--split paragraph), or " if source.kind in ("text", "markdown") else ""
                 problems.report(
-                    f"{file}, {location}: a document of {size:,} bytes, and max_bytes is {source.max_bytes:,}; {finer}"
-                    "set max_bytes of this input higher"
+                    f"{file}, {location}: a document of {size:,} bytes, and max_bytes of this input is "
+                    f"{source.max_bytes:,}; set it higher"
                 )
                 continue
             if isinstance(text, bytes):
@@ -52,12 +51,19 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
                 yield Document(text.removeprefix("\ufeff"), part.path, place, offset, name)
 
 
-def _plain(content: BinaryIO, source, problems: Problems, file: str) -> Iterator[_Text]:
-    found = lines(content, source.max_bytes)
+def _plain(content: BinaryIO, source: "TextFiles", problems: Problems, file: str) -> Iterator[_Text]:
+    """Files, paragraphs or lines; those of UTF-8 are cut at `max_bytes`, so that memory does not grow with them."""
+    limit, cut = source.max_bytes, source.encoding == "utf-8"
+    longer = f"texts longer than max_bytes={limit:,} cut there, at a line end or a space"
+    found = lines(content, limit, cut=cut)
     if source.kind == "markdown":
         found = _without_front_matter(found)
     if source.split == "line":
+        before = 0
         for number, offset, size, data in found:
+            if number == before:
+                problems.notes[longer] += 1
+            before = number
             if not data.isspace():
                 yield _Text(f"line {number}", offset, size, data.rstrip(b"\r\n"))
         return
@@ -65,17 +71,21 @@ def _plain(content: BinaryIO, source, problems: Problems, file: str) -> Iterator
     whole, held, first, size = source.split == "file", [], (1, 0), 0
     for number, offset, size_bytes, data in chain(found, [(0, 0, 0, b"")]):
         blank = not data.strip() or (data.startswith(wide) and not data.replace(wide, b"").strip())
+        full = cut and size + size_bytes > limit and (whole or not blank)
+        if full:
+            problems.notes[longer] += 1
+        if whole and not (number or first[1]):
+            yield _Text("whole file", None, size, b"".join(held))
+        elif size and (full or not number or (blank and not whole)):
+            text = b"".join(held)
+            yield _Text(f"line {first[0]}", first[1], size, text if whole else text.rstrip(b"\r\n"))
+            held, size = [], 0
         if whole or not blank:
             first = first if size else (number, offset)
             size += size_bytes
             held.append(data)
-            if size > source.max_bytes:
+            if size > limit:
                 held.clear()
-        if whole and not number:
-            yield _Text("whole file", None, size, b"".join(held))
-        elif size and not whole and blank:
-            yield _Text(f"line {first[0]}", first[1], size, b"".join(held).rstrip(b"\r\n"))
-            held, size = [], 0
 
 
 def _without_front_matter(found: Iterator[Line]) -> Iterator[Line]:

@@ -14,6 +14,7 @@ import zipfile
 import pyarrow as pa
 import pytest
 import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from pyarrow import parquet
 
@@ -58,9 +59,11 @@ def test_compressed_files_are_known_by_their_content(tmp_path, compress):
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
 def test_cut_compressed_files_give_what_is_whole(tmp_path, compress):
     path, whole = tmp_path / "a.jsonl.gz", compress(os.urandom(70_000).hex().encode() + b"\n" + lines(20_000))
-    path.write_bytes(lines(0) + compress(lines(20_000))[:-30])
-    left = skipped(RowFiles(path=str(path)), r"a\.jsonl\.gz: .*; what follows cannot be read; repair it")
-    assert [each.text for each in left] == [f"row {n} 你好" for n in range(len(left))]
+    for count, least in (20_000, 0), (100, 90 if compress in (gzip.compress, lzma.compress) else 0):  # others: blocks
+        path.write_bytes(compress(lines(count))[:-30])
+        left = skipped(RowFiles(path=str(path)), r"a\.jsonl\.gz: .*; what follows cannot be read; repair it")
+        assert [each.text for each in left] == [f"row {n} 你好" for n in range(len(left))]
+        assert len(left) >= least
     path.write_bytes(whole[: len(whole) // 2])
     skipped(TextFiles(path=str(path)), r"a\.jsonl\.gz: .*what follows cannot be read")
 
@@ -116,6 +119,33 @@ def test_stretches_of_a_file_have_its_documents(tmp_path, split):
         assert (len(found) > 1) == (step < 1000) and found[-1].stop == whole.size
     (tmp_path / "a").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
     assert len(cut(parts(source)[0], 50)) == 1 and read(source, Problems("skip")) == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
+def test_stretches_of_a_file_have_its_groups_of_rows(tmp_path, kind):
+    path = f"{tmp_path}/a"
+    if kind == "parquet":
+        parquet.write_table(pa.table({"text": [f"row {n}" for n in range(103)]}), path, row_group_size=10)
+    else:
+        writer = ArrayRecordWriter(path, "group_size:1")
+        for number in range(103):
+            writer.write(f"row {number}".encode())
+        writer.close()
+    source = RowFiles(kind=kind, path=path)
+    [whole] = parts(source)
+    for step, least in (1, 11), (whole.size // 4, 4), (whole.size, 1):
+        found = cut(whole, step)
+        assert len(found) >= least and found[-1].stop == whole.size
+        each = [list(documents(part, Problems())) for part in found]
+        assert [document for some in each for document in some] == read(source)
+        assert [int(document.location.split(" ")[1]) for some in each for document in some] == list(range(103))
+        assert min(map(len, each)) > 0
+    for field, content in ("body", b""), ("text", os.urandom(1000)):  # a column that is not there, a broken file
+        with open(path, "ab") as file:
+            file.write(content)
+        problems, wrong = Problems("skip"), RowFiles(kind="parquet", path=path, fields=field)
+        found = [document for part in cut(parts(wrong)[0], 1) for document in documents(part, problems)]
+        assert not found and problems.count == 1  # as of a file that is not cut
 
 
 def test_broken_archives(tmp_path):
@@ -226,20 +256,34 @@ def test_long_lines_are_counted_and_cost_no_memory(tmp_path):
         for _ in range(40):
             file.write(b"x" * 1_000_000)
         file.write(b'"}\n' + lines(1))
-    for source in (
-        RowFiles(path=str(path), max_bytes=100_000),
-        TextFiles(path=str(path), split="line", max_bytes=100_000),
-    ):
-        tracemalloc.start()
-        left = skipped(source, r"a\.jsonl(:|, line )2: a (line|document) of 40,000,013 bytes, and max_bytes .* 100,000")
-        assert tracemalloc.get_traced_memory()[1] < 8_000_000
-        tracemalloc.stop()
-        assert [each.location for each in left] == ["line 1", "line 3"]
-    for split in ("file", "paragraph"):
-        source = TextFiles(path=str(path), split=split, max_bytes=100_000)
-        assert not skipped(source, "of 40,000,099 bytes, .*cut finer .*or set max_bytes of this input higher")
+    source = RowFiles(path=str(path), max_bytes=100_000)
+    tracemalloc.start()
+    left = skipped(source, r"a\.jsonl:2: a line of 40,000,013 bytes, and max_bytes of this input is 100,000")
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    tracemalloc.stop()
+    assert [each.location for each in left] == ["line 1", "line 3"]
+    wide = TextFiles(path=str(path), encoding="utf-8,gb18030", max_bytes=100_000)  # where characters end is not known
+    assert not skipped(wide, "a document of 40,000,099 bytes, and max_bytes of this input is 100,000; set it higher")
+
+
+@pytest.mark.parametrize("split", ["file", "paragraph", "line"])
+def test_texts_that_are_too_long_are_cut_and_cost_no_memory(tmp_path, split):
+    path, text = tmp_path / "a.txt", "one\ntwo " + "three 四 " * 60_000 + "五" * 60_000 + "\nsix\n"
+    path.write_text(text, encoding="utf-8")
+    source, problems = TextFiles(path=str(path), split=split, max_bytes=10_000), Problems()
+    tracemalloc.start()
+    found = [(each, each.text.encode()) for each in documents(source, problems)]
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
+    assert "".join(each.text for each, _ in found).replace("\n", "") == text.replace("\n", "")
+    assert max(len(data) for _, data in found) <= 10_000 and len(found) >= 80
+    assert all(data.endswith((b" ", "五".encode())) for each, data in found[1:-1])
+    assert all(path.read_bytes()[each.offset :].startswith(data) for each, data in found)
+    [note] = problems.notes
+    assert note == "texts longer than max_bytes=10,000 cut there, at a line end or a space"
+    assert problems.notes[note] == len(found) - (3 if split == "line" else 1)
     path.write_bytes(b"x" * 10 + b"\n")
-    assert texts(TextFiles(path=str(path), split="line", max_bytes=11)) == ["x" * 10]
+    assert texts(TextFiles(path=str(path), split=split, max_bytes=11)) == ["x" * 10 + "\n" * (split == "file")]
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -253,6 +297,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         TextFiles(path=f"{tmp_path}/a.txt.gz", split="line"),
         RowFiles(kind="parquet", path=f"{tmp_path}/a.parquet"),
     ):
+        next(documents(source, Problems()))  # imports what it needs
         tracemalloc.start()
         native = max(pa.total_allocated_bytes() for _ in documents(source, Problems())) - arrow
         peak = tracemalloc.get_traced_memory()[1]

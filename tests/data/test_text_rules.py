@@ -13,6 +13,8 @@ from jaxllm.data.documents import Document
 from jaxllm.data.pii import mask
 from jaxllm.data.text_rules import convert, narrow, remove_tags, repair
 
+PEM = "-----BEGIN PRIVATE KEY-----"
+
 
 def test_mojibake_is_repaired_and_good_text_is_left_alone():
     pytest.importorskip("ftfy")
@@ -48,12 +50,18 @@ def test_chinese_characters_stay_unless_asked():
     [
         ("email", ["a.b+c@mail.example.org", "王@没有 x@y.cn"], ["@name", "a@b", "x@@y.z"]),
         ("phone", ["+1 (415) 555-0132", "415-555-0132", "(415) 555-0132", "+86 138 1234 5678", "13812345678",
-                   "138-1234-5678", "010-62345678"],
+                   "138-1234-5678", "010-62345678",
+                   "1-800-555-1234", "1 (800) 555-1234", "1.800.555.1234"],
          ["3.14159265358", "2024-01-02", "12:30:45", "1234567890123", "3.13812345678", "ISBN 978-3-16-148410-0"]),
-        ("ip", ["8.8.8.8", "2001:4860:4860::8888"], ["192.168.0.1", "v1.2.3.4", "1.2.3", "999.1.1.1", "12:30", "::1"]),
+        ("ip", ["8.8.8.8", "2001:4860:4860::8888", "IP: 8.8.8.8", "http://8.8.8.8/", "host=8.8.8.8"],
+         ["192.168.0.1", "v1.2.3.4", "v. 1.2.3.4", "version 1.2.3.4", "Versions: 1.2.3.4", "Chrome/1.2.3.4",
+          "a==1.2.3.4", "pkg-1.2.3.4", "Section 1.2.3.4", "版本1.2.3.4", "第 1.2.3.4", "1.2.3", "999.1.1.1", "12:30", "::1"]),
         ("key", ["sk-abcdefghijklmnopqrstuvwx", "sk-proj-abcdefghijklmnopqrstuvwx", "AKIAABCDEFGHIJKLMNOP",
-                 "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----"],
-         ["sk-learn", "AKIA", "task-abc"]),
+                 "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+                 f"-----BEGIN PRIVATE KEY-----\n{'x' * 9000}\n-----END PRIVATE KEY-----",
+                 "-----BEGIN PGP PRIVATE KEY BLOCK-----\nVersion: 1\n\nx\n-----END PGP PRIVATE KEY BLOCK-----",
+                 f"-----BEGIN RSA PRIVATE KEY-----\\n{'a' * 64}\n{'b' * 64}"],
+         ["sk-learn", "AKIA", "task-abc", "-----BEGIN RSA PRIVATE KEY----- is how it begins"]),
         ("id", ["11010519491231002X"], ["110105194912310021", "123456789012345678"]),
     ],
 )  # fmt: skip
@@ -84,7 +92,10 @@ def test_masking_is_counted_and_off_by_default():
     assert cleaner.counts["pii"].changed == 1
 
 
-@pytest.mark.parametrize("part", ["sk-", "sk-aa-", "a@b.", "<!--", "<script>", "<!doctype ", "<p ", "1 ", "0:", "1."])
+@pytest.mark.parametrize(
+    "part",
+    ["sk-", "sk-aa-", "a@b.", "<!--", "<script>", "<!doctype ", "<p ", "1 ", "0:", "1.", PEM, f"{PEM}{'a' * 20}"],
+)
 def test_rules_take_linear_time(part):
     start = time.perf_counter()
     remove_tags(part * 20_000)
