@@ -1,4 +1,4 @@
-"""Personal data: e-mail addresses, telephone numbers, IP addresses, keys and identity numbers become placeholders.
+"""Personal data: e-mail and IP addresses, telephone, identity and card numbers, and keys become placeholders.
 
 Patterns find most of them and some that are none; no pattern finds names. What is masked stays readable: "[email]".
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-Kind = Literal["email", "phone", "ip", "key", "id"]
+Kind = Literal["email", "phone", "ip", "key", "id", "card"]
 
 _PATTERNS = {
     "key": (
@@ -26,6 +26,7 @@ _PATTERNS = {
         r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9])"
     ),
     "id": r"(?<!\d)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\d)",  # China
+    "card": r"(?<![\w.-])(?:[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{3,4}|3[47]\d{2}[ -]?\d{6}[ -]?\d{5})(?![\w-])",
     "ip": (
         r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]\w)(?!\w)"
         r"|(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:.])"
@@ -48,6 +49,7 @@ _SIGNS = {
     "key": "PRIVATE KEY|sk[-_]|pk[-_]|rk[-_]|AKIA|ASIA|gh[pousr]_|xox[abprs]-|hf_|AIza|eyJ",
     "email": "@",
     "id": r"[1-9]\d{16}",
+    "card": r"\d{4}[ -]?\d{4}[ -]?\d{2}",
     "ip": r"[.:][0-9A-Fa-f]{0,4}[.:]",
     "phone": r"\d(?:[ ().-]{0,2}\d){5}",
 }
@@ -72,7 +74,7 @@ def mask(kinds: Sequence[Kind]) -> Callable[[str], str]:
 
 
 def _is(kind: str, match: re.Match) -> bool:
-    """Look closer where a pattern finds too much: public addresses, and identity numbers whose check digit is right."""
+    """Look closer where a pattern finds too much: public addresses, and numbers whose check digit is right."""
     text = match[0]
     if kind == "ip":
         try:
@@ -83,4 +85,7 @@ def _is(kind: str, match: re.Match) -> bool:
     if kind == "id":  # GB 11643-1999
         rest = sum(weight * int(digit) for weight, digit in zip(_CHINESE_WEIGHTS, text, strict=False)) % 11
         return "10X98765432"[rest] == text[-1].upper()
+    if kind == "card":  # Luhn's check digit, ISO/IEC 7812
+        digits = [int(digit) for digit in text if digit.isdigit()][::-1]
+        return sum(digits[::2] + [digit * 2 - 9 * (digit > 4) for digit in digits[1::2]]) % 10 == 0
     return True

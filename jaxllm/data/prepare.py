@@ -358,7 +358,7 @@ def _can_cut(config: PrepareConfig) -> bool:
 
 
 def _notes(config: PrepareConfig, account: Account, tok: Tokenizer) -> Iterator[str]:
-    yield from (text if n == 1 else f"{text} ({n} times)" for text, n in account.problems.notes.items())
+    yield from (f"{text}: {n:,}" for text, n in account.problems.notes.items())
     asked, size = config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
         alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least

@@ -1,5 +1,6 @@
 """What to do with unreadable input: stop, or leave it out and count it. Never silent."""
 
+import codecs
 import json
 import lzma
 import tarfile
@@ -70,6 +71,9 @@ class Problems:
                 text = data.decode(other)
                 self.notes[f"documents in {other.upper()}"] += 1
                 return text
+        if not offset and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            self.report(f"{path}: UTF-16 by its first two bytes; convert it: iconv -f utf-16 -t utf-8")
+            return None
         at, name = offset + wrong.start, encoding.upper().replace(",", " or ")
         found = f"(byte 0x{data[wrong.start]:02x}: {wrong.reason}); if it is in another encoding, name it (--encoding)"
         self.report(f"{path}: not {name} at byte offset {at} {found}", replaceable=True)

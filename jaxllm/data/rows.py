@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from jaxllm.core.extras import extra
 from jaxllm.data.input_files import is_archive, lines, open_file, streams
-from jaxllm.data.problems import Problems
+from jaxllm.data.problems import Problems, as_json
 
 if TYPE_CHECKING:
     from jaxllm.data.sources import Part, RowFiles, Tfds
@@ -75,7 +75,8 @@ def _object(text: str) -> dict:
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, found {type(row).__name__}")
+        advice = "; of a file that is one list, jq -c '.[]' FILE makes lines" * isinstance(row, list)
+        raise ValueError(f"a row must be a JSON object, found {as_json(row, 40)}{advice}")
     return row
 
 

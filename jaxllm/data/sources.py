@@ -288,7 +288,7 @@ def _field(row: dict, name: str, max_bytes: int = MAX_BYTES) -> str:
     value = value.decode("utf-8") if isinstance(value, bytes) else value
     if not isinstance(value, str):
         chat = "; for conversations, give --chat" * (name == "text" and bool(_form(row)))
-        found = f"it is {type(value).__name__}" if name in row else f"the row has {_names(row)}{chat}"
+        found = f"it is {as_json(value, 40)}" if name in row else f"the row has {_names(row)}{chat}"
         raise ValueError(f"no text in field {name!r}: {found}")
     return _encodable(value, max_bytes)
 

@@ -101,13 +101,19 @@ def test_bad_bytes_name_file_and_offset(tmp_path):
     assert replace.count == 1
 
 
+def test_utf16_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.txt: UTF-16 by its first two bytes; convert it: iconv -f utf-16"):
+        read(TextFiles(path=f"{tmp_path}/a.txt"))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (b"{broken", r"a\.jsonl:2: not JSON \(Expecting property name .* at column 2\)"),
-        (b"[1]", r"a\.jsonl:2: a row must be a JSON object, found list"),
+        (b"[1]", r"a\.jsonl:2: a row must be a JSON object, found \[1\]; of a file"),
         (b'{"other": 1}', r"a\.jsonl:2: no text in field 'text': the row has 'other'"),
-        (b'{"text": 5}', r"a\.jsonl:2: no text in field 'text': it is int"),
+        (b'{"text": 5}', r"a\.jsonl:2: no text in field 'text': it is 5"),
         (b'{"text": "\xff"}', r"a\.jsonl:2: not UTF-8 at byte offset 26"),
         (b'{"text": "\\ud800"}', r"a\.jsonl:2: lone surrogate \\ud800 at character 0"),
         (b"[" * 100_000, r"a\.jsonl:2: JSON nested too deeply"),
@@ -182,8 +188,8 @@ def test_conversation_formats(tmp_path):
         ),
         ({"messages": "hi"}, None, "messages must be a non-empty list"),
         ({"messages": [{"role": "user"}]}, None, "message 0 must have a string role and content"),
-        ({"instruction": 1, "output": "x"}, None, "no text in field 'instruction': it is int"),
-        ({"instruction": "x", "input": 3, "output": "x"}, "alpaca", "no text in field 'input': it is int"),
+        ({"instruction": 1, "output": "x"}, None, "no text in field 'instruction': it is 1"),
+        ({"instruction": "x", "input": 3, "output": "x"}, "alpaca", "no text in field 'input': it is 3"),
         ({"q": "x"}, "q,a", "no text in field 'a'"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "lone surrogate"),
         ({"instruction": "x", "instances": [3]}, None, "'instances' must be a non-empty list of {input, output}"),

@@ -55,7 +55,8 @@ def test_chinese_characters_stay_unless_asked():
          ["3.14159265358", "2024-01-02", "12:30:45", "1234567890123", "3.13812345678", "ISBN 978-3-16-148410-0"]),
         ("ip", ["8.8.8.8", "2001:4860:4860::8888", "IP: 8.8.8.8", "http://8.8.8.8/", "host=8.8.8.8"],
          ["192.168.0.1", "v1.2.3.4", "v. 1.2.3.4", "version 1.2.3.4", "Versions: 1.2.3.4", "Chrome/1.2.3.4",
-          "a==1.2.3.4", "pkg-1.2.3.4", "Section 1.2.3.4", "版本1.2.3.4", "第 1.2.3.4", "1.2.3", "999.1.1.1", "12:30", "::1"]),
+          "a==1.2.3.4", "pkg-1.2.3.4", "Section 1.2.3.4", "版本1.2.3.4", "第 1.2.3.4", "1.2.3", "999.1.1.1",
+          "12:30", "::1"]),
         ("key", ["sk-abcdefghijklmnopqrstuvwx", "sk-proj-abcdefghijklmnopqrstuvwx", "AKIAABCDEFGHIJKLMNOP",
                  "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
                  f"-----BEGIN PRIVATE KEY-----\n{'x' * 9000}\n-----END PRIVATE KEY-----",
@@ -63,6 +64,8 @@ def test_chinese_characters_stay_unless_asked():
                  f"-----BEGIN RSA PRIVATE KEY-----\\n{'a' * 64}\n{'b' * 64}"],
          ["sk-learn", "AKIA", "task-abc", "-----BEGIN RSA PRIVATE KEY----- is how it begins"]),
         ("id", ["11010519491231002X"], ["110105194912310021", "123456789012345678"]),
+        ("card", ["4111111111111111", "5500-0000-0000-0004", "3782 822463 10005"],
+         ["4111111111111112", "94111111111111111", "4111-1111"]),
     ],
 )  # fmt: skip
 def test_personal_data(kind, found, kept):
@@ -71,7 +74,7 @@ def test_personal_data(kind, found, kept):
         assert f"[{kind}]" in masked(f"so: {text}, then")
     for text in kept:
         assert masked(f"so: {text}, then") == f"so: {text}, then"
-    everything = mask(["email", "phone", "ip", "key", "id"])
+    everything = mask(["email", "phone", "ip", "key", "id", "card"])
     assert everything(f"电话{found[0]}。") == f"电话[{kind}]。"
 
 
@@ -99,5 +102,5 @@ def test_masking_is_counted_and_off_by_default():
 def test_rules_take_linear_time(part):
     start = time.perf_counter()
     remove_tags(part * 20_000)
-    mask(["email", "phone", "ip", "key", "id"])(part * 20_000)
+    mask(["email", "phone", "ip", "key", "id", "card"])(part * 20_000)
     assert time.perf_counter() - start < 2  # quadratic: 7 seconds or more
