@@ -149,10 +149,10 @@ def films(rng: random.Random, pool: Pool, held_out: bool) -> Text:
     """What a person watched, two to four consecutive films of one series: the person and the first film decide."""
     while True:
         person, series = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.series)
-        start = rng.randrange(len(series.titles))
-        if is_held_out(person.en, series.titles[start]) == held_out:
+        start = rng.randrange(len(series))
+        if is_held_out(person.en, series[start]) == held_out:
             break
-    titles = [series.titles[(start + i) % len(series.titles)] for i in range(rng.randint(2, 4) + 1)]
+    titles = [series[(start + i) % len(series)] for i in range(rng.randint(2, 4) + 1)]
     *watched, following = (Word(title, title) for title in titles)
     return Text(WORLD["texts"]["films"], {"person": person, "watched": _listing(watched), "next": following})
 

@@ -51,7 +51,7 @@ def test_held_out_clauses_and_stories_are_in_no_document():
 
 
 def test_prompts_hold_the_words_of_their_split():
-    late = [form for word in LATE_WORDS for form in word] + list(SERIES[3].titles)
+    late = [form for word in LATE_WORDS for form in word] + list(SERIES[3])
     for application in tasks.APPLICATIONS:
         for example in tasks.held_out(application, "pretrain_only", count=100, seed=0):
             assert any(form in example.prompt for form in late), example

@@ -161,7 +161,7 @@ def quality(texts: list[str]) -> dict:
     """Compare what is found with brute force: pairs, and documents dropped."""
     pairs, common = brute_force(texts, EDGES[0])
     true = common >= CONFIG.threshold - 1e-6
-    truth = dedup.components(pairs[true], len(texts)) != np.arange(len(texts))
+    truth = dedup.join(np.arange(len(texts)), pairs[true]) != np.arange(len(texts))
     rows = dedup.signatures(texts, CONFIG)
     keys = dedup.band_keys(rows, CONFIG)
     near = (keys[pairs[:, 0]] == keys[pairs[:, 1]]).any(axis=1)
