@@ -9,7 +9,7 @@ import pytest
 import jaxllm
 from jaxllm import evaluate
 from jaxllm.data.chat import encode_chat
-from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens
+from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens, text_tokens
 from jaxllm.data.tokenizer import byte_tokenizer
 from jaxllm.language_model import LanguageModel
 from jaxllm.models.build import init_params
@@ -39,7 +39,8 @@ def data(tmp_path_factory):
     with DatasetWriter(directory, tokenizer, "text") as writer:
         for split in ("train", "validation"):
             for number, text in enumerate(TEXTS):
-                writer.add_text(split, tokenizer.encode(text), "t", str(number), len(text.encode()))
+                document = Encoded("t", str(number), tokenizer.encode(text), [], len(text.encode()))
+                writer.add(split, text_tokens(tokenizer, document))
     return str(directory)
 
 
@@ -152,7 +153,7 @@ def test_another_tokenizer_is_refused(model, tmp_path, capsys):
     other = tokenizer.train(TEXTS * 3, TokenizerConfig(vocab_size=300, character_coverage=1.0))
     with DatasetWriter(tmp_path / "d", other, "text") as writer:
         for split in ("train", "validation"):
-            writer.add_text(split, other.encode(TEXTS[0]), "t", "0", len(TEXTS[0]))
+            writer.add(split, text_tokens(other, Encoded("t", "0", other.encode(TEXTS[0]), [], len(TEXTS[0]))))
     flags = ["--tasks", "perplexity", "--data", str(tmp_path / "d"), "--batch-size", "8"]
     assert evaluate.main([model, *flags]) == 2
     assert "prepare the data with --tokenizer MODEL" in capsys.readouterr().err

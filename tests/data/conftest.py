@@ -4,7 +4,7 @@ import pytest
 
 from jaxllm.data import tokenizer
 from jaxllm.data.pieces_training import TokenizerConfig
-from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens
+from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens, text_tokens
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. 12 foxes, 345 dogs.\n\n    indented = True\n",
@@ -41,7 +41,8 @@ def text_dataset(tmp_path, byte):
             for split, lengths in (("train", sizes), ("validation", validation)):
                 for number, size in enumerate(lengths):
                     text = "".join(chr(97 + (number + i) % 26) for i in range(size))
-                    writer.add_text(split, byte.encode(text), name, f"{split} {number}", size)
+                    document = Encoded(name, f"{split} {number}", byte.encode(text), [], size)
+                    writer.add(split, text_tokens(byte, document))
         return tmp_path / name
 
     return write

@@ -8,7 +8,7 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.data.loader import DataConfig, DataExhausted, Loader, Source
 from jaxllm.data.packing import PackingConfig
-from jaxllm.data.shard_writer import DatasetWriter
+from jaxllm.data.shard_writer import DatasetWriter, Encoded, text_tokens
 
 
 def make_config(*paths, seq_len=16, weights=None, **options):
@@ -230,7 +230,7 @@ def test_damaged_data_is_refused(text):
 
 def test_tokenizers_must_agree(text, tmp_path, bpe):
     with DatasetWriter(tmp_path / "other", bpe, "text") as writer:
-        writer.add_text("train", [20] * 40, "s", "l", 40)
+        writer.add("train", text_tokens(bpe, Encoded("s", "l", [20] * 40, [], 40)))
     with pytest.raises(
         ValueError, match=r"was tokenised with \w+, .* with \w+; prepare both with the same --tokenizer"
     ):

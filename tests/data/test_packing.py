@@ -69,14 +69,14 @@ def test_chat_rows_as_literals(chat_dataset):
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), seq_len=st.integers(2, 33), shard=st.integers(1, 100)
 )
 def test_every_token_is_a_target_once(tmp_path_factory, byte, sizes, seq_len, shard):
-    from jaxllm.data.shard_writer import DatasetWriter
+    from jaxllm.data.shard_writer import DatasetWriter, Encoded, text_tokens
 
     directory = tmp_path_factory.mktemp("any") / "data"
     rng = np.random.default_rng(len(sizes))
     documents = [rng.integers(6, 262, size).tolist() for size in sizes]
     with DatasetWriter(directory, byte, "text", shard_tokens=shard) as writer:
         for ids in documents:
-            writer.add_text("train", ids, "s", "l", len(ids))
+            writer.add("train", text_tokens(byte, Encoded("s", "l", ids, [], len(ids))))
     made = TextPlan(Dataset.open(directory), seq_len)
     pairs = []
     for row in rows(made):
