@@ -115,7 +115,8 @@ def compare(specs: Sequence[str], texts: Iterable[str], sample_bytes: int) -> li
 
 def measure(name: str, tok: Tokenizer, by_script: Mapping[str, Sequence[str]]) -> Measured:
     """Encode and decode the texts and count."""
-    parts = np.array([not _is_text(tok.token_bytes(token)) for token in range(tok.vocab_size)])
+    pieces = map(tok.token_bytes, range(tok.vocab_size))
+    broken = np.array([piece.decode("utf-8", "ignore").encode("utf-8") != piece for piece in pieces])
     totals: dict[str, np.ndarray] = {"all": np.zeros(4)}
     seconds = same = 0.0
     for found, texts in by_script.items():
@@ -126,12 +127,12 @@ def measure(name: str, tok: Tokenizer, by_script: Mapping[str, Sequence[str]]) -
         flat = np.concatenate([np.asarray(each, np.int64) for each in ids])
         n_units = sum(len(each.hashes) for each in units(texts))
         n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        totals[found] = np.array([n_bytes, len(flat), n_units, parts[flat].sum()])
+        totals[found] = np.array([n_bytes, len(flat), n_units, broken[flat].sum()])
         totals["all"] = totals["all"] + totals[found]
     n_bytes = totals["all"][0]
     rows = {
-        key: Density(size / max(tokens, 1), tokens / max(words, 1), broken / max(tokens, 1))
-        for key, (size, tokens, words, broken) in totals.items()
+        key: Density(size / max(tokens, 1), tokens / max(words, 1), parts / max(tokens, 1))
+        for key, (size, tokens, words, parts) in totals.items()
     }
     digits = [tok.token_bytes(token) for token in tok.encode(DIGITS)]
     single = all(sum(48 <= byte < 58 for byte in piece) <= 1 for piece in digits)
@@ -166,11 +167,3 @@ def show(measured: Sequence[Measured], console: "Console") -> None:
         density.add_section()
     console.print(facts, density)
     console.print("A word of Han, Hiragana, Thai and other scripts without spaces is a character here.")
-
-
-def _is_text(piece: bytes) -> bool:
-    try:
-        piece.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

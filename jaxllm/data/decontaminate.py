@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -66,9 +67,8 @@ class Evaluation:
         self._tables = {size: _table(*map(np.concatenate, zip(*collected[size], strict=True))) for size in collected}
         found = np.concatenate([np.zeros(0, np.uint64), *begins])
         self._begins = least, _table(found, np.zeros(len(found), np.int32))  # few texts have any
-        named = [source for source, _ in pairs]
-        self.n_texts = Counter(source for source, is_in in zip(named, looked_for, strict=True) if is_in)
-        self.n_short = Counter(source for source, is_in in zip(named, looked_for, strict=True) if not is_in)
+        self.n_texts = Counter(source for source, _ in compress(pairs, looked_for))
+        self.n_short = Counter(source for source, _ in compress(pairs, ~looked_for))
 
     def leave(self, text: str) -> str | tuple[str]:
         """Return what is left of a text, or the names of the evaluation sources for which nothing of it may be.
@@ -90,12 +90,11 @@ class Evaluation:
 
     def notes(self) -> list[str]:
         """Say of each source how many of its texts are not looked for."""
-        least = min(self.config.min_ngram, self.config.ngram)
+        few = f"have fewer than {self._begins[0]} words (of Chinese: characters) and are not looked for"
         return [
-            f"{short:,} of {short + self.n_texts[source]:,} evaluation texts of {source} have fewer than {least} words "
-            "(of Chinese: characters) and are not looked for"
+            f"{short:,} of {short + self.n_texts[source]:,} evaluation texts of {source} {few}"
             for source, short in self.n_short.items()
-        ]  # fmt: skip
+        ]
 
 
 def write(config: DecontaminateConfig, mend: Callable[[str], str], directory: Path) -> None:
