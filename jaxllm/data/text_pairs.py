@@ -14,9 +14,9 @@ from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import surrounded, to_json
 from jaxllm.data.fast_pieces import name_of, read_source
 from jaxllm.data.text_pieces import Encoded, Text, TextPieces, too_long
-from jaxllm.data.tokenizer import MASKS, Tokenizer
+from jaxllm.data.tokenizer import MASKS, PAD, Tokenizer
 
-ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>"), "eos": ("</s>", "[SEP]")}
+ROLES = {"pad": ("[PAD]", PAD), "mask": MASKS, "eos": ("</s>", "[SEP]")}
 
 
 class PairTokenizer:
