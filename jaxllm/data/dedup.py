@@ -176,9 +176,8 @@ def near_duplicates(rows: np.ndarray, config: DedupConfig, text: Callable[[int],
     for band in range(bands(config.threshold, config.permutations)[0]):
         keys = _band_key(rows, band, config)
         order = np.argsort(keys, kind="stable")
-        same = keys[order[1:]] == keys[order[:-1]]
-        shared = np.append(same, False) | np.append(False, same)[: len(order)]
-        groups = np.append(0, np.cumsum(~same))[: len(order)]
+        groups = np.cumsum(_first(keys[order]))
+        shared = np.bincount(groups)[groups] > 1
         root = join(root, _pairs(order[shared], groups[shared], alike))
     return root
 
