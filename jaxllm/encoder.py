@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text
+from jaxllm.data.text_pairs import PairTokenizer
+from jaxllm.data.text_pieces import Encoded, Text
 from jaxllm.inference.decode import bucket
 from jaxllm.language_model import save_run
 from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
-from jaxllm.data import gguf_tokens, text_pairs, text_pieces
+from jaxllm.data import gguf_tokens, text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import PAIR_TEMPLATE
 from jaxllm.data.fast_export import to_json
@@ -99,7 +99,7 @@ def load(
     if isinstance(family, Family):
         tokenizer = tokenizers.from_gguf(file) if file else tokenizers.load(path)
     else:
-        tokenizer = (text_pieces if isinstance(family, Seq2SeqFamily) else text_pairs).load(path)
+        tokenizer = (text_pairs.load_for_pairs if isinstance(family, Seq2SeqFamily) else text_pairs.load)(path)
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if isinstance(family, EncoderFamily):

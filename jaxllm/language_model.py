@@ -24,7 +24,7 @@ from jaxllm.core import files
 from jaxllm.core.bucket import here, named
 from jaxllm.core.tree import named_leaves
 from jaxllm.core.wording import count
-from jaxllm.data import text_pairs, text_pieces
+from jaxllm.data import text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.documents import Message
@@ -320,7 +320,7 @@ def of_run(
             reader = text_pairs.load(tokenizer, mask=isinstance(config.head, MaskedLM))
             return Encoder(config, params, reader, compute=compute)
         case Seq2SeqConfig():
-            reader = text_pieces.load(tokenizer)
+            reader = text_pairs.load_for_pairs(tokenizer)
             said = {name: meta[name] for name in ("forced", "asked") if name in meta}
             ends = meta.get("stop_ids") or [reader.eos_id]
             return EncoderDecoder(config, params, reader, stop_ids=ends, **said, compute=compute)

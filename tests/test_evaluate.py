@@ -39,8 +39,8 @@ def data(tmp_path_factory):
     with DatasetWriter(directory, tokenizer, "text") as writer:
         for split in ("train", "validation"):
             for number, text in enumerate(TEXTS):
-                ids = tokenizer.encode(text)
-                writer.add(split, text_tokens(tokenizer, Encoded("t", str(number), ids, [], len(text.encode()))))
+                document = Encoded("t", str(number), tokenizer.encode(text), [], len(text.encode()))
+                writer.add(split, text_tokens(tokenizer, document))
     return str(directory)
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from jaxllm.core import files
 from jaxllm.core.config import Config
-from jaxllm.data.dedup import DedupConfig, band_keys, components, group_pairs
+from jaxllm.data.dedup import DedupConfig, band_keys, group_pairs, join
 from jaxllm.data.engine import Task
 from jaxllm.data.shard_writer import save_array
 
@@ -87,7 +87,7 @@ def near_duplicates(
             | beam.Filter(lambda numbers: len(numbers) > 1)
         )
         _ = groups | beam.FlatMap(rows.pairs) | beam.combiners.ToList() | beam.Map(_save, str(scratch / "pairs.npy"))
-    return components(np.load(scratch / "pairs.npy"), int(starts[-1]))[stays]
+    return join(np.arange(starts[-1]), np.load(scratch / "pairs.npy"))[stays]
 
 
 @dataclass(frozen=True)

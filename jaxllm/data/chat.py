@@ -5,12 +5,13 @@ must learn to say, and where a template has no such tag, that is told from what 
 tokens come from the template alone: the text of one inside a message stays text (no prompt injection).
 """
 
-import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import resources
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from jaxllm.data.documents import Message
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 BOS, EOS = "<bos>", "<eos>"
-_NONCHARACTERS = range(0xFDD0, 0xFDF0)
-_PRIVATE_USE = range(0xE000, 0xF900)
 _TAG = re.compile(r"{%[-+]?\s*generation\b")
 
 _ADVICE = (
@@ -185,10 +184,6 @@ def template_of(tokenizer: "Tokenizer") -> ChatTemplate:
 
 
 def _unused_characters(text: str) -> list[str]:
-    """Three characters that `text` does not hold: Unicode noncharacters first, which no real text uses."""
+    """Three characters that `text` does not hold: from the end of Unicode, whose characters no real text uses."""
     used = set(text)
-    candidates = map(chr, itertools.chain(_NONCHARACTERS, _PRIVATE_USE))
-    unused = list(itertools.islice((character for character in candidates if character not in used), 3))
-    if len(unused) < 3:
-        raise ValueError("the messages use all private-use characters of Unicode; no chat template can be applied")
-    return unused
+    return list(islice((each for each in map(chr, range(sys.maxunicode, 0, -1)) if each not in used), 3))

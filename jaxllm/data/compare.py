@@ -115,29 +115,27 @@ def compare(specs: Sequence[str], texts: Iterable[str], sample_bytes: int) -> li
 
 def measure(name: str, tok: Tokenizer, by_script: Mapping[str, Sequence[str]]) -> Measured:
     """Encode and decode the texts and count."""
-    tok.encode_batch([texts[0] for texts in by_script.values()])  # so that no first use is in the time
-    parts = np.array([not _is_text(tok.token_bytes(token)) for token in range(tok.vocab_size)])
-    totals: dict[str, np.ndarray] = {"all": np.zeros(4)}
-    seconds = same = 0.0
-    for found, texts in by_script.items():
-        start = time.perf_counter()
-        ids = tok.encode_batch(texts)
-        seconds += time.perf_counter() - start
-        same += sum(tok.decode(each) == text for each, text in zip(ids, texts, strict=True))
-        flat = np.concatenate([np.asarray(each, np.int64) for each in ids])
-        n_units = sum(len(each.hashes) for each in units(texts))
-        n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        totals[found] = np.array([n_bytes, len(flat), n_units, parts[flat].sum()])
-        totals["all"] = totals["all"] + totals[found]
-    n_bytes = totals["all"][0]
-    rows = {
-        key: Density(size / max(tokens, 1), tokens / max(words, 1), broken / max(tokens, 1))
-        for key, (size, tokens, words, broken) in totals.items()
-    }
-    digits = [tok.token_bytes(token) for token in tok.encode(DIGITS)]
-    single = all(sum(48 <= byte < 58 for byte in piece) <= 1 for piece in digits)
-    n_texts = sum(map(len, by_script.values()))
-    return Measured(name, tok.vocab_size, rows, same / n_texts, single, tok.chat is not None, n_bytes / 1e6 / seconds)
+    texts = list(chain.from_iterable(by_script.values()))
+    tok.encode_batch(texts[:1])  # so that no first use is in the time
+    start = time.perf_counter()
+    ids = tok.encode_batch(texts)
+    seconds = time.perf_counter() - start
+    speed = sum(map(_size, texts)) / 1e6 / seconds
+    same = sum(tok.decode(each) == text for each, text in zip(ids, texts, strict=True))
+    pieces = [tok.token_bytes(token) for token in range(tok.vocab_size)]
+    broken = np.array([piece.decode("utf-8", "ignore").encode("utf-8") != piece for piece in pieces])
+    tokens = {text: np.array(each, np.int64) for text, each in zip(texts, ids, strict=True)}
+    scripts = {}
+    for found, each in {"all": texts, **by_script}.items():
+        flat = np.concatenate([tokens[text] for text in each])
+        words, count = sum(len(part.hashes) for part in units(each)), max(len(flat), 1)
+        scripts[found] = Density(sum(map(_size, each)) / count, len(flat) / max(words, 1), broken[flat].sum() / count)
+    single = all(sum(48 <= byte < 58 for byte in pieces[token]) <= 1 for token in tok.encode(DIGITS))
+    return Measured(name, tok.vocab_size, scripts, same / len(texts), single, tok.chat is not None, speed)
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def script(text: str) -> str:
@@ -167,11 +165,3 @@ def show(measured: Sequence[Measured], console: "Console") -> None:
         density.add_section()
     console.print(facts, density)
     console.print("A word of Han, Hiragana, Thai and other scripts without spaces is a character here.")
-
-
-def _is_text(piece: bytes) -> bool:
-    try:
-        piece.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

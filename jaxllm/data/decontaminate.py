@@ -9,10 +9,11 @@ touches.
 import pickle
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -33,20 +34,6 @@ class DecontaminateConfig(Config):
     ngram: int = Field(13, ge=1, description="words (of Chinese: characters) in a row that make an overlap")
     min_ngram: int = Field(8, ge=1, description="evaluation texts shorter than this are not looked for")
     action: Literal["drop", "cut"] = Field("drop", description="drop the document, or cut the lines of the overlap")
-
-
-class Hit(NamedTuple):
-    """A text that overlaps.
-
-    Attributes:
-      index: of the text.
-      sources: the evaluation sources that it met.
-      left: "" if the document is dropped, else the text without the lines that the overlaps touch.
-    """
-
-    index: int
-    sources: tuple[str, ...]
-    left: str
 
 
 class Evaluation:
@@ -80,39 +67,34 @@ class Evaluation:
         self._tables = {size: _table(*map(np.concatenate, zip(*collected[size], strict=True))) for size in collected}
         found = np.concatenate([np.zeros(0, np.uint64), *begins])
         self._begins = least, _table(found, np.zeros(len(found), np.int32))  # few texts have any
-        named = [source for source, _ in pairs]
-        self.n_texts = Counter(source for source, is_in in zip(named, looked_for, strict=True) if is_in)
-        self.n_short = Counter(source for source, is_in in zip(named, looked_for, strict=True) if not is_in)
+        self.n_texts = Counter(source for source, _ in compress(pairs, looked_for))
+        self.n_short = Counter(source for source, _ in compress(pairs, ~looked_for))
 
-    def hits(self, texts: Sequence[str]) -> list[Hit]:
-        """Return the texts that overlap, in order."""
-        spans: dict[int, list[tuple[int, int]]] = {}  # of characters, by text
-        met: dict[int, set[int]] = {}
-        for found in units(texts):
+    def leave(self, text: str) -> str | tuple[str]:
+        """Return what is left of a text, or the names of the evaluation sources for which nothing of it may be.
+
+        Without an overlap that is all of it; with one, under "cut", what is not in the lines that it touches.
+        """
+        spans: list[tuple[int, int]] = []  # of characters
+        met: set[int] = set()
+        for found in units([text]):
             begun = any(True for _ in _overlaps(found, *self._begins))
             for size, table in self._tables.items() if begun else ():
-                for owner, begin, end, source in _overlaps(found, size, table):
-                    spans.setdefault(owner, []).append((begin, end))
-                    met.setdefault(owner, set()).add(source)
-        cut = self.config.action == "cut"
-        return [
-            Hit(index, tuple(self._sources[source] for source in sorted(met[index])), _cut(texts[index], at) * cut)
-            for index, at in sorted(spans.items())
-        ]
+                for begin, end, source in _overlaps(found, size, table):
+                    spans.append((begin, end))
+                    met.add(source)
+        if not spans:
+            return text
+        left = _cut(text, spans) if self.config.action == "cut" else ""
+        return left if left.strip() else (", ".join(self._sources[source] for source in sorted(met)),)
 
     def notes(self) -> list[str]:
         """Say of each source how many of its texts are not looked for."""
-        least = min(self.config.min_ngram, self.config.ngram)
+        few = f"have fewer than {self._begins[0]} words (of Chinese: characters) and are not looked for"
         return [
-            f"{short:,} of {short + self.n_texts[source]:,} evaluation texts of {source} have fewer than {least} words "
-            "(of Chinese: characters) and are not looked for"
+            f"{short:,} of {short + self.n_texts[source]:,} evaluation texts of {source} {few}"
             for source, short in self.n_short.items()
-        ]  # fmt: skip
-
-    def leave(self, text: str) -> str | tuple[str]:
-        """Return what is left of a text, or the names of the sources for which nothing of it may be."""
-        hit = next(iter(self.hits([text])), None)
-        return text if hit is None else hit.left if hit.left.strip() else (", ".join(hit.sources),)
+        ]
 
 
 def write(config: DecontaminateConfig, mend: Callable[[str], str], directory: Path) -> None:
@@ -135,8 +117,8 @@ def _table(keys: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return distinct, owners[first], filled
 
 
-def _overlaps(found: Units, size: int, table: tuple[np.ndarray, ...]) -> Iterable[tuple[int, int, int, int]]:
-    """Yield (text, character where an overlap begins, character where its last unit begins, evaluation source)."""
+def _overlaps(found: Units, size: int, table: tuple[np.ndarray, ...]) -> Iterable[tuple[int, int, int]]:
+    """Yield (character where an overlap begins, character where its last unit begins, evaluation source)."""
     distinct, owners, filled = table
     hashes, bounds = windows(found, size)
     maybe = np.flatnonzero(filled[hashes & _MASK])
@@ -145,10 +127,7 @@ def _overlaps(found: Units, size: int, table: tuple[np.ndarray, ...]) -> Iterabl
     unit = found.bounds[part] + maybe - bounds[part]
     same = (distinct[place] == hashes[maybe]) & (unit + size <= found.bounds[part + 1])
     for i in np.flatnonzero(same):
-        yield (
-            int(found.owners[part[i]]), int(found.begins[unit[i]]), int(found.begins[unit[i] + size - 1]),
-            int(owners[place[i]]),
-        )  # fmt: skip
+        yield int(found.begins[unit[i]]), int(found.begins[unit[i] + size - 1]), int(owners[place[i]])
 
 
 def _cut(text: str, spans: Iterable[tuple[int, int]]) -> str:

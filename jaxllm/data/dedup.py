@@ -7,7 +7,7 @@ in the order of the corpus stays. Near duplicates of documents 0 .. n - 1, in th
 2. Per band, documents with the same `band_keys` are a group, and `group_pairs` compares those in it. On Beam this is a
    GroupByKey on (band, key), best first of the indices alone, since most groups are of one document.
    `near_duplicates` does it with a sort for each band.
-3. `components` of all pairs (16 bytes each): duplicates of duplicates belong together.
+3. `join` of all pairs (16 bytes each): duplicates of duplicates belong together.
 
 Sets: the n-grams of `ngrams`, words or Chinese characters. Two documents whose sets have the Jaccard similarity
 s = |A & B| / |A | B| agree in each value of their signatures with probability s (Broder 1997), so in all `rows` values
@@ -25,7 +25,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -56,13 +56,6 @@ class DedupConfig(Config):
     ngram: int = Field(5, ge=1, description="words (of Chinese: characters) in one n-gram")
     permutations: int = Field(128, ge=16, le=4096, description="values in a signature; their noise is 1 / (2 sqrt(n))")
     verify: bool = Field(True, description="compare whole signatures, and in doubt the n-grams, not only one band")
-
-
-class Bands(NamedTuple):
-    """How a signature is cut: `count` bands of `rows` values each; values behind the last band only verify."""
-
-    count: int
-    rows: int
 
 
 def digest(text: str) -> bytes:
@@ -103,15 +96,17 @@ def _counts(paragraph: str, config: DedupConfig) -> bool:
 
 
 @cache
-def bands(threshold: float, permutations: int) -> Bands:
-    """Return the bands with the most rows, so the fewest false candidates, that find `BAND_RECALL` at the threshold.
+def bands(threshold: float, permutations: int) -> tuple[int, int]:
+    """Return how a signature is cut: (bands, rows), values in each; those behind the last band only verify.
+
+    These are the bands with the most rows, so the fewest false candidates, that find `BAND_RECALL` at the threshold.
 
     Raises:
       ValueError: there are too few permutations for any.
     """
     for rows in range(permutations, 0, -1):
         if 1 - (1 - threshold**rows) ** (permutations // rows) >= BAND_RECALL:
-            return Bands(permutations // rows, rows)
+            return permutations // rows, rows
     raise ValueError(
         f"{permutations} permutations cannot find {BAND_RECALL:.0%} of the pairs at threshold {threshold}; "
         "raise permutations or threshold"
@@ -145,7 +140,7 @@ def band_keys(rows: np.ndarray, config: DedupConfig) -> np.ndarray:
 
 
 def _band_key(rows: np.ndarray, band: int, config: DedupConfig) -> np.ndarray:
-    size = bands(config.threshold, config.permutations).rows
+    _, size = bands(config.threshold, config.permutations)
     factors, keys = constants(size), np.empty(len(rows), np.uint64)
     for at in range(0, len(rows), ROWS_AT_ONCE):
         values = rows[at : at + ROWS_AT_ONCE, band * size : (band + 1) * size].astype(np.uint64)
@@ -178,12 +173,11 @@ def near_duplicates(rows: np.ndarray, config: DedupConfig, text: Callable[[int],
       text: the text of each row; None: signatures decide alone.
     """
     root, alike = np.arange(len(rows)), _Alike(rows, config, text)
-    for band in range(bands(config.threshold, config.permutations).count):
+    for band in range(bands(config.threshold, config.permutations)[0]):
         keys = _band_key(rows, band, config)
         order = np.argsort(keys, kind="stable")
-        same = keys[order[1:]] == keys[order[:-1]]
-        shared = np.append(same, False) | np.append(False, same)[: len(order)]
-        groups = np.append(0, np.cumsum(~same))[: len(order)]
+        groups = np.cumsum(_first(keys[order]))
+        shared = np.bincount(groups)[groups] > 1
         root = join(root, _pairs(order[shared], groups[shared], alike))
     return root
 
@@ -263,17 +257,13 @@ def similarity(rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.concatenate([[], *((rows[each[:, 0]] == rows[each[:, 1]]).mean(axis=1) for each in pieces)])
 
 
-def components(pairs: np.ndarray, count: int) -> np.ndarray:
-    """Return the smallest index of the connected component of each of `count` nodes, int64[count].
+def join(root: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the smallest index of the connected component of each node, int64[n], when `pairs` are joined.
 
     Args:
+      root: the same before; np.arange(n) where nothing was joined yet.
       pairs: int64[k, 2] of nodes, in any order.
     """
-    return join(np.arange(count), pairs)
-
-
-def join(root: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Return the `components` in which `pairs` are joined too."""
     root = root.copy()
     while len(pairs):
         ends = np.sort(root[pairs], axis=1)

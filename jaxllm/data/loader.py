@@ -6,6 +6,7 @@ it decides nothing.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import ceil
 from typing import Annotated, Literal, Self
 
@@ -19,7 +20,7 @@ from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.masking import MaskRule, mask_tokens
 from jaxllm.data.mixture import Mixture
 from jaxllm.data.objectives import HiddenTokens, NextToken, Objective
-from jaxllm.data.packing import PackingConfig, WholePlan
+from jaxllm.data.packing import PackingConfig
 from jaxllm.data.pairs import plan_of
 from jaxllm.data.shards import Dataset
 
@@ -174,14 +175,10 @@ class Loader(Iterator[AnyBatch]):
 
     def _stages(self) -> list[tuple[int, Sequence[float]]]:
         """(first sample, weights) of each stage; a stage begins with a whole row."""
-        stages, position = self.config.stages, 0.0
-        if not stages:
-            return [(0, [source.weight for source in self.sources])]
-        result = []
-        for stage in stages:
-            result.append((ceil(position / self.config.packing.seq_len), stage.weights))
-            position += stage.tokens or 0
-        return result
+        stages, seq_len = self.config.stages, self.config.packing.seq_len
+        starts = accumulate((stage.tokens or 0 for stage in stages), initial=0)
+        found = [(ceil(start / seq_len), stage.weights) for start, stage in zip(starts, stages, strict=False)]
+        return found or [(0, [source.weight for source in self.sources])]
 
     def passes(self, samples: int) -> list[float]:
         """Return how often each source is passed over in the first `samples` samples of training."""
@@ -199,7 +196,7 @@ class Loader(Iterator[AnyBatch]):
     @property
     def texts_per_row(self) -> int:
         """Most texts of a row; 1 where rows cut texts."""
-        return max(each.texts_per_row if isinstance(each, WholePlan) else 1 for each in self.plans)
+        return max(each.texts_per_row for each in self.plans)
 
     @property
     def fingerprint(self) -> str:

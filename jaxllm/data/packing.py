@@ -41,7 +41,7 @@ class TextPlan:
         row 1  tokens 9 0 0 0   targets 2 0 0 0   segments 1 0 0 0   positions 0 0 0 0
     """
 
-    dropped = 0
+    dropped, texts_per_row = 0, 1  # rows cut texts, so whole ones are not counted
     waste = property(_waste)
 
     def __init__(self, dataset: Dataset, seq_len: int, shift: int = 1):

@@ -83,14 +83,11 @@ class SentencePieces:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.escape_mark:
             return self._encode_all(list(texts))
-        odd = [i for i, text in enumerate(texts) if len(text) > CHUNK_CHARS or SPACE_MARK in text]
-        plain = list(texts)
-        for i in odd:
-            plain[i] = ""
-        ids = self._encode_all(plain)
+        odd = {i: text for i, text in enumerate(texts) if len(text) > CHUNK_CHARS or SPACE_MARK in text}
+        ids = self._encode_all(["" if i in odd else text for i, text in enumerate(texts)])
         mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")] if odd else []
-        for i in odd:
-            for number, stretch in enumerate(texts[i].split(SPACE_MARK)):
+        for i, text in odd.items():
+            for number, stretch in enumerate(text.split(SPACE_MARK)):
                 ids[i] += mark if number else []
                 ids[i] += chain.from_iterable(self._encode_all(_chunks(stretch)))
         return ids

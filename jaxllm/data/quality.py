@@ -1,6 +1,6 @@
 """How good a text is, by numbers: heuristics of the C4, Gopher and FineWeb corpora.
 
-Each measure is one of `shape.Shape`; `QualityConfig` gives the bounds.
+The measures are those of `shape`; `QualityConfig` gives the bounds.
 
 Sources: Raffel et al. 2020 (C4, section 2.2); Rae et al. 2021 (Gopher, section A1.1 and table A1); Penedo et al. 2024
 (FineWeb, section 3.5).
@@ -11,7 +11,7 @@ from functools import cached_property
 from pydantic import Field
 
 from jaxllm.core.config import Config
-from jaxllm.data.shape import END, UNIT, Shape, n_words
+from jaxllm.data.shape import END, MEASURES, UNIT, Shape, n_words
 
 _PAGE = (
     "javascript", "terms of use", "privacy policy", "cookie policy", "use cookies", "uses cookies", "use of cookies",
@@ -120,7 +120,7 @@ class QualityConfig(Config):
         shape = Shape(text, language)
         for name, bound in self.bounds:
             kind, _, measure = name.partition("_")
-            value = getattr(shape, measure)
+            value = MEASURES[measure](shape)
             if value is not None and (value < bound if kind == "min" else value > bound):
                 return name, value
         for words, bound in enumerate(self.max_top_ngram, start=2):

@@ -213,9 +213,6 @@ def _clusters(texts: Texts, stays: np.ndarray, first: np.ndarray) -> Iterator[di
     roots, sizes = np.unique(first, return_counts=True)
     for at in np.argsort(-sizes, kind="stable")[:N_CLUSTERS]:
         if sizes[at] > 1:
-            members = stays[first == roots[at]][:N_MEMBERS]
-            yield {"size": int(sizes[at]), "examples": [_shown(texts.item(number)) for number in members.tolist()]}
-
-
-def _shown(item: Document | Conversation) -> str:
-    return f"{item.source}, {item.location}: {stages.texts(item)[0][:80]!r}"
+            members = map(texts.item, stays[first == roots[at]][:N_MEMBERS].tolist())
+            shown = [f"{item.source}, {item.location}: {stages.texts(item)[0][:80]!r}" for item in members]
+            yield {"size": int(sizes[at]), "examples": shown}

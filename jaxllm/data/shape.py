@@ -7,7 +7,7 @@ UTF-8, in which a Chinese character has three: about as many as the English lett
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -29,7 +29,7 @@ STOP_WORDS = {
 
 
 class Shape:
-    """The measures of one text; each is computed when it is asked for. None: it has no meaning for this text."""
+    """One text and what its measures need; each part is computed when it is asked for."""
 
     def __init__(self, text: str, language: str | None = None):
         self.text = text
@@ -42,12 +42,13 @@ class Shape:
         return UNIT.findall(self.text)
 
     @cached_property
-    def _counts(self) -> Counter[str]:
+    def counts(self) -> Counter[str]:
+        """How often each unit occurs."""
         return Counter(self.units)
 
     @cached_property
     def _n_cjk(self) -> int:
-        return sum(count for unit, count in self._counts.items() if _CJK.match(unit))
+        return sum(count for unit, count in self.counts.items() if _CJK.match(unit))
 
     @cached_property
     def lines(self) -> list[str]:
@@ -56,76 +57,33 @@ class Shape:
 
     @cached_property
     def words(self) -> float:
+        """Number of words."""
         return len(self.units) - (1 - CJK_WORD) * self._n_cjk
 
-    @cached_property
+    @property
     def word_length(self) -> float | None:
+        """Mean letters of a word; None if the text is mostly Chinese."""
         spaced = len(self.units) - self._n_cjk
-        if spaced <= self._n_cjk:  # mostly Chinese
+        if spaced <= self._n_cjk:
             return None
         return (sum(map(len, self.units)) - self._n_cjk) / spaced
 
     @property
-    def symbols(self) -> float:
-        return len(_SYMBOL.findall(self.text)) / max(self.words, 1)
-
-    @property
-    def bullet_lines(self) -> float:
-        return _share(bool(_BULLET.match(line)) for line in self.lines)
-
-    @property
-    def ellipsis_lines(self) -> float:
-        return _share(line.endswith(("...", "\u2026")) for line in self.lines)
-
-    @property
     def alphabetic(self) -> float:
-        found = sum(count for unit, count in self._counts.items() if unit.isalpha() or any(map(str.isalpha, unit)))
+        """Share of units with a letter."""
+        found = sum(count for unit, count in self.counts.items() if unit.isalpha() or any(map(str.isalpha, unit)))
         return found / max(len(self.units), 1)
 
     @property
     def stop_words(self) -> int | None:
+        """How many of the commonest words of its language there are; None if these are not known."""
         language = self._language or ("zh" if 2 * self._n_cjk > len(self.units) else "en")
         known = STOP_WORDS.get(language)
-        return None if known is None else len(known.intersection(map(str.lower, self._counts)))
-
-    @property
-    def sentences(self) -> int:
-        return len(_SENTENCE.findall(self.text))
-
-    @property
-    def braces(self) -> int:
-        return self.text.count("{") + self.text.count("}")
-
-    @property
-    def lorem_ipsum(self) -> int:
-        return self.text.lower().count("lorem ipsum")
-
-    @property
-    def ended_lines(self) -> float:
-        return _share(line.endswith(END) for line in self.lines)
-
-    @property
-    def short_lines(self) -> float:
-        return _share(len(line) < 30 and _size(line) < 30 for line in self.lines)
-
-    @property
-    def repeated_lines(self) -> float:
-        return _repeated(self.lines)[0]
-
-    @property
-    def repeated_line_bytes(self) -> float:
-        return _repeated(self.lines)[1]
-
-    @property
-    def repeated_paragraphs(self) -> float:
-        return _repeated(self._paragraphs)[0]
-
-    @property
-    def repeated_paragraph_bytes(self) -> float:
-        return _repeated(self._paragraphs)[1]
+        return None if known is None else len(known.intersection(map(str.lower, self.counts)))
 
     @cached_property
-    def _paragraphs(self) -> list[str]:
+    def paragraphs(self) -> list[str]:
+        """Paragraphs that are not empty; a blank line ends one."""
         return [part.strip() for part in self.text.split("\n\n") if part.strip()]
 
     @cached_property
@@ -141,7 +99,7 @@ class Shape:
         """
         if size not in self._found:
             if size == 1:
-                numbers = {unit: number for number, unit in enumerate(self._counts)}
+                numbers = {unit: number for number, unit in enumerate(self.counts)}
                 ids = np.array([*map(numbers.__getitem__, self.units)], np.int64)
                 self._found[size] = np.arange(len(ids)), ids
                 return self._found[size]
@@ -190,11 +148,8 @@ def n_words(units: Iterable[str]) -> float:
     return sum(CJK_WORD if _CJK.match(unit) else 1 for unit in units)
 
 
-def _share(found: Iterable[bool]) -> float:
-    total = count = 0
-    for each in found:
-        total, count = total + each, count + 1
-    return total / max(count, 1)
+def _share(lines: Sequence[str], test: Callable[[str], object]) -> float:
+    return sum(1 for line in lines if test(line)) / max(len(lines), 1)
 
 
 def _repeated(parts: list[str]) -> tuple[float, float]:
@@ -209,3 +164,24 @@ def _repeated(parts: list[str]) -> tuple[float, float]:
 
 def _size(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
+
+
+# What a text measures; None: this has no meaning for it.
+MEASURES: Mapping[str, Callable[[Shape], float | None]] = {
+    "words": lambda shape: shape.words,
+    "word_length": lambda shape: shape.word_length,
+    "symbols": lambda shape: len(_SYMBOL.findall(shape.text)) / max(shape.words, 1),
+    "bullet_lines": lambda shape: _share(shape.lines, _BULLET.match),
+    "ellipsis_lines": lambda shape: _share(shape.lines, lambda line: line.endswith(("...", "\u2026"))),
+    "alphabetic": lambda shape: shape.alphabetic,
+    "stop_words": lambda shape: shape.stop_words,
+    "sentences": lambda shape: len(_SENTENCE.findall(shape.text)),
+    "braces": lambda shape: shape.text.count("{") + shape.text.count("}"),
+    "lorem_ipsum": lambda shape: shape.text.lower().count("lorem ipsum"),
+    "ended_lines": lambda shape: _share(shape.lines, lambda line: line.endswith(END)),
+    "short_lines": lambda shape: _share(shape.lines, lambda line: len(line) < 30 and _size(line) < 30),
+    "repeated_lines": lambda shape: _repeated(shape.lines)[0],
+    "repeated_line_bytes": lambda shape: _repeated(shape.lines)[1],
+    "repeated_paragraphs": lambda shape: _repeated(shape.paragraphs)[0],
+    "repeated_paragraph_bytes": lambda shape: _repeated(shape.paragraphs)[1],
+}

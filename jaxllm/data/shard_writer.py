@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Self
@@ -93,25 +94,15 @@ def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
 def text_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
     """Return a document as it is stored: [bos] + ids + [eos]."""
     tokens = np.array([tokenizer.bos_id, *each.ids, tokenizer.eos_id], token_dtype(tokenizer))
-    return Stored(tokens, _one(tokens), np.zeros(0, bool), _origin(each), len(each.ids) + 1, each.size_bytes)
+    lengths = np.array([len(tokens)])
+    return Stored(tokens, lengths, np.zeros(0, bool), _origin(each), len(each.ids) + 1, each.size_bytes)
 
 
 def chat_tokens(tokenizer: Tokenizer, each: Encoded) -> Stored:
     """Return a conversation as it is stored; the text that counts is what is learned."""
-    learned = [token for token, learn in zip(each.ids, each.trained, strict=True) if learn]
-    tokens = np.array(each.ids, token_dtype(tokenizer))
-    return Stored(
-        tokens,
-        _one(tokens),
-        np.array(each.trained, bool),
-        _origin(each),
-        sum(each.trained[1:]),
-        sum(len(tokenizer.token_bytes(token)) for token in learned),
-    )
-
-
-def _one(tokens: np.ndarray) -> np.ndarray:
-    return np.array([len(tokens)], np.int64)
+    learned = sum(len(tokenizer.token_bytes(token)) for token in compress(each.ids, each.trained))
+    tokens, lengths = np.array(each.ids, token_dtype(tokenizer)), np.array([len(each.ids)])
+    return Stored(tokens, lengths, np.array(each.trained, bool), _origin(each), sum(each.trained[1:]), learned)
 
 
 def _origin(each: Encoded) -> np.ndarray:
@@ -143,9 +134,7 @@ class DatasetWriter:
         self.directory = here(directory)
         self.tokenizer, self.kind, self.overwrite = tokenizer, kind, overwrite
         check_out(directory, overwrite)
-        self._sealed = False
         self._temporary = files.temporary_beside(self.directory)
-        self._dtype = token_dtype(tokenizer)
         self._splits = {split: _SplitWriter(self._temporary / split, kind, shard_tokens) for split in SPLITS}
 
     def __enter__(self) -> Self:
@@ -156,7 +145,7 @@ class DatasetWriter:
     def __exit__(self, exception_type: type[BaseException] | None, *rest: object) -> None:
         try:
             if exception_type is None:
-                if not self._sealed:
+                if not (self._temporary / "manifest.json").exists():
                     self.seal()
                 self._publish()
                 push(self.directory)
@@ -181,7 +170,7 @@ class DatasetWriter:
         manifest = Manifest(
             version=VERSION,
             kind=self.kind,
-            dtype=self._dtype,
+            dtype=token_dtype(self.tokenizer),
             vocab_size=self.tokenizer.vocab_size,
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             splits={split: writer.finish() for split, writer in self._splits.items()},
@@ -193,7 +182,6 @@ class DatasetWriter:
             )
             raise ValueError(f"nothing to write to {self.directory}: no document is left for training{why}")
         files.write_json(self._temporary / "manifest.json", manifest.model_dump(mode="json"))
-        self._sealed = True
         return self._temporary
 
     def _publish(self) -> None:
@@ -214,11 +202,8 @@ class _SplitWriter:
         self.directory, self.kind, self.shard_tokens = directory, kind, shard_tokens
         self.n_trained = self.trained_bytes = 0
         self.shards: list[ShardInfo] = []
-        self._clear()
-
-    def _clear(self) -> None:
         self._open: list[Stored] = []
-        self.room = self.shard_tokens
+        self.room = shard_tokens
 
     def add(self, stored: Stored) -> None:
         if self._open and len(stored.tokens) > self.room:
@@ -261,7 +246,7 @@ class _SplitWriter:
                 crc32={path.name: crc32(path) for path in paths},
             )
         )
-        self._clear()
+        self._open, self.room = [], self.shard_tokens
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

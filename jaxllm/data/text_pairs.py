@@ -7,31 +7,16 @@ from `data.tokenizer`, whose tokenizers leave special tokens to whoever builds a
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxllm.core import files
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import surrounded, to_json
 from jaxllm.data.fast_pieces import name_of, read_source
-from jaxllm.data.tokenizer import MASKS, Tokenizer
+from jaxllm.data.text_pieces import Encoded, Text, TextPieces, too_long
+from jaxllm.data.tokenizer import MASKS, PAD, Tokenizer
 
-Text = str | tuple[str, str]
-ROLES = {"pad": ("[PAD]", "<pad>"), "mask": ("[MASK]", "<mask>"), "eos": ("</s>", "[SEP]")}
-
-
-class Encoded(NamedTuple):
-    """One text: its ids, special tokens included, and which text of a pair each belongs to."""
-
-    ids: list[int]
-    types: list[int]
-
-
-def too_long(index: int, length: int, longest: int) -> ValueError:
-    """Return the error for a text that a model cannot read whole."""
-    return ValueError(
-        f"text {index} has {length} tokens and the model takes {longest} (max_seq_len); shorten it, or pass "
-        "truncate=True to read its beginning alone"
-    )
+ROLES = {"pad": ("[PAD]", PAD), "mask": MASKS, "eos": ("</s>", "[SEP]")}
 
 
 class PairTokenizer:
@@ -144,3 +129,9 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
         f"{directory} has no tokenizer.json and no vocab.txt; save the tokenizer with transformers once, which writes "
         "tokenizer.json"
     )
+
+
+def load_for_pairs(directory: str | Path) -> PairTokenizer | TextPieces:
+    """Load the tokenizer of an encoder-decoder: of its Hugging Face directory, or of its run."""
+    files_of_marian, fast = ((Path(directory) / name).is_file() for name in ("source.spm", "tokenizer.json"))
+    return load(directory, bos=False, mask=False) if fast and not files_of_marian else TextPieces(directory)

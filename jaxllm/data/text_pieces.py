@@ -3,14 +3,28 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxllm.core import files
-from jaxllm.data import text_pairs
 from jaxllm.data.pieces import SPACE_MARK
-from jaxllm.data.text_pairs import Encoded, PairTokenizer, Text, too_long
 
+Text = str | tuple[str, str]
 EXTRA_IDS = 100  # of T5: placeholders behind the pieces, the last id is the first of them
+
+
+class Encoded(NamedTuple):
+    """One text: its ids, special tokens included, and which text of a pair each belongs to."""
+
+    ids: list[int]
+    types: list[int]
+
+
+def too_long(index: int, length: int, longest: int) -> ValueError:
+    """Return the error for a text that a model cannot read whole."""
+    return ValueError(
+        f"text {index} has {length} tokens and the model takes {longest} (max_seq_len); shorten it, or pass "
+        "truncate=True to read its beginning alone"
+    )
 
 
 class TextPieces:
@@ -115,9 +129,3 @@ class SidePieces:
     def bytes_of(self, token: int) -> bytes:
         piece = "" if token in self.texts.skipped else self.texts.pieces.get(token, "")
         return piece.replace(SPACE_MARK, " ").encode("utf-8")
-
-
-def load(directory: str | Path) -> PairTokenizer | TextPieces:
-    """Load the tokenizer of an encoder-decoder: of its Hugging Face directory, or of its run."""
-    files_of_marian, fast = ((Path(directory) / name).is_file() for name in ("source.spm", "tokenizer.json"))
-    return text_pairs.load(directory, bos=False, mask=False) if fast and not files_of_marian else TextPieces(directory)

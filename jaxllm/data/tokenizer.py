@@ -8,19 +8,17 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
 from jaxllm.data import gguf_tokens
 from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, PAIR_TEMPLATE, ROLE_TOKENS, ChatTemplate
-from jaxllm.data.fast_pieces import FastPieces, read_source
+from jaxllm.data.fast_pieces import FastPieces, name_of, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
-
-if TYPE_CHECKING:
-    from jaxllm.data.text_pieces import SidePieces
+from jaxllm.data.text_pieces import SidePieces
 
 PAD = "<pad>"
 MASKS = ("[MASK]", "<mask>")  # what checkpoints of others call it
@@ -39,7 +37,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        pieces: "BytePieces | SentencePieces | FastPieces | SidePieces",
+        pieces: BytePieces | SentencePieces | FastPieces | SidePieces,
         special: dict[str, int],
         ids: tuple[int, int, int],
         chat: ChatTemplate | None,
@@ -183,7 +181,7 @@ def load(path: str | Path) -> Tokenizer:
         case "tokenizers":
             pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
         case "texts":
-            pieces = _side_pieces(path)
+            pieces = SidePieces(path)
         case _:
             pieces = _read_pieces(path / "spm.model", escape_mark=description["lossless"])
     bos, eos = description["bos_id"], description["eos_id"]
@@ -216,7 +214,7 @@ def _from_huggingface(directory: Path) -> Tokenizer:
     if (directory / "chat_template.jinja").is_file():
         config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     if (directory / "source.spm").is_file():
-        pieces = _side_pieces(directory)
+        pieces = SidePieces(directory)
         pad, eos = pieces.special.values()
         return Tokenizer(pieces, pieces.special, (pad, eos, eos), _chat(PAIR_TEMPLATE, pieces.special, None, eos))
     source = read_source(directory)
@@ -229,12 +227,6 @@ def _from_huggingface(directory: Path) -> Tokenizer:
             "merges.txt, or a SentencePiece .model file"
         )
     return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
-
-
-def _side_pieces(directory: Path) -> "SidePieces":
-    from jaxllm.data.text_pieces import SidePieces  # which is made of more than this module
-
-    return SidePieces(directory)
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
@@ -253,9 +245,7 @@ def _from_fast(pieces: FastPieces, config: Mapping[str, Any], origin: Path) -> T
     Args:
       config: tokenizer_config.json; origin: what errors call it.
     """
-
-    found = (config.get(f"{role}_token") for role in ("bos", "eos", "pad"))
-    bos, eos, pad = (pieces.special.get(each["content"] if isinstance(each, dict) else each) for each in found)
+    bos, eos, pad = (pieces.special.get(name_of(config.get(f"{role}_token"))) for role in ("bos", "eos", "pad"))
     if eos is None:
         usual = ("</s>", "<|endoftext|>", "<eos>", "[SEP]")
         eos = next((token for name, token in pieces.special.items() if name in usual), None)

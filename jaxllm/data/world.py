@@ -7,12 +7,11 @@ a function of (seed, i), so a longer collection begins with the shorter one. Its
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 from jaxllm.data.documents import Conversation, Document, Message
 from jaxllm.data.world_tasks import TASKS
-from jaxllm.data.world_texts import Story, Text, basket, clause, fact_words, films, review, story
+from jaxllm.data.world_texts import Text, basket, clause, fact_words, films, review, story
 from jaxllm.data.world_words import EN, EVERY, NOVEL_PEOPLE, SEEN, WORLD, ZH, Word
 
 SOURCE = "world"
@@ -42,7 +41,7 @@ def conversations(count: int, seed: int) -> Iterator[Conversation]:
     for index in range(count):
         rng = random.Random(f"world conversations {seed} {index}")
         task = SCHEDULE[index % len(SCHEDULE)]
-        prompt, answer, follow_ups = task.draw(rng, SEEN, False)
+        prompt, answer, follow_ups, _ = task.draw(rng, SEEN, False)
         turns = [(prompt, answer), *follow_ups]
         if rng.random() < JOINED:
             turns += [rng.choice(SCHEDULE).draw(rng, SEEN, False)[:2] for _ in range(rng.randint(1, 3))]
@@ -57,13 +56,14 @@ def _told(name: str, draw: Callable[..., Text], rng: random.Random) -> str:
 
 
 def _comprehension(rng: random.Random) -> str:
-    told, language = Story.draw(rng, EVERY, False), rng.choice((EN, ZH))
+    told, language = story(rng, EVERY, False), rng.choice((EN, ZH))
     if language == EN and rng.random() < 0.3:
         name = _invented_name(rng)  # names are there to be copied, also those never met before
-        told = replace(told, hero=Word(name, name))
-    questions = told.text.questions(language)
+        hero = told.words["hero"]
+        told = told._replace(words={slot: Word(name, name) if w == hero else w for slot, w in told.words.items()})
+    questions = told.questions(language)
     asked = [line for index in sorted(rng.sample(range(len(questions)), 3)) for line in questions[index]]
-    return told.text.fill(WORLD["documents"]["comprehension"][language], language, questions="\n".join(asked))
+    return told.fill(WORLD["documents"]["comprehension"][language], language, questions="\n".join(asked))
 
 
 def _invented_name(rng: random.Random) -> str:
@@ -85,7 +85,7 @@ def _diary(rng: random.Random) -> str:
 
 
 def _exercise(rng: random.Random) -> str:
-    prompt, answer, follow_ups = rng.choice(TASKS).draw(rng, EVERY, False)
+    prompt, answer, follow_ups, _ = rng.choice(TASKS).draw(rng, EVERY, False)
     return "\n".join([prompt, answer, *(line for turn in follow_ups for line in turn)])
 
 

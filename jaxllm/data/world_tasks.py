@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxllm.data.world_texts import basket, clause, fact_words, films, review, story
+from jaxllm.data.world_texts import basket, clause, fact_words, films, review, story, tellings
 from jaxllm.data.world_words import WORLD, Pool
 
 EXAMPLES = (
@@ -20,11 +20,12 @@ _TEXTS = {"story": story, "clause": clause, "review": review, "films": films, "b
 
 
 class Exercise(NamedTuple):
-    """What is asked, the one right answer (of a generation task: one of them), and further questions with answers."""
+    """What is asked, an answer, further questions with answers, and all right answers where there are several."""
 
     prompt: str
     answer: str
     follow_ups: tuple[tuple[str, str], ...] = ()
+    right: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class Task:
             return Exercise(*(template.format(**words) for template in rng.choice(self.ask)))
         text = _TEXTS[self.about](rng, pool, held_out)
         if self.answer is not None:
-            prompt = text.fill(rng.choice(self.ask), self.language)
-            return Exercise(prompt, text.fill(self.answer, self.language))
+            prompt, answer = text.fill(rng.choice(self.ask), self.language), text.fill(self.answer, self.language)
+            return Exercise(prompt, answer, (), tellings(text, self.language) if self.about == "story" else ())
         (question, answer), *follow_ups = rng.sample(text.questions(self.language), 3)
         return Exercise(text.fill(rng.choice(self.ask), self.language, question=question), answer, tuple(follow_ups))
 

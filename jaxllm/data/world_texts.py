@@ -1,16 +1,12 @@
 """The texts of the micro-world: each draws its content and says it in English and Chinese.
 
 `clause`, `story`, `review`, `films` and `basket` draw a text of a pool's words, so that it is held out or, for what is
-trained on, is not. A text is told from a template and a story is read back by the same template, so they cannot differ.
+trained on, is not.
 """
 
 import random
-import re
-import string
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from jaxllm.data import world_words as known
 from jaxllm.data.world_words import EN, WORLD, ZH, Pool, Thing, Word, draw_triple, is_held_out, with_article
@@ -48,84 +44,22 @@ def clause(rng: random.Random, pool: Pool, held_out: bool) -> Text:
     return Text(WORLD["texts"]["clause"], words)
 
 
-class Plot(NamedTuple):
-    """A way to tell a story, and who ("hero" or "relative") owns the thing and who feels how at its end."""
-
-    telling: tuple[str, str]
-    owner: str
-    feeler: str
-    feeling: Word
-
-
-PLOTS = tuple(Plot(**plot) for plot in WORLD["plots"])
-
-
-@dataclass(frozen=True)
-class Story:
-    """A hero sees a thing somewhere, and a relative comes in."""
-
-    plot: Plot
-    hero: Word
-    relative: Word
-    colour: Word
-    thing: Thing
-    place: Word
-
-    @classmethod
-    def draw(cls, rng: random.Random, pool: Pool, held_out: bool) -> Self:
-        """Return a random story; the (hero, colour, thing) decides whether it is held out."""
-        hero, colour, thing = draw_triple(rng, pool.people, pool.things, held_out)
-        return cls(rng.choice(PLOTS), hero, rng.choice(known.RELATIVES), colour, thing, rng.choice(known.PLACES))
-
-    @property
-    def text(self) -> Text:
-        """The story as it is told."""
-        words = {slot: word for slot, word in vars(self).items() if slot != "plot"}
-        end = {"owner": words[self.plot.owner], "feeler": words[self.plot.feeler], "feeling": self.plot.feeling}
-        return Text(self.plot.telling, words | end | {"measure": Word("", self.thing.measure)})
-
-
 def story(rng: random.Random, pool: Pool, held_out: bool) -> Text:
-    """The text of a random `Story`."""
-    return Story.draw(rng, pool, held_out).text
+    """A hero sees a coloured thing at a place, and a relative comes in: the first three decide.
+
+    A plot is a way to tell it, and says who ("hero" or "relative") owns the thing and who feels how at its end.
+    """
+    hero, colour, thing = draw_triple(rng, pool.people, pool.things, held_out)
+    words = {"hero": hero, "colour": colour, "thing": thing, "measure": Word("", thing.measure)}
+    plot = rng.choice(WORLD["plots"])
+    words |= {"relative": rng.choice(known.RELATIVES), "place": rng.choice(known.PLACES)}
+    end = {"owner": words[plot["owner"]], "feeler": words[plot["feeler"]], "feeling": Word(*plot["feeling"])}
+    return Text(plot["telling"], words | end)
 
 
-_SLOT_WORDS = {
-    "hero": known.PEOPLE,
-    "relative": known.RELATIVES,
-    "colour": known.COLOURS,
-    "thing": known.THINGS,
-    "place": known.PLACES,
-}
-
-
-def parse(text: str, language: int) -> Story | None:
-    """Return the one `Story` that is told by exactly this text, or None where the grammar cannot tell it."""
-    for plot in PLOTS:
-        if match := _pattern(plot.telling[language], language).fullmatch(text):
-            story = Story(plot, **{slot: _lookup(slot, language)[match[slot]] for slot in _SLOT_WORDS})
-            # The pattern does not know which measure word goes with which thing.
-            return story if story.text.say(language) == text else None
-    return None
-
-
-@cache
-def _lookup(slot: str, language: int) -> dict[str, Word | Thing]:
-    return {word[language]: word for word in _SLOT_WORDS[slot]}
-
-
-@cache
-def _pattern(template: str, language: int) -> re.Pattern[str]:
-    """Turn a template into a pattern: a slot's first use is a group, later ones must repeat what it matched."""
-    pattern, met = "", set()
-    for literal, slot, _, _ in string.Formatter().parse(template):
-        pattern += re.escape(literal)
-        if slot is None:
-            continue
-        words = [thing.measure for thing in known.THINGS] if slot == "measure" else _lookup(slot, language)
-        pattern += f"(?P={slot})" if slot in met else f"(?P<{slot}>{'|'.join(map(re.escape, words))})"
-        met.add(slot)
-    return re.compile(pattern)
+def tellings(words: Text, language: int) -> tuple[str, ...]:
+    """Return all that can be told of the words of a story: one text for each plot."""
+    return tuple(words._replace(template=plot["telling"]).say(language) for plot in WORLD["plots"])
 
 
 def review(rng: random.Random, pool: Pool, held_out: bool) -> Text:
@@ -149,10 +83,10 @@ def films(rng: random.Random, pool: Pool, held_out: bool) -> Text:
     """What a person watched, two to four consecutive films of one series: the person and the first film decide."""
     while True:
         person, series = rng.choice(pool.people + known.RELATIVES), rng.choice(pool.series)
-        start = rng.randrange(len(series.titles))
-        if is_held_out(person.en, series.titles[start]) == held_out:
+        start = rng.randrange(len(series))
+        if is_held_out(person.en, series[start]) == held_out:
             break
-    titles = [series.titles[(start + i) % len(series.titles)] for i in range(rng.randint(2, 4) + 1)]
+    titles = [series[(start + i) % len(series)] for i in range(rng.randint(2, 4) + 1)]
     *watched, following = (Word(title, title) for title in titles)
     return Text(WORLD["texts"]["films"], {"person": person, "watched": _listing(watched), "next": following})
 

@@ -37,22 +37,19 @@ class Thing(NamedTuple):
     kind: Word
 
 
-class Series(NamedTuple):
-    """Films that are watched in this order."""
-
-    genre: str
-    titles: tuple[str, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The words a text may be made of (colours, verbs, places and aspects are always all of them)."""
+    """The words a text may be made of (colours, verbs, places and aspects are always all of them).
+
+    Attributes:
+      series: titles of films that are watched in this order.
+    """
 
     people: tuple[Word, ...]
     things: tuple[Thing, ...]
     praise: tuple[Word, ...]
     blame: tuple[Word, ...]
-    series: tuple[Series, ...]
+    series: tuple[tuple[str, ...], ...]
 
 
 KINDS, PEOPLE, NOVEL_PEOPLE, RELATIVES, COLOURS, VERBS, PLACES, ASPECTS, PRAISE, BLAME = (
@@ -61,7 +58,7 @@ KINDS, PEOPLE, NOVEL_PEOPLE, RELATIVES, COLOURS, VERBS, PLACES, ASPECTS, PRAISE,
 THINGS = tuple(
     Thing(*entry.split(":"), kind) for kind, text in zip(KINDS, WORLD["things"], strict=True) for entry in text.split()
 )
-SERIES = tuple(Series(genre, tuple(titles)) for genre, titles in WORLD["series"].items())
+SERIES = tuple(map(tuple, WORLD["series"].values()))
 
 _LATE_THINGS = THINGS[4::5]
 EVERY = Pool(PEOPLE, THINGS, PRAISE, BLAME, SERIES)

@@ -41,9 +41,8 @@ def text_dataset(tmp_path, byte):
             for split, lengths in (("train", sizes), ("validation", validation)):
                 for number, size in enumerate(lengths):
                     text = "".join(chr(97 + (number + i) % 26) for i in range(size))
-                    writer.add(
-                        split, text_tokens(byte, Encoded(name, f"{split} {number}", byte.encode(text), [], size))
-                    )
+                    document = Encoded(name, f"{split} {number}", byte.encode(text), [], size)
+                    writer.add(split, text_tokens(byte, document))
         return tmp_path / name
 
     return write

@@ -132,7 +132,7 @@ def test_groups_by_band_give_the_same_clusters(verify):
             groups.setdefault((band, key), []).append(index)
     pairs = [dedup.group_pairs(np.array(group), rows[group], config) for group in groups.values()]
     random.Random(4).shuffle(pairs)
-    together = dedup.components(np.concatenate(pairs), len(texts))
+    together = dedup.join(np.arange(len(texts)), np.concatenate(pairs))
     assert (together == dedup.near_duplicates(rows, config)).all()
     assert (together != np.arange(len(texts))).sum() > 20
 
@@ -154,9 +154,9 @@ def test_components_are_those_of_a_plain_union_find():
         for a, b in pairs.tolist():
             low, high = sorted((root[a], root[b]))
             root = [low if each == high else each for each in root]
-        assert dedup.components(pairs, count).tolist() == root
+        assert dedup.join(np.arange(count), pairs).tolist() == root
     chain = np.stack([np.arange(9999), np.arange(1, 10_000)], axis=1)
-    assert not dedup.components(np.random.default_rng(0).permutation(chain), 10_000).any()
+    assert not dedup.join(np.arange(10_000), np.random.default_rng(0).permutation(chain)).any()
 
 
 LINES = DedupConfig(paragraphs="line", paragraph_min_bytes=9)

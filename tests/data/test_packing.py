@@ -76,7 +76,7 @@ def test_every_token_is_a_target_once(tmp_path_factory, byte, sizes, seq_len, sh
     documents = [rng.integers(6, 262, size).tolist() for size in sizes]
     with DatasetWriter(directory, byte, "text", shard_tokens=shard) as writer:
         for ids in documents:
-            writer.add("train", text_tokens(writer.tokenizer, Encoded("s", "l", ids, [], len(ids))))
+            writer.add("train", text_tokens(byte, Encoded("s", "l", ids, [], len(ids))))
     made = TextPlan(Dataset.open(directory), seq_len)
     pairs = []
     for row in rows(made):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxllm.data.clean import CleanConfig, Cleaner, rules
 from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.quality import PRESETS, LineConfig, QualityConfig, keep_lines
-from jaxllm.data.shape import Shape
+from jaxllm.data.shape import MEASURES, Shape
 
 ENGLISH = (
     "The river rises in the hills to the north of the town, and it has been used by mills since the twelfth century. "
@@ -35,15 +35,15 @@ def test_words_of_spaced_text_and_of_chinese():
 
 def test_measures_by_hand():
     shape = Shape("- one two\n* three...\nfour # five\n\nfour # five\n- one two")
-    assert shape.bullet_lines == 3 / 5
-    assert shape.ellipsis_lines == 1 / 5
-    assert shape.repeated_lines == 2 / 5
-    assert shape.repeated_line_bytes == pytest.approx((11 + 9) / (9 + 10 + 11 + 11 + 9))
-    assert shape.symbols == 3 / 14
-    assert shape.alphabetic == pytest.approx(9 / 14)
-    assert Shape("{ lorem ipsum } Lorem Ipsum").braces == Shape("lorem ipsum, Lorem Ipsum").lorem_ipsum == 2
-    assert Shape("One. Two! Is 3.5 three? 四。五！").sentences == 5
-    assert Shape("x.\n\ny.\n\nx.").repeated_paragraphs == pytest.approx(1 / 3)
+    found = {name: measure(shape) for name, measure in MEASURES.items()}
+    assert (found["bullet_lines"], found["ellipsis_lines"], found["repeated_lines"]) == (3 / 5, 1 / 5, 2 / 5)
+    assert found["repeated_line_bytes"] == pytest.approx((11 + 9) / (9 + 10 + 11 + 11 + 9))
+    assert found["symbols"] == 3 / 14
+    assert found["alphabetic"] == pytest.approx(9 / 14)
+    lorem = Shape("{ lorem ipsum } Lorem Ipsum")
+    assert MEASURES["braces"](lorem) == MEASURES["lorem_ipsum"](lorem) == 2
+    assert MEASURES["sentences"](Shape("One. Two! Is 3.5 three? 四。五！")) == 5
+    assert MEASURES["repeated_paragraphs"](Shape("x.\n\ny.\n\nx.")) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("text", ["a b c a b c a b d", "甲乙丙甲乙丙甲乙丁"])

@@ -42,6 +42,7 @@ def files(tmp_path, monkeypatch):
 
 
 def config(out="out", **options):
+    options = {"engine": {"kind": "local", "workers": 1}, **options}  # to start processes would cost most of the time
     return PrepareConfig(
         inputs=(RowFiles(path="a.jsonl"), RowFiles(path="b.jsonl")), out=out, tokenizer=BytesTokenizer(), validation=0,
         part_bytes=1, **options,

@@ -43,7 +43,7 @@ def test_manifest_counts_targets_and_bytes(text_dataset, chat_dataset):
 def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, byte, monkeypatch):
     monkeypatch.setattr(byte.pieces, "size", 70_000)
     with DatasetWriter(tmp_path / "wide", byte, "text") as writer:
-        writer.add("train", text_tokens(writer.tokenizer, Encoded("s", "l", [69_999], [], 1)))
+        writer.add("train", text_tokens(byte, Encoded("s", "l", [69_999], [], 1)))
     assert Dataset.open(tmp_path / "wide").tokens(0).tolist() == [1, 69_999, 2]
     assert read_manifest(tmp_path / "wide").dtype == "uint32"
 
@@ -51,7 +51,7 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, byte, monkeypatch):
 def test_location_may_hold_any_character(tmp_path, byte):
     with DatasetWriter(tmp_path / "odd", byte, "text") as writer:
         for location in ("a\u2028b\nc", "第二"):
-            writer.add("train", text_tokens(writer.tokenizer, Encoded("s", location, [10], [], 1)))
+            writer.add("train", text_tokens(byte, Encoded("s", location, [10], [], 1)))
     dataset = Dataset.open(tmp_path / "odd")
     assert [dataset.origin(document)["location"] for document in range(2)] == ["a\u2028b\nc", "第二"]
 
@@ -102,7 +102,7 @@ def test_existing_directory_is_kept_unless_overwrite(text_dataset, tmp_path, byt
     with pytest.raises(FileExistsError, match="exists; choose another directory, or --overwrite"):
         DatasetWriter(directory, byte, "text")
     with DatasetWriter(directory, byte, "text", overwrite=True) as writer:
-        writer.add("train", text_tokens(writer.tokenizer, Encoded("s", "l", [10] * 8, [], 8)))
+        writer.add("train", text_tokens(byte, Encoded("s", "l", [10] * 8, [], 8)))
         assert Dataset.open(directory).lengths.tolist() == [7]  # the old one serves until the end
     assert Dataset.open(directory).lengths.tolist() == [10]
     assert os.listdir(tmp_path) == ["text"]
@@ -132,7 +132,7 @@ def test_what_came_into_the_directory_while_the_data_was_prepared_is_kept(text_d
         pytest.raises(FileExistsError, match=r"it holds notes\.txt"),
         DatasetWriter(directory, byte, "text", overwrite=True) as writer,
     ):
-        writer.add("train", text_tokens(writer.tokenizer, Encoded("s", "l", [10] * 8, [], 8)))
+        writer.add("train", text_tokens(byte, Encoded("s", "l", [10] * 8, [], 8)))
         (directory / "notes.txt").write_text("mine")
     assert (directory / "notes.txt").read_text() == "mine" and Dataset.open(directory).lengths.tolist() == [7]
     assert os.listdir(directory.parent) == ["text"]
@@ -151,7 +151,7 @@ def test_overwrite_leaves_files_links_and_the_current_directory(text_dataset, by
         DatasetWriter("link", byte, "text", overwrite=True)
     (tmp_path / "empty").mkdir()
     with DatasetWriter("empty", byte, "text", overwrite=True) as writer:
-        writer.add("train", text_tokens(writer.tokenizer, Encoded("s", "l", [10] * 8, [], 8)))
+        writer.add("train", text_tokens(byte, Encoded("s", "l", [10] * 8, [], 8)))
     assert Dataset.open("empty").lengths.tolist() == [10]
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_called_so_and_leaves_nothing(text_dataset, tmp_path, byt
                 DatasetWriter(tmp_path / name, byte, "text", overwrite=True) as writer,
             ):
                 for _ in range(documents):
-                    writer.add("train", text_tokens(writer.tokenizer, Encoded("s", "l", [10] * length, [], length)))
+                    writer.add("train", text_tokens(byte, Encoded("s", "l", [10] * length, [], length)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["text"]

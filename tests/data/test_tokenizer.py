@@ -81,11 +81,6 @@ def test_special_ids_are_fixed_and_dropped_by_decode(bpe, byte):
     assert byte.vocab_size == 262
 
 
-def test_token_bytes_join_to_the_text(tokenizer):
-    text = "fox 狐狸 😀\u2581"
-    assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
-
-
 def test_newline_and_digits_are_tokens_of_their_own(bpe):
     assert len(bpe.encode("\n\n\n")) == 3
     assert len(bpe.encode("345")) == 3

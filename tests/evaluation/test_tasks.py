@@ -1,11 +1,12 @@
 """Held-out exercises: disjoint from instruction data by construction, and judged exactly."""
 
 import random
+import re
 
 import pytest
 
-from jaxllm.data import world, world_tasks
-from jaxllm.data.world_words import EN, LATE_WORDS, NOVEL_PEOPLE, SEEN, SERIES, ZH
+from jaxllm.data import world, world_tasks, world_texts
+from jaxllm.data.world_words import EN, LATE_WORDS, NOVEL_PEOPLE, SEEN, SERIES, ZH, Word
 from jaxllm.evaluation import tasks
 
 SPLITS = [(application, "new_combinations") for application in tasks.APPLICATIONS]
@@ -39,7 +40,7 @@ def test_400_distinct_unseen_prompts_whose_answers_pass(application, split, trai
 def test_no_held_out_prompt_can_be_drawn_for_training(task):
     """The law behind the disjointness: the two sides of `is_held_out` share no prompt, whatever the number drawn."""
     rng = random.Random(task.name)
-    sides = [{task.draw(rng, SEEN, held_out).prompt for _ in range(3000)} for held_out in (False, True)]
+    sides = [{task.draw(rng, SEEN, held_out).prompt for _ in range(1000)} for held_out in (False, True)]
     assert not sides[0] & sides[1]
 
 
@@ -51,7 +52,7 @@ def test_held_out_clauses_and_stories_are_in_no_document():
 
 
 def test_prompts_hold_the_words_of_their_split():
-    late = [form for word in LATE_WORDS for form in word] + list(SERIES[3].titles)
+    late = [form for word in LATE_WORDS for form in word] + list(SERIES[3])
     for application in tasks.APPLICATIONS:
         for example in tasks.held_out(application, "pretrain_only", count=100, seed=0):
             assert any(form in example.prompt for form in late), example
@@ -61,67 +62,35 @@ def test_prompts_hold_the_words_of_their_split():
         assert any(name.en in example.prompt for name in NOVEL_PEOPLE)
 
 
-def test_the_answer_of_every_conversation_passes_its_own_check():
-    application = {task.name: task.application for task in world_tasks.TASKS}
-    for conversation in world.conversations(500, seed=0):
-        task = conversation.location.split(", ")[-1]
-        prompt, answer = (message.content for message in conversation.messages[:2])
-        assert tasks.is_correct(tasks.Example(application[task], task, "new_combinations", prompt, answer), answer)
-
-
-ENGLISH = "Anna saw a red ball in the park. Anna gave the ball to Mum. Mum was happy."
-KEPT = "Anna saw a red ball in the park. Anna took the ball home and showed it to Mum. Anna was happy."
-LOST = "Anna saw a red ball in the park. Anna lost the ball and Mum found it. Anna was sad."
-CHINESE = "安娜在公园里看见一个红色的皮球。安娜丢了皮球，妈妈找到它。安娜很难过。"
-
-
-@pytest.mark.parametrize(
-    ("told", "right"),
-    [
-        (ENGLISH, True),
-        (KEPT, True),
-        (LOST, True),
-        (ENGLISH.replace("Mum", "Uncle"), False),
-        (ENGLISH.replace("red", "blue"), False),
-        (ENGLISH.replace("ball", "kite"), False),
-        (ENGLISH.replace("Anna", "Mary"), False),
-        (ENGLISH.replace("park", "school"), False),
-        (ENGLISH.replace("Mum", "Tom"), False),
-        (ENGLISH.replace("Mum was", "Dad was"), False),
-        (ENGLISH.replace("the ball to", "the kite to"), False),
-        (ENGLISH.replace("Mum was", "Anna was"), False),
-        (KEPT.replace("Anna was", "Mum was"), False),
-        (LOST.replace("sad", "happy"), False),
-        (LOST.replace("park", "castle"), False),
-        (ENGLISH + " Mum was happy.", False),
-        (ENGLISH.removesuffix(" Mum was happy."), False),
-        (ENGLISH.replace(". ", "."), False),
-        ("", False),
-    ],
+ANNA = {
+    "hero": Word("Anna", "安娜"), "relative": Word("Mum", "妈妈"), "colour": Word("red", "红色"),
+    "thing": Word("ball", "皮球"), "measure": Word("", "个"), "place": Word("park", "公园"),
+}  # fmt: skip
+ENGLISH = (
+    "Anna saw a red ball in the park. Anna gave the ball to Mum. Mum was happy.",
+    "Anna saw a red ball in the park. Anna took the ball home and showed it to Mum. Anna was happy.",
+    "Anna saw a red ball in the park. Anna lost the ball and Mum found it. Anna was sad.",
 )
-def test_english_stories_are_judged_by_the_grammar(told, right):
-    prompt = "Write a story about Anna, Mum and a red ball in the park."
-    example = tasks.Example("generation", "story_en", "new_combinations", prompt, ENGLISH)
-    assert tasks.is_correct(example, told) is right
-
-
-@pytest.mark.parametrize(
-    ("told", "right"),
-    [
-        (CHINESE, True),
-        (CHINESE.replace("妈妈", "叔叔"), False),
-        (CHINESE.replace("一个", "一只"), False),
-        (CHINESE.replace("红色", "蓝色"), False),
-        (CHINESE.replace("难过", "高兴"), False),
-        (CHINESE.replace("安娜丢了", "妈妈丢了"), False),
-        (ENGLISH, False),
-    ],
+CHINESE = (
+    "安娜在公园里看见一个红色的皮球。安娜把皮球给了妈妈。妈妈很高兴。",
+    "安娜在公园里看见一个红色的皮球。安娜把皮球带回家给妈妈看。安娜很高兴。",
+    "安娜在公园里看见一个红色的皮球。安娜丢了皮球，妈妈找到它。安娜很难过。",
 )
-def test_chinese_stories_are_judged_by_the_grammar(told, right):
-    example = tasks.Example(
-        "generation", "story_zh", "new_combinations", "写一个关于安娜、妈妈和公园里红色的皮球的故事。", CHINESE
-    )
-    assert tasks.is_correct(example, told) is right
+
+
+@pytest.mark.parametrize(("language", "right"), [(EN, ENGLISH), (ZH, CHINESE)])
+def test_a_story_is_right_if_any_plot_tells_it_of_the_words_asked_for(language, right):
+    assert world_texts.tellings(world_texts.Text(("", ""), ANNA), language) == right
+    story = tasks.Example("generation", "story", "new_combinations", "Write a story about ...", right[0], right)
+    assert all(tasks.is_correct(story, f" {told}\n") for told in right)
+    wrong = (right[0].replace("Mum", "Uncle").replace("妈妈", "叔叔"), right[0] + " ...", *(ENGLISH + CHINESE), "")
+    assert not any(tasks.is_correct(story, told) for told in wrong if told not in right)
+
+
+def test_the_right_stories_of_an_example_begin_alike_and_its_answer_is_one_of_them():
+    for example in tasks.held_out("generation", "pretrain_only", count=60, seed=1):
+        assert len(set(example.right)) == 3 and example.answer in example.right
+        assert len({re.split("[.。]", story)[0] for story in example.right}) == 1
 
 
 def test_mutated_stories_fail():
@@ -148,10 +117,3 @@ def test_errors_say_what_to_do(monkeypatch):
     monkeypatch.setattr(tasks, "_TRIES_FOR_A_NEW_PROMPT", 0)  # the first repetition counts as the end
     with pytest.raises(ValueError, match=r"count=4000 is too many: generation, pretrain_only has \d+ distinct prompts"):
         tasks.held_out("generation", "pretrain_only", count=4000, seed=0)
-
-
-def test_languages_differ_by_script():
-    """`is_correct` tells a story's language by whether its answer is ASCII."""
-    for example in tasks.held_out("generation", "new_combinations", count=100, seed=0):
-        assert example.answer.isascii() == (example.task == "story_en")
-    assert (EN, ZH) == (0, 1)

@@ -161,7 +161,7 @@ def quality(texts: list[str]) -> dict:
     """Compare what is found with brute force: pairs, and documents dropped."""
     pairs, common = brute_force(texts, EDGES[0])
     true = common >= CONFIG.threshold - 1e-6
-    truth = dedup.components(pairs[true], len(texts)) != np.arange(len(texts))
+    truth = dedup.join(np.arange(len(texts)), pairs[true]) != np.arange(len(texts))
     rows = dedup.signatures(texts, CONFIG)
     keys = dedup.band_keys(rows, CONFIG)
     near = (keys[pairs[:, 0]] == keys[pairs[:, 1]]).any(axis=1)
@@ -236,14 +236,15 @@ def decontamination(data: Path) -> dict:
         texts[index] += f"{rng.choice((' ', chr(10)))}{disguised}{rng.choice((' ', chr(10)))}{clean[-index][:50]}"
     evaluation = Evaluation(asked, DecontaminateConfig())
     start = time.perf_counter()
-    hits = evaluation.hits(texts)
+    left = [evaluation.leave(text) for text in texts]
     seconds = time.perf_counter() - start
     wanted = {index for index, (_, question) in put.items() if len(UNIT.findall(question)) >= 8}
-    others = [hit.index for hit in hits if hit.index not in put]
+    hits = {index: found[0].split(", ") for index, found in enumerate(left) if isinstance(found, tuple)}
+    others = hits.keys() - put.keys()
     return {
         "questions put in that are looked for": len(wanted),
-        "found": len(wanted & {hit.index for hit in hits}),
-        "under their source": sum(hit.index in wanted and put[hit.index][0] in hit.sources for hit in hits),
+        "found": len(wanted & hits.keys()),
+        "under their source": sum(put[index][0] in hits[index] for index in wanted & hits.keys()),
         "other documents reported": len(others),
         "of them paragraphs that a question is about": sum(clean[index] in contexts for index in others),
         "megabytes per second": sum(len(text.encode()) for text in texts) / 1e6 / seconds,
