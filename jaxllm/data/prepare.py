@@ -28,6 +28,7 @@ from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
 from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates, repeated_ids
 from jaxllm.data.report import (
     Cluster,
+    Flow,
     InputReport,
     LanguageReport,
     PackingReport,
@@ -79,7 +80,7 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
         kept = job.find_copies(texts)
         job.notes += repeated_ids(Texts(tuple(texts), config.chat), kept)
         verdicts, left = job.find_repeats(texts, kept)
-        tok = tok or job.train(texts, left, read.bytes_kept)
+        tok = tok or job.train(texts, left, read.totals[3])
         encoded = job.encode(texts, kept, verdicts, tok)
         account = stages.merge([read, *map(stages.read_account, encoded)])
         _check_any(account, work)
@@ -144,9 +145,8 @@ class _Job:
                 if self.config.clean.deduplicate and isinstance(self.config.engine, BeamEngine):
                     beam.keep_first(texts, directory, self.config.engine.options)
                     return paths
-                digests = [np.load(path / "digests.npy") for path in texts]
-                alone = [np.ones(len(each), bool) for each in digests]
-                kept = stages.keep_first(digests) if self.config.clean.deduplicate else alone
+                kept = [np.load(path / "digests.npy") for path in texts]
+                kept = stages.keep_first(kept) if self.config.clean.deduplicate else [each[:, 0] >= 0 for each in kept]
                 for path, each in zip(paths, kept, strict=True):
                     save_array(directory / path.name, each)
         return paths
@@ -156,7 +156,10 @@ class _Job:
         [out] = self.work.keep("trained", [files.fingerprint(kept[0].parent.name, repr(self.config.tokenizer))])
         if not out.exists():
             share = SAMPLES * self.config.tokenizer.sample_bytes / size_bytes
-            told = chain(_sample(texts, kept, share, self.config.chat), self._now_training())
+            now = iter(
+                lambda: self.progress.begin("training the tokenizer"), None
+            )  # no text: it is said after the last
+            told = chain(_sample(texts, kept, share, self.config.chat), now)
             with stages.result(out) as directory:
                 tokenizer.train(told, self.config.tokenizer).save(directory)
         return tokenizer.load(out)
@@ -210,11 +213,6 @@ class _Job:
         outs = self.work.keep(stage, places)
         return [replace(task, out=out) for task, out in zip(tasks, outs, strict=True)]
 
-    def _now_training(self) -> Iterator[str]:
-        """No text, but word that all of it was read."""
-        self.progress.begin("training the tokenizer")
-        yield from ()
-
     def _run(self, stage: str, tasks: Sequence[engine.Task]) -> None:
         self.progress.begin(stage)
         if done := sum(task.out.exists() for task in tasks):
@@ -264,16 +262,12 @@ def _sample(texts: Sequence[Path], kept: Sequence[Path], share: float, chat: boo
             yield from stages.texts(item)
 
 
-def _numbered(encoded: Sequence[Path]) -> Iterator[tuple[Path, int]]:
-    """(part, number in it) of every document."""
-    for part in encoded:
-        yield from ((part, number) for number in range(len(np.load(part / "index.npy", mmap_mode="r")) - 1))
-
-
 def _stretches(encoded: Sequence[Path], validation: float, seed: int) -> Iterator[tuple[str, Path, int, int]]:
     """(split, part, start, stop) of all documents, in the order that each split is to have."""
     last: dict[str, tuple[Path, int, int]] = {}
-    for split, (part, number) in assign_splits(_numbered(encoded), validation, seed):
+    sizes = ((part, len(np.load(part / "index.npy", mmap_mode="r")) - 1) for part in encoded)
+    numbered = ((part, number) for part, size in sizes for number in range(size))
+    for split, (part, number) in assign_splits(numbered, validation, seed):
         before, start, stop = last.get(split, (part, number, number))
         if (before, stop) != (part, number):
             yield split, before, start, stop
@@ -305,14 +299,15 @@ def assign_splits(items: Iterable[T], validation: float, seed: int) -> Iterator[
 
 def _check_any(account: Account, work: Work) -> None:
     """Raise ValueError if no text is left, of which nothing is worth keeping."""
-    if account.n_kept:
+    n_read, _, n_kept, _ = account.totals
+    if n_kept:
         return
     work.clear()
     problems = account.problems
     dropped = ", ".join(f"{name} dropped {rule.dropped}" for name, rule in account.rules.items() if rule.dropped)
     first = f" (first: {problems.examples[0]})" if problems.count else ""
     raise ValueError(
-        f"no text is left: {count(account.n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
+        f"no text is left: {count(n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
         f"{first}, {dropped or 'no rule dropped any'}; check the sources"
     )
 
@@ -322,11 +317,11 @@ def _report(
 ) -> PrepareReport:
     asked = config.tokenizer
     found = asked.path if isinstance(asked, ExistingTokenizer) else asked.kind
+    can_cut = not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
     return PrepareReport(
         directory=config.out, kind=config.dataset_kind,
-        documents_read=account.n_read, documents_kept=account.n_kept,
-        bytes_read=account.bytes_read, bytes_kept=account.bytes_kept,
+        **Flow.of(account.totals),
         problems=account.problems.count, problem_examples=tuple(account.problems.examples),
         replaced=account.problems.replaced,
         rules=account.rules,
@@ -338,23 +333,15 @@ def _report(
         },
         packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        inputs=tuple(
-            InputReport(name=name, documents_read=n, bytes_read=size, documents_kept=kept, bytes_kept=left)
-            for name, (n, size, kept, left) in account.inputs.items()
-        ),
+        inputs=tuple(InputReport(name=name, **Flow.of(numbers)) for name, numbers in account.inputs.items()),
         languages={
             name: LanguageReport(documents=n, bytes=size)
             for name, (n, size) in sorted(account.languages.items(), key=lambda each: -each[1][1])
             if n
         },
         lengths=tuple(lengths_of(datasets["train"].lengths)),
-        notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, _can_cut(config))),
+        notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, can_cut)),
     )  # fmt: skip
-
-
-def _can_cut(config: PrepareConfig) -> bool:
-    """Whether documents are whole files, which --split makes smaller."""
-    return not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
 
 
 def _notes(config: PrepareConfig, account: Account, tok: Tokenizer) -> Iterator[str]:
@@ -362,11 +349,12 @@ def _notes(config: PrepareConfig, account: Account, tok: Tokenizer) -> Iterator[
     asked, size = config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
         alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least
-        enough = 100 * max(-(-alphabet // 100), account.bytes_kept // BYTES_PER_ID // 100)
+        left = account.totals[3]
+        enough = 100 * max(-(-alphabet // 100), left // BYTES_PER_ID // 100)
         if size < asked.vocab_size:
             yield f"the text has pieces for a vocabulary of {size} only, not of {asked.vocab_size}"
         elif size > enough:
             yield (
-                f"a vocabulary of {size:,} is large for {count(account.bytes_kept, 'byte')} of text: most ids are too "
+                f"a vocabulary of {size:,} is large for {count(left, 'byte')} of text: most ids are too "
                 f"rare to be learned; use --vocab-size {enough} or more text"
             )
