@@ -133,9 +133,8 @@ def _tokenizer(loader: Loader) -> str:
                 "template must end the answers with the end token inside {% generation %}"
             )
     same = " (eos is the padding as well; padding has no weight)" * (tok.pad_id == tok.eos_id)
-    return (
-        f"{tok.vocab_size:,} ids, {', '.join(f'{name}={token}' for name, token in ids.items())}{same}; ends are learned"
-    )
+    shown = ", ".join(f"{name}={token}" for name, token in ids.items())
+    return f"{tok.vocab_size:,} ids, {shown}{same}; ends are learned"
 
 
 def _coverage(loader: Loader) -> str:

@@ -17,7 +17,7 @@ from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
-from jaxllm.data import beam, decontaminate, engine, sources, stages, tokenizer
+from jaxllm.data import beam, decontaminate, engine, report, sources, stages, tokenizer
 from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
 from jaxllm.data.clean import rewrite
@@ -26,19 +26,6 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
 from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates, repeated_ids
-from jaxllm.data.report import (
-    Cluster,
-    Flow,
-    InputReport,
-    LanguageReport,
-    PackingReport,
-    PrepareReport,
-    Progress,
-    SplitReport,
-    held_out_notes,
-    lengths_of,
-    write_page,
-)
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset
 from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
@@ -49,11 +36,12 @@ if TYPE_CHECKING:
 
 BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
 LEAST_BYTES, ENOUGH_PARTS = 1 << 22, 64  # of a part that is worth a worker's start; for any number of cores
+FLOW = "documents_read", "bytes_read", "documents_kept", "bytes_kept"  # as Account counts them
 SAMPLES = 8  # the tokenizer's sample is drawn from at most about this many times its size
 T = TypeVar("T")
 
 
-def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareReport:
+def prepare(config: PrepareConfig, console: "Console | None" = None) -> report.PrepareReport:
     """Make the dataset directory `config.out` and return the account of it (also stored as report.json).
 
     What is done of it is kept beside `out` until all is done, so that the same call goes on after whatever ended one.
@@ -71,7 +59,7 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
     start = time.perf_counter()
     inputs = (path for each in config.inputs for path in sources.paths(each))
     check_out(config.out, config.overwrite, inputs)  # before a tokenizer is trained
-    with Progress(console) as progress, Work(here(config.out), progress.note) as work:
+    with report.Progress(console) as progress, Work(here(config.out), progress.note) as work:
         job = _Job(config, work, progress)
         tok = None if job.trains else make_tokenizer(config)
         texts = job.clean(job.find_evaluation())
@@ -95,21 +83,21 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
             directory = writer.seal()
             datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
             progress.end()
-            report = _report(config, account, tok, datasets, start)
-            changes = {"stages": progress.seconds, "clusters": job.clusters, "notes": (*report.notes, *job.notes)}
-            report = report.model_copy(update=changes)
-            write_page(directory / "report.html", report, configs.dump(config))
-            files.write_json(directory / "report.json", report.model_dump(mode="json"))
-    return report
+            made = _report(config, account, tok, datasets, start)
+            changes = {"stages": progress.seconds, "clusters": job.clusters, "notes": (*made.notes, *job.notes)}
+            made = made.model_copy(update=changes)
+            report.write_page(directory / "report.html", made, configs.dump(config))
+            files.write_json(directory / "report.json", made.model_dump(mode="json"))
+    return made
 
 
 class _Job:
     """The stages, each of which finds what is done of it and does the rest; all give their results part by part."""
 
-    def __init__(self, config: PrepareConfig, work: Work, progress: Progress):
+    def __init__(self, config: PrepareConfig, work: Work, progress: report.Progress):
         self.config, self.work, self.progress = config, work, progress
         self.trains = isinstance(config.tokenizer, TokenizerConfig)
-        self.clusters: tuple[Cluster, ...] = ()  # of near duplicates, the largest
+        self.clusters: tuple[report.Cluster, ...] = ()  # of near duplicates, the largest
         self.notes: list[str] = []
 
     def find_evaluation(self) -> Path | None:
@@ -183,7 +171,7 @@ class _Job:
                     options = self.config.engine.options
                     find = lambda stays: beam.near_duplicates(outs, stays, dedup, texts, options, Path(place))
                 decide(texts, outs, kept, dedup, directory, find)
-        self.clusters = tuple(Cluster(**each) for each in files.read_json(out / "clusters.json"))
+        self.clusters = tuple(report.Cluster(**each) for each in files.read_json(out / "clusters.json"))
         verdicts = [Verdicts(out / f"{path.stem}.near.npy", one, dedup) for path, one in zip(kept, outs, strict=True)]
         return verdicts, [out / path.name for path in kept]
 
@@ -314,33 +302,34 @@ def _check_any(account: Account, work: Work) -> None:
 
 def _report(
     config: PrepareConfig, account: Account, tok: Tokenizer, datasets: dict[str, Dataset], start: float
-) -> PrepareReport:
+) -> report.PrepareReport:
     asked = config.tokenizer
     found = asked.path if isinstance(asked, ExistingTokenizer) else asked.kind
+    flow = lambda numbers: dict(zip(FLOW, numbers, strict=True))
     can_cut = not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
-    return PrepareReport(
+    return report.PrepareReport(
         directory=config.out, kind=config.dataset_kind,
-        **Flow.of(account.totals),
+        **flow(account.totals),
         problems=account.problems.count, problem_examples=tuple(account.problems.examples),
         replaced=account.problems.replaced,
         rules=account.rules,
         tokenizer=asked.algorithm if isinstance(asked, TokenizerConfig) else found,
         vocab_size=tok.vocab_size, bytes_per_token=datasets["train"].bytes_per_token,
         splits={
-            split: SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
+            split: report.SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
             for split, each in datasets.items()
         },
-        packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
+        packing=report.PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        inputs=tuple(InputReport(name=name, **Flow.of(numbers)) for name, numbers in account.inputs.items()),
+        inputs=tuple(report.InputReport(name=name, **flow(numbers)) for name, numbers in account.inputs.items()),
         languages={
-            name: LanguageReport(documents=n, bytes=size)
+            name: report.LanguageReport(documents=n, bytes=size)
             for name, (n, size) in sorted(account.languages.items(), key=lambda each: -each[1][1])
             if n
         },
-        lengths=tuple(lengths_of(datasets["train"].lengths)),
-        notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, can_cut)),
+        lengths=tuple(report.lengths_of(datasets["train"].lengths)),
+        notes=(*_notes(config, account, tok), *report.held_out_notes(datasets, config.validation, can_cut)),
     )  # fmt: skip
 
 

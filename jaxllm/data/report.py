@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,24 +41,14 @@ class PackingReport(Record):
     dropped: int
 
 
-class Flow(Record):
-    """What was read, and what was kept of it."""
+class InputReport(Record):
+    """One input: what was read, and what was kept of it."""
 
+    name: str
     documents_read: int
     bytes_read: int
     documents_kept: int
     bytes_kept: int
-
-    @classmethod
-    def of(cls, numbers: Sequence[int]) -> dict[str, int]:
-        """Return the fields of four numbers, in their order."""
-        return dict(zip(Flow.model_fields, numbers, strict=True))
-
-
-class InputReport(Flow):
-    """One input."""
-
-    name: str
 
 
 class LanguageReport(Record):
@@ -84,11 +74,15 @@ class LengthReport(Record):
     tokens: int
 
 
-class PrepareReport(Flow):
+class PrepareReport(Record):
     """The account of one `prepare`: everything that was read is either stored or counted here as left out."""
 
     directory: str
     kind: str
+    documents_read: int
+    bytes_read: int
+    documents_kept: int
+    bytes_kept: int
     problems: int
     replaced: int
     problem_examples: tuple[str, ...]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.data import input_files, pydocs, rows, texts
@@ -41,25 +41,19 @@ class Encoded(Files):
         "utf-8", description="of the files; several (utf-8,gb18030): of each document the first that it can be in"
     )
 
-    @field_validator("encoding")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        for name in value.split(","):
-            try:
-                "\n".encode(name)
-            except LookupError as error:
-                raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
-        return value
-
     @model_validator(mode="after")
-    def _can_be_cut(self) -> Self:
+    def _check(self) -> Self:
         if self.kind not in ("text", "markdown", "jsonl") and self.encoding != "utf-8":
             raise ValueError(f"encoding={self.encoding}: --{self.kind} has no encoding of its own; leave it out")
-        wide = [name for name in self.encoding.split(",") if "\n".encode(name) != b"\n"]
-        if wide and getattr(self, "split", "") != "file":
-            raise ValueError(
-                f"encoding={wide[0]} cannot be cut at newlines; convert the file: iconv -f {wide[0]} -t utf-8"
-            )
+        for name in self.encoding.split(","):
+            try:
+                newline = "\n".encode(name)
+            except LookupError as error:
+                raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
+            if newline != b"\n" and getattr(self, "split", "") != "file":
+                raise ValueError(
+                    f"encoding={name} cannot be cut at newlines; convert the file: iconv -f {name} -t utf-8"
+                )
         return self
 
 
