@@ -59,7 +59,8 @@ def preflight(recipe: Recipe) -> Iterator[Finding]:
     yield _finding("tokenizer", lambda: _tokenizer(loader))
     yield _finding("learned tokens", lambda: _coverage(loader))
     if recipe.start_from is not None:
-        yield _finding("start_from", lambda: _start(recipe.start_from))
+        size = lambda: accounting.param_count(look(recipe.start_from, encoders=True)[0])
+        yield _finding("start_from", lambda: f"{recipe.start_from}: {size():,} parameters")
     if not agreed.good:  # nothing can be built of it
         return
     try:
@@ -68,8 +69,10 @@ def preflight(recipe: Recipe) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("mesh and data", False, str(error))
         return
-    yield Finding("mesh and data", True, f"{count(mesh.size, 'device')}: {_shape(mesh)}")
-    yield Finding("computation", True, _kernels(run))
+    shape = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    yield Finding("mesh and data", True, f"{count(mesh.size, 'device')}: {shape or 'no axis is split'}")
+    kernels = f"{run.compute.dtype} by XLA on {jax.default_backend()}, attention by {run.kernel}"
+    yield Finding("computation", True, f"{kernels}, layers={run.compute.layers}, remat={run.compute.remat}")
     state = abstract_state(recipe.model, optimizer(recipe.optim), ema=recipe.step.ema_decay is not None)
     yield _finding("memory", lambda: _memory(run))
     yield _finding("disk", lambda: _disk(run_dir, recipe, state))
@@ -100,9 +103,9 @@ def _home(run_dir: Path, recipe: Recipe) -> str:
 
 
 def _data(loader: Loader) -> str:
-    parts = [
-        f"{each.directory}: {count(len(each), each.kind)}, {int(each.starts[-1]):,} tokens" for each in loader.datasets
-    ]
+    nouns = {"chat": "conversation", "text": "document"}
+    sizes = (f"{count(len(each), nouns[each.kind])}, {int(each.starts[-1]):,} tokens" for each in loader.datasets)
+    parts = [f"{each.directory}: {size}" for each, size in zip(loader.datasets, sizes, strict=True)]
     return f"{'; '.join(parts)}; an epoch has {count(loader.samples_per_epoch, 'row')} of {loader.plans[0].seq_len}"
 
 
@@ -130,9 +133,8 @@ def _tokenizer(loader: Loader) -> str:
                 "template must end the answers with the end token inside {% generation %}"
             )
     same = " (eos is the padding as well; padding has no weight)" * (tok.pad_id == tok.eos_id)
-    return (
-        f"{tok.vocab_size:,} ids, {', '.join(f'{name}={token}' for name, token in ids.items())}{same}; ends are learned"
-    )
+    shown = ", ".join(f"{name}={token}" for name, token in ids.items())
+    return f"{tok.vocab_size:,} ids, {shown}{same}; ends are learned"
 
 
 def _coverage(loader: Loader) -> str:
@@ -147,23 +149,6 @@ def _coverage(loader: Loader) -> str:
     return (
         f"{learned.mean():.1%} of the positions of the first {count(n_rows, 'row')} ({learned.min():.1%} at least), "
         f"{1 - filled.mean():.1%} padding"
-    )
-
-
-def _start(start_from: str) -> str:
-    config, _ = look(start_from, encoders=True)
-    return f"{start_from}: {accounting.param_count(config):,} parameters"
-
-
-def _shape(mesh: jax.sharding.Mesh) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no axis is split"
-
-
-def _kernels(run: Run) -> str:
-    compute = run.compute
-    return (
-        f"{compute.dtype} by XLA on {jax.default_backend()}, attention by {run.kernel}, layers={compute.layers}, "
-        f"remat={compute.remat}"
     )
 
 

@@ -73,6 +73,16 @@ class RuleCount:
     dropped: int = 0
     examples: list[str] = field(default_factory=list)
 
+    def __add__(self, other: "RuleCount") -> "RuleCount":
+        examples = [*self.examples, *other.examples][:N_EXAMPLES]
+        return RuleCount(self.changed + other.changed, self.dropped + other.dropped, examples)
+
+    def drop(self, item: Document | Conversation, shown: str) -> None:
+        """Count a document that the rule dropped; `shown`: why, and how it begins."""
+        self.dropped += 1
+        if len(self.examples) < N_EXAMPLES:
+            self.examples.append(f"{item.source}, {item.location}: {shown}")
+
 
 def rules(config: CleanConfig, evaluation: "Evaluation | None" = None) -> dict[str, Rule]:
     """Return the rules that `config` asks for, in order; copies are dropped where all documents are known.
@@ -125,12 +135,12 @@ class Cleaner:
             language, score = identify(text)
             known = language in config.languages and score >= config.language_score
             if not known and "any" not in config.languages:
-                self._drop("language", f"{language or 'none'} {score:.2f}: {shown}", document)
+                self.counts["language"].drop(document, f"{language or 'none'} {score:.2f}: {shown}")
                 return None
             document = document._replace(language=language)
         if failed := config.quality.failed(text, document.language):
             name, value = failed
-            self._drop(name, f"{value:.3g}: {shown}", document)
+            self.counts[name].drop(document, f"{value:.3g}: {shown}")
             return None
         return document._replace(text=text)
 
@@ -159,14 +169,8 @@ class Cleaner:
             result = rule(text)
             if not isinstance(result, str):
                 shown = text if text.strip() else given  # a rule before may have left nothing
-                self._drop(name, ": ".join([*(result or ()), repr(shown[:60])]), owner)
+                self.counts[name].drop(owner, ": ".join([*(result or ()), repr(shown[:60])]))
                 return None
             self.counts[name].changed += result != text
             text = result
         return text
-
-    def _drop(self, name: str, shown: str, owner: Document | Conversation) -> None:
-        count = self.counts[name]
-        count.dropped += 1
-        if len(count.examples) < N_EXAMPLES:
-            count.examples.append(f"{owner.source}, {owner.location}: {shown}")

@@ -51,11 +51,6 @@ class Segment(NamedTuple):
         return f"document {self.document}, {self.origin['source']}, {self.origin['location']}{name}"
 
     @property
-    def spans(self) -> list[tuple[str, bool]]:
-        """(text, whether it is learned) of consecutive tokens of one kind."""
-        return [("".join(token.text for token in group), key) for key, group in groupby(self.tokens, _learned)]
-
-    @property
     def nats(self) -> float | None:
         """Mean over the learned tokens, where a model was asked and something is learned."""
         found = [token.nats for token in self.tokens if token.learned and token.nats is not None]
@@ -64,9 +59,6 @@ class Segment(NamedTuple):
     def as_json(self) -> dict:
         """Everything, for a program: `tokens` as [text, learned, nats]."""
         return {"document": self.document, **self.origin, "nats": self.nats, "tokens": self.tokens}
-
-
-_learned = lambda token: token.learned
 
 
 def segments(

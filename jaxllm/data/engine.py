@@ -99,9 +99,8 @@ class Work:
 
     def clear(self) -> None:
         """Drop all results."""
-        for path in self.path.iterdir():
-            if path.is_dir():
-                _remove(path)
+        for path in self.path.glob("*/"):
+            _remove(path)
 
     def keep(self, stage: str, names: Sequence[str]) -> list[Path]:
         """Return the paths of the results of a stage, after what another config left of it is dropped."""

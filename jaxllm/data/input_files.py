@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
+from etils import epath
+
 from jaxllm.core.extras import extra
 from jaxllm.data.problems import Problems
 
@@ -50,11 +52,11 @@ def find(pattern: str, kind: str) -> list[str]:
       ValueError: the package for a remote store is not installed.
     """
     try:
-        is_directory = _is_directory(pattern)
+        is_directory = epath.Path(pattern).is_dir()
     except ImportError as error:  # the package for this kind of store is missing, and the message says which
         raise ValueError(f"{pattern}: {error}") from error
     if is_directory:
-        below = [path for place in _directories(pattern) for path in _children(place) if not _is_directory(path)]
+        below = [path for place in _directories(pattern) for path in _children(place) if not epath.Path(path).is_dir()]
         if not (paths := sorted(path for path in below if _NAMES[kind].search(path))):
             others = sorted({os.path.splitext(path)[1] or "no suffix" for path in below})[:8]
             raise FileNotFoundError(
@@ -62,10 +64,10 @@ def find(pattern: str, kind: str) -> list[str]:
                 f"{', '.join(others) or 'nothing'}; name them: {_join(pattern, '**/*')!r}"
             )
         return paths
-    if _path(pattern).exists():
+    if epath.Path(pattern).exists():
         return [pattern]
     root, rest = re.fullmatch(r"(\w+://[^/]*/?|/)?(.*)", pattern.replace(os.sep, "/")).groups()
-    paths = sorted({path for path in _expand(root or "", rest.split("/")) if not _is_directory(path)})
+    paths = sorted({path for path in _expand(root or "", rest.split("/")) if not epath.Path(path).is_dir()})
     if not paths:
         raise FileNotFoundError(
             f"no file matches {pattern!r}; quote the pattern, so that the shell does not expand it, and check the path"
@@ -77,7 +79,7 @@ def stamp(path: str) -> tuple[int, int] | None:
     """Return (size in bytes, time of the last change) of a file; None for a pipe and for what cannot be looked at."""
     try:
         if "://" in path:
-            found = _path(path).stat()
+            found = epath.Path(path).stat()
             return found.length, int(found.mtime)
         found = os.stat(path)
     except OSError:  # whoever reads it will say so
@@ -178,7 +180,7 @@ class _Member(tarfile.TarInfo):
 
 def open_file(path: str) -> BinaryIO:
     """Open a file here or elsewhere (gs://...) for reading."""
-    return _path(path).open("rb")
+    return epath.Path(path).open("rb")
 
 
 def lines(content: BinaryIO, limit: int, *, cut: bool = False) -> Iterator[Line]:
@@ -247,35 +249,12 @@ def unpacked(content: BinaryIO) -> BinaryIO:
         return stream
     for begin, opened in ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ", lzma.open), (b"BZh", bz2.open)):
         if head.startswith(begin):
-            return io.BufferedReader(_Steps(opened(stream)), BUFFER)
+            file = opened(stream)
+            file.readinto = file.readinto1  # what it has at once: else what comes before a break is lost
+            return io.BufferedReader(file, BUFFER)
     with extra("prep"):
         import pyarrow
-    return io.BufferedReader(_Steps(pyarrow.CompressedInputStream(stream, "zstd")), BUFFER)  # it finds cut ones
-
-
-class _Steps(io.RawIOBase):
-    """What a decompressor has at once: to ask for more loses what comes before the place where a file is cut."""
-
-    def __init__(self, stream: BinaryIO):
-        self.stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = self.stream.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _path(path: str):
-    from etils import epath
-
-    return epath.Path(path)
-
-
-def _is_directory(path: str) -> bool:
-    return _path(path).is_dir()
+    return io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"), BUFFER)  # it finds cut ones
 
 
 def _join(place: str, name: str) -> str:
@@ -283,7 +262,7 @@ def _join(place: str, name: str) -> str:
 
 
 def _children(place: str, hidden: bool = False) -> list[str]:
-    names = sorted(each.name for each in _path(place or ".").iterdir())
+    names = sorted(each.name for each in epath.Path(place or ".").iterdir())
     return [_join(place, name) for name in names if hidden or not name.startswith(".")]
 
 
@@ -296,7 +275,7 @@ def _directories(top: str) -> Iterator[str]:
         if real not in seen:
             seen.add(real)
             yield place
-            waiting.extend(path for path in _children(place) if _is_directory(path))
+            waiting.extend(path for path in _children(place) if epath.Path(path).is_dir())
 
 
 def _expand(place: str, parts: list[str]) -> Iterator[str]:
@@ -307,9 +286,9 @@ def _expand(place: str, parts: list[str]) -> Iterator[str]:
             yield from _expand(directory, rest or ["*"])
         return
     if not glob.has_magic(first):
-        found = [_join(place, first)] if _path(_join(place, first)).exists() else []
+        found = [_join(place, first)] if epath.Path(_join(place, first)).exists() else []
     else:
-        children = _children(place, first.startswith(".")) if _is_directory(place or ".") else []
+        children = _children(place, first.startswith(".")) if epath.Path(place or ".").is_dir() else []
         found = [path for path in children if fnmatch.fnmatch(path.rpartition("/")[2], first)]
     for path in found:
         yield from _expand(path, rest) if rest else [path]

@@ -17,7 +17,7 @@ from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
-from jaxllm.data import beam, decontaminate, engine, sources, stages, tokenizer
+from jaxllm.data import beam, decontaminate, engine, report, sources, stages, tokenizer
 from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
 from jaxllm.data.clean import rewrite
@@ -26,18 +26,6 @@ from jaxllm.data.packing import PackingConfig, plan
 from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
 from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates, repeated_ids
-from jaxllm.data.report import (
-    Cluster,
-    InputReport,
-    LanguageReport,
-    PackingReport,
-    PrepareReport,
-    Progress,
-    SplitReport,
-    held_out_notes,
-    lengths_of,
-    write_page,
-)
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset
 from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
@@ -48,11 +36,12 @@ if TYPE_CHECKING:
 
 BYTES_PER_ID = 100  # text for each id of a vocabulary: about 25 tokens, of which the rarer half of the ids gets few
 LEAST_BYTES, ENOUGH_PARTS = 1 << 22, 64  # of a part that is worth a worker's start; for any number of cores
+FLOW = "documents_read", "bytes_read", "documents_kept", "bytes_kept"  # as Account counts them
 SAMPLES = 8  # the tokenizer's sample is drawn from at most about this many times its size
 T = TypeVar("T")
 
 
-def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareReport:
+def prepare(config: PrepareConfig, console: "Console | None" = None) -> report.PrepareReport:
     """Make the dataset directory `config.out` and return the account of it (also stored as report.json).
 
     What is done of it is kept beside `out` until all is done, so that the same call goes on after whatever ended one.
@@ -70,7 +59,7 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
     start = time.perf_counter()
     inputs = (path for each in config.inputs for path in sources.paths(each))
     check_out(config.out, config.overwrite, inputs)  # before a tokenizer is trained
-    with Progress(console) as progress, Work(here(config.out), progress.note) as work:
+    with report.Progress(console) as progress, Work(here(config.out), progress.note) as work:
         job = _Job(config, work, progress)
         tok = None if job.trains else make_tokenizer(config)
         texts = job.clean(job.find_evaluation())
@@ -79,7 +68,7 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
         kept = job.find_copies(texts)
         job.notes += repeated_ids(Texts(tuple(texts), config.chat), kept)
         verdicts, left = job.find_repeats(texts, kept)
-        tok = tok or job.train(texts, left, read.bytes_kept)
+        tok = tok or job.train(texts, left, read.totals[3])
         encoded = job.encode(texts, kept, verdicts, tok)
         account = stages.merge([read, *map(stages.read_account, encoded)])
         _check_any(account, work)
@@ -94,21 +83,21 @@ def prepare(config: PrepareConfig, console: "Console | None" = None) -> PrepareR
             directory = writer.seal()
             datasets = {split: Dataset.open(directory, split, verify=False) for split in SPLITS}
             progress.end()
-            report = _report(config, account, tok, datasets, start)
-            changes = {"stages": progress.seconds, "clusters": job.clusters, "notes": (*report.notes, *job.notes)}
-            report = report.model_copy(update=changes)
-            write_page(directory / "report.html", report, configs.dump(config))
-            files.write_json(directory / "report.json", report.model_dump(mode="json"))
-    return report
+            made = _report(config, account, tok, datasets, start)
+            changes = {"stages": progress.seconds, "clusters": job.clusters, "notes": (*made.notes, *job.notes)}
+            made = made.model_copy(update=changes)
+            report.write_page(directory / "report.html", made, configs.dump(config))
+            files.write_json(directory / "report.json", made.model_dump(mode="json"))
+    return made
 
 
 class _Job:
     """The stages, each of which finds what is done of it and does the rest; all give their results part by part."""
 
-    def __init__(self, config: PrepareConfig, work: Work, progress: Progress):
+    def __init__(self, config: PrepareConfig, work: Work, progress: report.Progress):
         self.config, self.work, self.progress = config, work, progress
         self.trains = isinstance(config.tokenizer, TokenizerConfig)
-        self.clusters: tuple[Cluster, ...] = ()  # of near duplicates, the largest
+        self.clusters: tuple[report.Cluster, ...] = ()  # of near duplicates, the largest
         self.notes: list[str] = []
 
     def find_evaluation(self) -> Path | None:
@@ -144,9 +133,8 @@ class _Job:
                 if self.config.clean.deduplicate and isinstance(self.config.engine, BeamEngine):
                     beam.keep_first(texts, directory, self.config.engine.options)
                     return paths
-                digests = [np.load(path / "digests.npy") for path in texts]
-                alone = [np.ones(len(each), bool) for each in digests]
-                kept = stages.keep_first(digests) if self.config.clean.deduplicate else alone
+                kept = [np.load(path / "digests.npy") for path in texts]
+                kept = stages.keep_first(kept) if self.config.clean.deduplicate else [each[:, 0] >= 0 for each in kept]
                 for path, each in zip(paths, kept, strict=True):
                     save_array(directory / path.name, each)
         return paths
@@ -156,7 +144,10 @@ class _Job:
         [out] = self.work.keep("trained", [files.fingerprint(kept[0].parent.name, repr(self.config.tokenizer))])
         if not out.exists():
             share = SAMPLES * self.config.tokenizer.sample_bytes / size_bytes
-            told = chain(_sample(texts, kept, share, self.config.chat), self._now_training())
+            now = iter(
+                lambda: self.progress.begin("training the tokenizer"), None
+            )  # no text: it is said after the last
+            told = chain(_sample(texts, kept, share, self.config.chat), now)
             with stages.result(out) as directory:
                 tokenizer.train(told, self.config.tokenizer).save(directory)
         return tokenizer.load(out)
@@ -180,7 +171,7 @@ class _Job:
                     options = self.config.engine.options
                     find = lambda stays: beam.near_duplicates(outs, stays, dedup, texts, options, Path(place))
                 decide(texts, outs, kept, dedup, directory, find)
-        self.clusters = tuple(Cluster(**each) for each in files.read_json(out / "clusters.json"))
+        self.clusters = tuple(report.Cluster(**each) for each in files.read_json(out / "clusters.json"))
         verdicts = [Verdicts(out / f"{path.stem}.near.npy", one, dedup) for path, one in zip(kept, outs, strict=True)]
         return verdicts, [out / path.name for path in kept]
 
@@ -209,11 +200,6 @@ class _Job:
             places.append(first if (self.work.path / f"{stage}-{first}").exists() else own)
         outs = self.work.keep(stage, places)
         return [replace(task, out=out) for task, out in zip(tasks, outs, strict=True)]
-
-    def _now_training(self) -> Iterator[str]:
-        """No text, but word that all of it was read."""
-        self.progress.begin("training the tokenizer")
-        yield from ()
 
     def _run(self, stage: str, tasks: Sequence[engine.Task]) -> None:
         self.progress.begin(stage)
@@ -264,16 +250,12 @@ def _sample(texts: Sequence[Path], kept: Sequence[Path], share: float, chat: boo
             yield from stages.texts(item)
 
 
-def _numbered(encoded: Sequence[Path]) -> Iterator[tuple[Path, int]]:
-    """(part, number in it) of every document."""
-    for part in encoded:
-        yield from ((part, number) for number in range(len(np.load(part / "index.npy", mmap_mode="r")) - 1))
-
-
 def _stretches(encoded: Sequence[Path], validation: float, seed: int) -> Iterator[tuple[str, Path, int, int]]:
     """(split, part, start, stop) of all documents, in the order that each split is to have."""
     last: dict[str, tuple[Path, int, int]] = {}
-    for split, (part, number) in assign_splits(_numbered(encoded), validation, seed):
+    sizes = ((part, len(np.load(part / "index.npy", mmap_mode="r")) - 1) for part in encoded)
+    numbered = ((part, number) for part, size in sizes for number in range(size))
+    for split, (part, number) in assign_splits(numbered, validation, seed):
         before, start, stop = last.get(split, (part, number, number))
         if (before, stop) != (part, number):
             yield split, before, start, stop
@@ -305,56 +287,50 @@ def assign_splits(items: Iterable[T], validation: float, seed: int) -> Iterator[
 
 def _check_any(account: Account, work: Work) -> None:
     """Raise ValueError if no text is left, of which nothing is worth keeping."""
-    if account.n_kept:
+    n_read, _, n_kept, _ = account.totals
+    if n_kept:
         return
     work.clear()
     problems = account.problems
     dropped = ", ".join(f"{name} dropped {rule.dropped}" for name, rule in account.rules.items() if rule.dropped)
     first = f" (first: {problems.examples[0]})" if problems.count else ""
     raise ValueError(
-        f"no text is left: {count(account.n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
+        f"no text is left: {count(n_read, 'document')} read, {count(problems.count, 'input')} unreadable"
         f"{first}, {dropped or 'no rule dropped any'}; check the sources"
     )
 
 
 def _report(
     config: PrepareConfig, account: Account, tok: Tokenizer, datasets: dict[str, Dataset], start: float
-) -> PrepareReport:
+) -> report.PrepareReport:
     asked = config.tokenizer
     found = asked.path if isinstance(asked, ExistingTokenizer) else asked.kind
+    flow = lambda numbers: dict(zip(FLOW, numbers, strict=True))
+    can_cut = not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
     rows = plan(datasets["train"], PackingConfig(seq_len=config.seq_len, long="drop"))
-    return PrepareReport(
+    return report.PrepareReport(
         directory=config.out, kind=config.dataset_kind,
-        documents_read=account.n_read, documents_kept=account.n_kept,
-        bytes_read=account.bytes_read, bytes_kept=account.bytes_kept,
+        **flow(account.totals),
         problems=account.problems.count, problem_examples=tuple(account.problems.examples),
         replaced=account.problems.replaced,
         rules=account.rules,
         tokenizer=asked.algorithm if isinstance(asked, TokenizerConfig) else found,
         vocab_size=tok.vocab_size, bytes_per_token=datasets["train"].bytes_per_token,
         splits={
-            split: SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
+            split: report.SplitReport(documents=len(each), tokens=int(each.starts[-1]), trained=each.n_trained)
             for split, each in datasets.items()
         },
-        packing=PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
+        packing=report.PackingReport(seq_len=config.seq_len, rows=len(rows), waste=rows.waste, dropped=rows.dropped),
         seconds=time.perf_counter() - start,
-        inputs=tuple(
-            InputReport(name=name, documents_read=n, bytes_read=size, documents_kept=kept, bytes_kept=left)
-            for name, (n, size, kept, left) in account.inputs.items()
-        ),
+        inputs=tuple(report.InputReport(name=name, **flow(numbers)) for name, numbers in account.inputs.items()),
         languages={
-            name: LanguageReport(documents=n, bytes=size)
+            name: report.LanguageReport(documents=n, bytes=size)
             for name, (n, size) in sorted(account.languages.items(), key=lambda each: -each[1][1])
             if n
         },
-        lengths=tuple(lengths_of(datasets["train"].lengths)),
-        notes=(*_notes(config, account, tok), *held_out_notes(datasets, config.validation, _can_cut(config))),
+        lengths=tuple(report.lengths_of(datasets["train"].lengths)),
+        notes=(*_notes(config, account, tok), *report.held_out_notes(datasets, config.validation, can_cut)),
     )  # fmt: skip
-
-
-def _can_cut(config: PrepareConfig) -> bool:
-    """Whether documents are whole files, which --split makes smaller."""
-    return not config.chat and any(getattr(each, "split", "") == "file" for each in config.inputs)
 
 
 def _notes(config: PrepareConfig, account: Account, tok: Tokenizer) -> Iterator[str]:
@@ -362,11 +338,12 @@ def _notes(config: PrepareConfig, account: Account, tok: Tokenizer) -> Iterator[
     asked, size = config.tokenizer, tok.vocab_size
     if isinstance(asked, TokenizerConfig):
         alphabet = len(tok.special) + 256 + sum(len(piece) == 1 for piece in tok.pieces.scored()[0])  # the least
-        enough = 100 * max(-(-alphabet // 100), account.bytes_kept // BYTES_PER_ID // 100)
+        left = account.totals[3]
+        enough = 100 * max(-(-alphabet // 100), left // BYTES_PER_ID // 100)
         if size < asked.vocab_size:
             yield f"the text has pieces for a vocabulary of {size} only, not of {asked.vocab_size}"
         elif size > enough:
             yield (
-                f"a vocabulary of {size:,} is large for {count(account.bytes_kept, 'byte')} of text: most ids are too "
+                f"a vocabulary of {size:,} is large for {count(left, 'byte')} of text: most ids are too "
                 f"rare to be learned; use --vocab-size {enough} or more text"
             )

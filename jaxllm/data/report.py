@@ -80,8 +80,8 @@ class PrepareReport(Record):
     directory: str
     kind: str
     documents_read: int
-    documents_kept: int
     bytes_read: int
+    documents_kept: int
     bytes_kept: int
     problems: int
     replaced: int

@@ -58,7 +58,9 @@ def _json_lines(content: BinaryIO, source: "RowFiles", problems: Problems, file:
     for number, offset, size, data in lines(content, limit):
         place = f"{file}:{number}"
         if size > limit:
-            problems.report(f"{place}: a line of {size:,} bytes, and max_bytes of this input is {limit:,}")
+            problems.report(
+                f"{place}: a line of {size:,} bytes, and max_bytes of this input is {limit:,}; set it higher"
+            )
             continue
         text = problems.decode(data, place, offset, source.encoding)
         if text is not None and not text.isspace():

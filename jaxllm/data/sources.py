@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.data import input_files, pydocs, rows, texts
@@ -27,32 +27,33 @@ LONGEST = "longest document or line that is read, in bytes; a longer one is a pr
 CUT = "longest document, in bytes; a longer one is cut if it is UTF-8, at a line end or a space, and else a problem"
 
 
-class Encoded(Config):
+class Files(Config):
+    """Files, or a directory of them."""
+
+    path: str = Field(description=PATH)
+    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
+
+
+class Encoded(Files):
     """Files in some encoding."""
 
     encoding: str = Field(
         "utf-8", description="of the files; several (utf-8,gb18030): of each document the first that it can be in"
     )
 
-    @field_validator("encoding")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        for name in value.split(","):
-            try:
-                "\n".encode(name)
-            except LookupError as error:
-                raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
-        return value
-
     @model_validator(mode="after")
-    def _can_be_cut(self) -> Self:
+    def _check(self) -> Self:
         if self.kind not in ("text", "markdown", "jsonl") and self.encoding != "utf-8":
             raise ValueError(f"encoding={self.encoding}: --{self.kind} has no encoding of its own; leave it out")
-        wide = [name for name in self.encoding.split(",") if "\n".encode(name) != b"\n"]
-        if wide and getattr(self, "split", "") != "file":
-            raise ValueError(
-                f"encoding={wide[0]} cannot be cut at newlines; convert the file: iconv -f {wide[0]} -t utf-8"
-            )
+        for name in self.encoding.split(","):
+            try:
+                newline = "\n".encode(name)
+            except LookupError as error:
+                raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
+            if newline != b"\n" and getattr(self, "split", "") != "file":
+                raise ValueError(
+                    f"encoding={name} cannot be cut at newlines; convert the file: iconv -f {name} -t utf-8"
+                )
         return self
 
 
@@ -60,28 +61,23 @@ class TextFiles(Encoded):
     """Plain text or Markdown; the YAML at the beginning of Markdown is left out."""
 
     kind: Literal["text", "markdown"] = "text"
-    path: str = Field(description=PATH)
     split: Literal["file", "paragraph", "line"] = Field(
         "file", description="what one document is: a whole file, text between blank lines, a line"
     )
     max_bytes: int = Field(MAX_TEXT, ge=1, description=CUT)
 
 
-class WebPages(Config):
+class WebPages(Files):
     """Web pages: HTML files, or the responses and converted texts of web archives (WARC, WET)."""
 
     kind: Literal["html", "warc"] = "html"
-    path: str = Field(description=PATH)
-    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
 
 
 class RowFiles(Encoded):
     """Rows with named fields: JSON lines, Parquet, ArrayRecord (JSON or text), a directory of Hugging Face datasets."""
 
     kind: Literal["jsonl", "parquet", "arrayrecord", "hf"] = "jsonl"
-    path: str = Field(description=PATH)
     fields: str | None = Field(None, description=f"{FIELDS}; without it, records of ArrayRecord are text, not JSON")
-    max_bytes: int = Field(MAX_BYTES, ge=1, description=LONGEST)
 
 
 class Tfds(Config):
@@ -216,9 +212,13 @@ def documents(source: Input | Part, problems: Problems) -> Iterator[Document]:
             case PyDocs():
                 yield from pydocs.documents()
             case World(count=count, seed=seed):
-                from jaxllm.data import world
+                yield from _world().documents(count, seed)
 
-                yield from world.documents(count, seed)
+
+def _world():
+    from jaxllm.data import world  # which takes a moment
+
+    return world
 
 
 def _row_documents(part: Part, problems: Problems) -> Iterator[Document]:
@@ -258,9 +258,7 @@ def conversations(source: Input | Part, problems: Problems) -> Iterator[Conversa
             case PyDocs():
                 yield from pydocs.conversations()
             case World(count=count, seed=seed):
-                from jaxllm.data import world
-
-                yield from world.conversations(count, seed)
+                yield from _world().conversations(count, seed)
             case _:
                 yield from _row_conversations(part, problems)
 
@@ -268,7 +266,7 @@ def conversations(source: Input | Part, problems: Problems) -> Iterator[Conversa
 def _row_conversations(part: Part, problems: Problems) -> Iterator[Conversation]:
     for row in rows.read(part, problems, None):
         for each, form in problems.attempt(row.place, _instances, row.values, part.source.fields) or ():
-            messages = problems.attempt(row.place, _messages, each, form)
+            messages = problems.attempt(row.place, _messages, each, form, part.source.max_bytes)
             if messages is not None:
                 yield Conversation(messages, part.path, row.location, row.offset, _id(row.values))
 
@@ -282,7 +280,7 @@ def _id(row: dict) -> str | None:
     return None
 
 
-def _field(row: dict, name: str, max_bytes: int = MAX_BYTES) -> str:
+def _field(row: dict, name: str, max_bytes: int) -> str:
     """A string field of a row."""
     value = row.get(name)
     value = value.decode("utf-8") if isinstance(value, bytes) else value
@@ -293,10 +291,10 @@ def _field(row: dict, name: str, max_bytes: int = MAX_BYTES) -> str:
     return _encodable(value, max_bytes)
 
 
-def _encodable(text: str, max_bytes: int = MAX_BYTES) -> str:
+def _encodable(text: str, max_bytes: int) -> str:
     size = len(text.encode("utf-8"))  # or it raises
     if size > max_bytes:
-        raise ValueError(f"a text of {size:,} bytes, and max_bytes of this input is {max_bytes:,}")
+        raise ValueError(f"a text of {size:,} bytes, and max_bytes of this input is {max_bytes:,}; set it higher")
     return text
 
 
@@ -328,13 +326,12 @@ def _instances(row: dict, fields: str | None) -> list[tuple[dict, str]]:
     return [(shared | each, "alpaca") for each in instances]
 
 
-def _messages(row: dict, form: str) -> tuple[Message, ...]:
+def _messages(row: dict, form: str, max_bytes: int) -> tuple[Message, ...]:
     if form == "messages":
-        return tuple(
-            Message(_encodable(each.role), _encodable(each.content)) for each in parse_messages(row.get("messages"))
-        )
+        found = parse_messages(row.get("messages"))
+        return tuple(Message(*(_encodable(text, max_bytes) for text in each)) for each in found)
     prompt_name, _, answer_name = ("instruction,output" if form == "alpaca" else form).partition(",")
-    prompt, answer = (_field(row, name) for name in (prompt_name, answer_name))
+    prompt, answer = (_field(row, name, max_bytes) for name in (prompt_name, answer_name))
     if form == "alpaca" and row.get("input"):
-        prompt += "\n\n" + _field(row, "input")
+        prompt += "\n\n" + _field(row, "input", max_bytes)
     return Message("user", prompt), Message("assistant", answer)

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 
 from jaxllm import __version__
 from jaxllm.core import files
-from jaxllm.data import clean, decontaminate, input_files, sources, tokenizer
+from jaxllm.data import decontaminate, input_files, sources, tokenizer
 from jaxllm.data.chat import TemplateError, encode_chat
 from jaxllm.data.clean import CleanConfig, Cleaner, RuleCount
 from jaxllm.data.dedup import digest, repeated
@@ -47,36 +47,32 @@ class Account:
     """What was read and what became of it; that of a later stage says by how much it changes what was kept.
 
     Attributes:
-      inputs: of each, documents and bytes that were read, and those that were kept.
+      inputs: of each, documents and bytes that were read, and those that were kept; totals: of all.
       languages: of each, documents and bytes that were kept.
       input: what the documents come from that are being counted.
       runs: [input, how many] of the documents that cleaning left, in their order.
     """
 
     problems: Problems
-    n_read: int = 0
-    bytes_read: int = 0
-    n_kept: int = 0
-    bytes_kept: int = 0
     rules: dict[str, RuleCount] = field(default_factory=dict)
     inputs: dict[str, list[int]] = field(default_factory=dict)
     languages: dict[str, list[int]] = field(default_factory=dict)
     input: str = ""
     runs: list[tuple[str, int]] = field(default_factory=list)
 
+    @property
+    def totals(self) -> list[int]:
+        return [sum(numbers) for numbers in zip(*self.inputs.values(), strict=True)] or [0] * 4
+
     def read(self, item: Document | Conversation) -> int:
         """Count what was read; return its bytes."""
         size = size_of(item)
-        self.n_read += 1
-        self.bytes_read += size
         _add(self.inputs, self.input, [1, size, 0, 0])
         return size
 
     def keep(self, item: Document | Conversation, sign: int = 1) -> None:
         """Count a document as kept; with `sign` -1, one that was kept as left out after all."""
         size = sign * size_of(item)
-        self.n_kept += sign
-        self.bytes_kept += size
         _add(self.inputs, self.input, [0, 0, sign, size])
         if isinstance(item, Document) and item.language is not None:
             _add(self.languages, item.language, [sign, size])
@@ -84,11 +80,9 @@ class Account:
     def drop(self, name: str, item: Document | Conversation) -> None:
         """Count a document that was kept as left out by the rule `name`."""
         self.keep(item, -1)
-        rule, text = self.rules.setdefault(name, RuleCount()), identity(item)
-        rule.dropped += 1
-        if len(rule.examples) < clean.N_EXAMPLES:
-            shown = repr(text[:60]) if isinstance(item, Document) else text[:60]
-            rule.examples.append(f"{item.source}, {item.location}: {shown}")
+        text = identity(item)
+        shown = repr(text[:60]) if isinstance(item, Document) else text[:60]
+        self.rules.setdefault(name, RuleCount()).drop(item, shown)
 
 
 @contextmanager
@@ -113,16 +107,11 @@ def merge(accounts: Iterable[Account]) -> Account:
     total = Account(Problems())
     for each in accounts:
         total.problems += each.problems
-        for name in ("n_read", "bytes_read", "n_kept", "bytes_kept"):
-            setattr(total, name, getattr(total, name) + getattr(each, name))
         for mine, theirs in ((total.inputs, each.inputs), (total.languages, each.languages)):
             for name, numbers in theirs.items():
                 _add(mine, name, numbers)
         for name, rule in each.rules.items():
-            count = total.rules.setdefault(name, RuleCount())
-            count.changed += rule.changed
-            count.dropped += rule.dropped
-            count.examples = [*count.examples, *rule.examples][: clean.N_EXAMPLES]
+            total.rules[name] = total.rules.get(name, RuleCount()) + rule
     return total
 
 
@@ -179,7 +168,7 @@ class Clean:
                     digests += digest(identity(item))
                     before, row = row, (item.source, item.location)
                     ids += digest(f"{account.input} {item.id}") if item.id and row != before else bytes(16)
-                    file.write(_line(item))
+                    file.write((json.dumps(item, ensure_ascii=False) + "\n").encode("utf-8"))
             save_array(directory / "ids.npy", np.frombuffer(ids, "<u8").reshape(-1, 2))
             save_array(directory / "digests.npy", np.frombuffer(digests, "<u8").reshape(-1, 2))
             _write_account(directory, account)
@@ -191,13 +180,14 @@ class Clean:
         if self.chat:
             read, apply = sources.conversations, cleaner.conversation
         for part in self.inputs:
-            account.input, before = sources.name_of(part.source), account.n_kept
+            account.input, kept = sources.name_of(part.source), 0
             for item in read(part, account.problems):
                 tick(1, account.read(item))
                 if (cleaned := apply(item)) is not None:
                     account.keep(cleaned)
+                    kept += 1
                     yield cleaned
-            account.runs.append((account.input, account.n_kept - before))
+            account.runs.append((account.input, kept))
             if part.size is not None and input_files.stamp(part.path) != (part.size, part.changed):
                 raise ValueError(f"{part.path} changed while it was read; run this again when it is complete")
 
@@ -258,7 +248,9 @@ class Encode:
                 yield Encoded(each.source, each.location, ids, [], size_of(each), provenance(each))
         for item in kept if self.chat else ():
             try:
-                ids, trained = _encode_conversation(item, tok)
+                ids, trained = encode_chat(tok, item.messages)
+                if not any(trained[1:]):  # nothing predicts the first token
+                    raise ValueError("no token of this conversation is learned; it needs an answer of the assistant")
             except TemplateError as error:  # no line of the user's is at fault
                 raise ValueError(f"the chat template of {self.named} {error}") from error
             except ValueError as error:
@@ -326,11 +318,6 @@ def batches(items: Iterable[T]) -> Iterator[list[T]]:
         yield batch
 
 
-def _line(item: Document | Conversation) -> bytes:
-    """An item as `read_documents` reads it."""
-    return (json.dumps(item, ensure_ascii=False) + "\n").encode("utf-8")
-
-
 def read_documents(
     directory: Path, chat: bool, chosen: Iterable[bool] = repeat(True)
 ) -> Iterator[Document | Conversation]:
@@ -362,17 +349,7 @@ def identity(item: Document | Conversation) -> str:
     return json.dumps([{message.role: message.content} for message in item.messages], ensure_ascii=False)
 
 
-def _encode_conversation(item: Conversation, tok: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Encode; a conversation of which nothing is learned is an error (nothing predicts the first token)."""
-    ids, trained = encode_chat(tok, item.messages)
-    if not any(trained[1:]):
-        raise ValueError("no token of this conversation is learned; it needs an answer of the assistant")
-    return ids, trained
-
-
-@lru_cache(maxsize=1)
-def _load_tokenizer(directory: Path) -> Tokenizer:
-    return tokenizer.load(directory)
+_load_tokenizer = lru_cache(maxsize=1)(tokenizer.load)
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:

@@ -338,7 +338,8 @@ def test_describe_shows_what_is_learned_and_from_where(chat_dataset, byte):
     made = plan(Dataset.open(chat_dataset([(3, 4), (2, 3)])), PackingConfig(seq_len=12))
     first, second = describe.segments(made, 0, byte)
     assert (first.document, first.place, first.n_tokens) == (0, "document 0, chat, train 0", 6)
-    assert second.spans == [("<bos>\x05", False), ("\x0f\x0f<eos>", True)]
+    expected = [("<bos>", False), ("\x05", False), ("\x0f", True), ("\x0f", True), ("<eos>", True)]
+    assert [token[:2] for token in second.tokens] == expected
     out = io.StringIO()
     describe.show(made, 0, byte, "sample 0", Console(file=out, width=100, force_terminal=True, color_system="standard"))
     assert "\x1b[32m" in out.getvalue()  # green
@@ -384,7 +385,7 @@ def test_describe_follows_the_loader(text_dataset, byte):
     for index, sample in enumerate(range(2, 4)):
         source, row = loader.locate(sample)
         found = describe.segments(loader.plans[source], row, byte)
-        shown = "".join(text for segment in found for text, _ in segment.spans)
+        shown = "".join(text for segment in found for text, *_ in segment.tokens)
         real = batch.segments[index] > 0
         assert byte.decode(batch.targets[index][real]).replace("<", "") in shown.replace("<bos>", "").replace(
             "<eos>", ""
