@@ -16,6 +16,7 @@ from jaxllm.data import gguf_tokens, text_pairs, text_pieces
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import PAIR_TEMPLATE
 from jaxllm.data.fast_export import to_json
+from jaxllm.data.no_tokenizer import NoTokenizer
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
@@ -85,7 +86,7 @@ def load(
 ) -> AnyLanguageModel:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
 
-    The model_type says what it is.
+    The model_type says what it is. A directory without a tokenizer is one for ids (`NoTokenizer`).
 
     Args:
       model: a path, or what `describe` has found there.
@@ -96,16 +97,18 @@ def load(
     """
     path, raw, family, config, file = model if isinstance(model, Described) else describe(model, encoders=True)
     tensors = open_tensors(file, raw) if file else Checkpoint(path)
-    if isinstance(family, Family):
-        tokenizer = tokenizers.from_gguf(file) if file else tokenizers.load(path)
-    else:
-        tokenizer = (text_pieces if isinstance(family, Seq2SeqFamily) else text_pairs).load(path)
+    asked = _generation(path, raw)
+    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(asked.get("eos_token_id"))
+    reader = {Seq2SeqFamily: text_pieces, EncoderFamily: text_pairs}.get(type(family), tokenizers)
+    try:
+        tokenizer = tokenizers.from_gguf(file) if file else reader.load(path)
+    except FileNotFoundError as error:
+        ids = (raw.get("pad_token_id"), raw.get("bos_token_id"), ends[0] if ends else None)
+        tokenizer = NoTokenizer(str(error), config.vocab_size, ids)
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if isinstance(family, EncoderFamily):
         return Encoder(config, params, tokenizer, compute=compute)
-    asked = _generation(path, raw)
-    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(asked.get("eos_token_id"))
     if isinstance(family, Seq2SeqFamily):
         said = _asked(path, raw)
         config = config.model_copy(update={"start_token": said.get("decoder_start_token_id", config.start_token)})
@@ -160,13 +163,14 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
                 start = {"decoder_start_token_id": config.start_token}
                 files.write_json(temporary / "generation_config.json", lm.asked | ids | start)
             raw = ids | raw  # RoBERTa's own word on padding counts
-            tokenizer.save(temporary)
         else:
             ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
             raw = {"architectures": [family.architecture], "model_type": family.model_type} | raw | ids
             ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
             files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
-            _write_tokenizer(tokenizer, temporary)
+        if not isinstance(tokenizer, NoTokenizer):
+            write = _write_tokenizer if isinstance(lm, LanguageModel) else type(tokenizer).save
+            write(tokenizer, temporary)
         files.write_json(temporary / "config.json", raw)
     return here(directory)
 

@@ -92,7 +92,7 @@ class LanguageModel:
         self.params = params
         self.tokenizer = tokenizer
         self.is_chat = chat
-        self.stop_ids = tuple(dict.fromkeys((tokenizer.eos_id, *stop_ids)))
+        self.stop_ids = tuple(dict.fromkeys(each for each in (tokenizer.eos_id, *stop_ids) if each is not None))
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
 
     @cached_property
@@ -263,10 +263,10 @@ def save_run(
 
     directory = here(directory)
     files.check_empty(directory)
+    (tokenizer or model.tokenizer).save(directory / "tokenizer")
     data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
     recipe = Recipe(out=named(directory), model=model.config, data=data)
     files.write_text(directory / FILE_NAME, configs.dump(recipe))
-    (tokenizer or model.tokenizer).save(directory / "tokenizer")
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(model.params, {"step": 0, **meta})
 

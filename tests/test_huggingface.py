@@ -1,6 +1,7 @@
 """Whole models: load, export, convert, sample and tune with Hugging Face directories."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import jax
@@ -49,6 +50,29 @@ def test_an_export_loads_as_the_same_model(exported):
     asked = [{"role": "user", "content": "你好"}]
     assert after.encode(asked) == before.encode(asked)
     assert after.chat(asked, max_new_tokens=8, sampler=GREEDY) == before.chat(asked, max_new_tokens=8, sampler=GREEDY)
+
+
+def test_a_directory_without_a_tokenizer_is_one_for_ids(exported, tmp_path, capsys):
+    bare = shutil.copytree(exported, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
+    lm, whole = jaxllm.load(bare), jaxllm.load(exported)
+    ids = whole.encode("abc")
+    np.testing.assert_array_equal(lm.logits([ids]), whole.logits([ids]))
+    [answer], [full] = (each.generate(ids, max_new_tokens=8, sampler=GREEDY) for each in (lm, whole))
+    assert answer == full._replace(text="")
+    assert lm.stop_ids == whole.stop_ids
+    again = export(lm, tmp_path / "again")
+    assert not list(again.glob("token*"))
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (bare / name).read_bytes()
+    for text in (
+        lambda: lm.generate("abc"), lambda: lm.generate([ids], stop=["x"]), lambda: lm.decode(ids),
+        lambda: lm.save(tmp_path / "run"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"a directory with tokenizer\.json, .*but no text and no run$"):
+            text()
+    assert not (tmp_path / "run").exists()
+    assert sample([str(bare), "--prompt", "Hi"]) == 2
+    assert "Without a tokenizer" in capsys.readouterr().err
 
 
 def test_what_was_looked_at_is_loaded_without_another_look(exported, monkeypatch):

@@ -132,7 +132,7 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
     """Load the tokenizer of a Hugging Face directory, or that of a run by `surrounding`.
 
     Raises:
-      FileNotFoundError: neither tokenizer.json nor vocab.txt is there.
+      FileNotFoundError: no tokenizer is there.
     """
     directory = Path(directory)
     settings = files.read_json(directory / "tokenizer_config.json", {})
@@ -141,6 +141,6 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
     if source := read_source(directory):
         return PairTokenizer(source, settings)
     raise FileNotFoundError(
-        f"{directory} has no tokenizer.json and no vocab.txt; save the tokenizer with transformers once, which writes "
-        "tokenizer.json"
+        f"{directory} has no tokenizer.json and no vocab.txt, nor, of an encoder-decoder, spiece.model or source.spm; "
+        "save the tokenizer with transformers once, which writes tokenizer.json"
     )

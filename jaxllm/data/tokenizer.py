@@ -183,7 +183,9 @@ def load(path: str | Path) -> Tokenizer:
         case "tokenizers":
             pieces = FastPieces((path / "huggingface.json").read_text(encoding="utf-8"))
         case "texts":
-            pieces = _side_pieces(path)
+            from jaxllm.data.text_pieces import SidePieces
+
+            pieces = SidePieces(path)
         case _:
             pieces = _read_pieces(path / "spm.model", escape_mark=description["lossless"])
     bos, eos = description["bos_id"], description["eos_id"]
@@ -211,30 +213,25 @@ def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: 
 
 
 def _from_huggingface(directory: Path) -> Tokenizer:
-    """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model or vocab.json and merges.txt."""
+    """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model, vocab.json ..."""
     config = files.read_json(directory / "tokenizer_config.json", {})
     if (directory / "chat_template.jinja").is_file():
         config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    if (directory / "source.spm").is_file():
-        pieces = _side_pieces(directory)
+    from jaxllm.data import text_pieces  # which is made of more than this module
+
+    if text_pieces.is_texts(directory):
+        pieces = text_pieces.SidePieces(directory)
         pad, eos = pieces.special.values()
         return Tokenizer(pieces, pieces.special, (pad, eos, eos), _chat(PAIR_TEMPLATE, pieces.special, None, eos))
     source = read_source(directory)
     if source is None:
-        for name in ("tokenizer.model", "spiece.model"):
-            if (directory / name).is_file():
-                return _from_sentencepiece(_read_pieces(directory / name, escape_mark=False), _template(config))
+        if (path := directory / "tokenizer.model").is_file():
+            return _from_sentencepiece(_read_pieces(path, escape_mark=False), _template(config))
         raise FileNotFoundError(
             f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt, or a SentencePiece .model file"
         )
     return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
-
-
-def _side_pieces(directory: Path) -> "SidePieces":
-    from jaxllm.data.text_pieces import SidePieces  # which is made of more than this module
-
-    return SidePieces(directory)
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:

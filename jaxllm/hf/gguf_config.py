@@ -79,9 +79,9 @@ def _common(fields: Fields, file: GgufFile) -> Config:
 
 def _uniform(fields: Fields, key: str, absent: int | None = None) -> int:
     """Return a number that some files have for each layer, and that must be the same in all."""
-    value = fields.need(key) if absent is None else fields.take(key, absent)
+    value = fields.take(key)
     if not isinstance(value, list):
-        return value
+        return fields.need(key) if absent is None else fields.take(key, absent)
     if len(set(value)) > 1:
         fields.problems.append(f"{key}={value}: layers that differ are not computed here")
     return value[0]
@@ -149,7 +149,7 @@ def _gemma2(fields: Fields, file: GgufFile) -> Config:
 
 
 def _gemma3(fields: Fields, file: GgufFile) -> Config:
-    window, every = fields.take("attention.sliding_window", 0), fields.take("attention.sliding_window_pattern", 6)
+    window, every = fields.take("attention.sliding_window", 0), fields.take("attention.sliding_window_pattern") or 6
     n_layers = fields.need("block_count")
     sliding = every if isinstance(every, list) else [bool((i + 1) % every) for i in range(n_layers)]
     return {

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import Fields, Vocabulary, entries
@@ -51,10 +51,10 @@ class Seq2SeqFamily(NamedTuple):
         if found["encoder.n_heads"] != found["decoder.n_heads"]:
             fields.problems.append("encoder and decoder have different numbers of heads: only equal ones are read")
         # The first token of a target: named, or padding (T5, Marian), or the end (BART).
-        default = fields.take("eos_token_id", 2) if self.model_type == "bart" else fields.take("pad_token_id", 0)
-        found["start_token"] = fields.take("decoder_start_token_id", default)
-        fields.finish(name)
-        return Seq2SeqConfig(**unflatten_dict(found, sep="."))
+        absent = ("eos_token_id", 2) if self.model_type == "bart" else ("pad_token_id", 0)
+        start = fields.take("decoder_start_token_id", like=0)
+        found["start_token"] = fields.take(*absent) if start is None else start
+        return fields.build(Seq2SeqConfig, found, self.words.keys, name)
 
     def write(self, config: Seq2SeqConfig) -> dict[str, Any]:
         """Return the config.json of an architecture.
@@ -101,7 +101,7 @@ def _read_t5(fields: Fields, found: Found, tensors: Collection[str]) -> Found:
     ffn = fields.among("feed_forward_proj", T5_FFN, "relu")
     return _halves({"both.ffn": ffn, "both.tie_embeddings": tied}) | {
         "logit_scale": found["decoder.d_model"] ** -0.5 if scaled else None,
-        "decoder.n_layers": found["decoder.n_layers"] or found["encoder.n_layers"],
+        "decoder.n_layers": found["encoder.n_layers"] if (own := found["decoder.n_layers"]) is None else own,
     }
 
 

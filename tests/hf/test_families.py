@@ -12,7 +12,6 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES
-from jaxllm.hf.fields import Fields
 from jaxllm.hf.table import names, stacked, take
 from jaxllm.hf.weights import read_params, sizes_of, write_params
 from jaxllm.layers.config import Experts
@@ -121,9 +120,7 @@ def pair(request, tmp_path_factory):
 def ours(path):
     raw = json.loads((path / "config.json").read_text())
     family = FAMILIES[raw["model_type"]]
-    fields = Fields(raw)
-    config = family.read(fields)
-    fields.finish(str(path))
+    config = family.parse(raw, str(path))
     checkpoint = Checkpoint(path)
     return family, config, read_params(checkpoint, family.rows(config), config)
 
@@ -175,9 +172,7 @@ def test_a_key_that_is_left_out_means_what_transformers_takes_it_for(model_type)
     full = kind(**WINDOWS.get(model_type, {})).to_dict()
 
     def read(raw):
-        config = FAMILIES[model_type].read(fields := Fields(raw))
-        fields.finish(model_type)
-        return config
+        return FAMILIES[model_type].parse(raw, model_type)
 
     for key in full:
         raw = {name: value for name, value in full.items() if name != key}
@@ -231,8 +226,6 @@ def way_back(model, family, config, path, out, batch, expected):
     ids = {key: SIZES[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     description = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(config)}
     (out / "config.json").write_text(json.dumps(description | ids))
-    fields = Fields(description)
-    assert family.read(fields) == config
-    fields.finish("the export")
+    assert family.parse(description, "the export") == config
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").float().eval()
     np.testing.assert_array_equal(theirs(reloaded, *batch)[0], expected[0])
