@@ -115,7 +115,7 @@ def load(
         forced = _several(said.get("forced_bos_token_id"))
         return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, asked=said, compute=compute)
     chat = tokenizer.chat is not None and tokenizer.chat.source != PAIR_TEMPLATE
-    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends)
+    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends, imported=True)
 
 
 def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +148,8 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
     """
     config, params, tokenizer = lm.config, lm.params, lm.tokenizer
     if isinstance(lm, LanguageModel):
+        if not lm.imported:
+            config, params = _without_padding(config, params, tokenizer.vocab_size)
         config, params = _without_scale(config, params)
     family, raw = words_for(config)
     with files.new_directory(directory) as temporary:
@@ -183,6 +185,13 @@ def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Pa
     head = table if config.tie_embeddings else params["head"]
     scaled = {**params, "embed": {"table": table * jnp.asarray(config.embed_scale, table.dtype)}, "head": head}
     return config.model_copy(update={"embed_scale": None, "tie_embeddings": False}), scaled
+
+
+def _without_padding(config: ModelConfig, params: Params, size: int) -> tuple[ModelConfig, Params]:
+    """Leave out the rows of both tables that are of no token."""
+    tables = {name: params[name][:size] for name in ("head",) if name in params}
+    tables["embed"] = {"table": params["embed"]["table"][:size]}
+    return config.model_copy(update={"vocab_size": size}), {**params, **tables}
 
 
 def words_for(config: AnyConfig) -> tuple[AnyFamily, dict[str, Any]]:

@@ -121,6 +121,26 @@ def test_a_tied_head_that_the_family_must_write_apart_is_counted_twice(tmp_path,
     assert f": {n:,} parameters ({n + head:,} as written, where shared ones stand twice);" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padded_vocabulary_is_trimmed_and_an_imported_one_is_whole(tied, tmp_path, capsys):
+    lm = model(CONFIG.model_copy(update={"vocab_size": 288, "tie_embeddings": tied}))
+    lm.save(tmp_path / "run")
+    assert convert([str(tmp_path / "run"), str(tmp_path / "hf")]) is None
+    assert "as written, without rows that are of no token" in capsys.readouterr().out
+    tokens = np.arange(6, 30)[None]
+    expected = lm.logits(tokens)[..., :262]
+    again = jaxllm.load(tmp_path / "hf")
+    assert again.config.vocab_size == lm.tokenizer.vocab_size == 262
+    np.testing.assert_allclose(again.logits(tokens), expected, atol=1e-5)
+    whole = LanguageModel(lm.config, lm.params, lm.tokenizer, imported=True)
+    whole.save(tmp_path / "imported")  # a run that remembers it
+    assert jaxllm.load(export(jaxllm.load(tmp_path / "imported"), tmp_path / "whole")).config.vocab_size == 288
+    transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
+    torch = pytest.importorskip("torch", reason="pip install 'jaxllm[parity]' compares with torch")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(torch.from_numpy(tokens)).logits
+    np.testing.assert_allclose(theirs.detach(), expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_sample_reads_the_directory(exported, capsys):
     assert sample([str(exported), "--prompt", "Hi", "--max-new-tokens", "4", "--temperature", "0"]) is None
     answer = model().chat([{"role": "user", "content": "Hi"}], max_new_tokens=4, sampler=GREEDY)
