@@ -71,13 +71,11 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
         raise ValueError(f"{origin} has no model_type, so it does not say which model this is; add it")
     if kind in READERS and not encoders:
         raise ValueError(f"{origin}: {kind} has an encoder; jaxllm.load reads it, but here a model must continue text")
-    if kind in READERS:
-        family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(path))
-    elif kind in FAMILIES:
-        family, config = FAMILIES[kind], FAMILIES[kind].parse(raw, str(origin))
-    else:
-        raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *READERS])}")
-    return Described(path, raw, family, config, file)
+    known: dict[str, AnyFamily] = {**FAMILIES, **READERS}
+    if kind not in known:
+        raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join(known)}")
+    config = known[kind].parse(raw, str(origin), *([Checkpoint(path)] if kind in READERS else []))
+    return Described(path, raw, known[kind], config, file)
 
 
 def load(
@@ -97,8 +95,8 @@ def load(
     """
     path, raw, family, config, file = model if isinstance(model, Described) else describe(model, encoders=True)
     tensors = open_tensors(file, raw) if file else Checkpoint(path)
-    asked = _generation(path, raw)
-    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(asked.get("eos_token_id"))
+    said = _asked(path, raw)
+    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(said.get("eos_token_id", raw.get("eos_token_id")))
     reader = {Seq2SeqFamily: text_pieces, EncoderFamily: text_pairs}.get(type(family), tokenizers)
     try:
         tokenizer = tokenizers.from_gguf(file) if file else reader.load(path)
@@ -110,18 +108,11 @@ def load(
     if isinstance(family, EncoderFamily):
         return Encoder(config, params, tokenizer, compute=compute)
     if isinstance(family, Seq2SeqFamily):
-        said = _asked(path, raw)
         config = config.model_copy(update={"start_token": said.get("decoder_start_token_id", config.start_token)})
         forced = _several(said.get("forced_bos_token_id"))
         return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, asked=said, compute=compute)
     chat = tokenizer.chat is not None and tokenizer.chat.source != PAIR_TEMPLATE
     return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends, imported=True)
-
-
-def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return what generation is asked for by generation_config.json, or by config.json."""
-    found = files.read_json(directory / "generation_config.json", {})
-    return raw | {key: value for key, value in found.items() if value is not None}
 
 
 def _asked(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -26,10 +26,9 @@ from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel, of_run
 from jaxllm.locate import is_huggingface, locate, look
 from jaxllm.models import accounting
-from jaxllm.models.build import AnyConfig, init_params
+from jaxllm.models.build import AnyConfig, attention_kernel, init_params
 from jaxllm.models.config import ModelConfig, is_vae
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
-from jaxllm.models.kernel import attention_kernel
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.planning.aot import Job, on_mesh
 from jaxllm.planning.memory import expected

@@ -78,8 +78,11 @@ class Tensors(Mapping[str, np.ndarray]):
                     f"{self.origin}: {stored}: differs from {other}, and {self.described_by} has tie_word_embeddings: "
                     "true; set it to false"
                 )
-        kept = {name: self.stored[stored] for name, stored in found.items()}
-        return Tensors(self.origin, kept, called=self.called, described_by=self.described_by)
+        return self.holding({name: self.stored[stored] for name, stored in found.items()})
+
+    def holding(self, stored: Mapping[str, Stored]) -> "Tensors":
+        """Return other tensors of the same file or directory."""
+        return Tensors(self.origin, stored, called=self.called, described_by=self.described_by)
 
 
 class Checkpoint(Tensors):

@@ -33,13 +33,10 @@ class EncoderFamily(NamedTuple):
     gelu: bool = False
 
     def parse(self, raw: Mapping[str, Any], name: str, tensors: Collection[str] = ()) -> EncoderConfig:
-        """Return the architecture that a config.json describes.
+        """Return the architecture that a config.json describes; errors as of `Fields.finish`, which call it `name`.
 
         Args:
-          name: what errors call it.
           tensors: names in the checkpoint; whether there is a pooler, config.json does not say.
-        Raises:
-          ValueError: something in it is not understood; the message lists everything.
         """
         fields = Fields(raw)
         pooler = any(tensor.endswith("pooler.dense.weight") for tensor in tensors)

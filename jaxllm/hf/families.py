@@ -42,13 +42,7 @@ class Family(NamedTuple):
     extra_layer: bool = False
 
     def parse(self, raw: Mapping[str, Any], name: str) -> ModelConfig:
-        """Return the architecture that a config.json describes.
-
-        Args:
-          name: what errors call it.
-        Raises:
-          ValueError: something in it is not understood; the message lists everything.
-        """
+        """Return the architecture that a config.json describes; errors as of `Fields.finish`, which call it `name`."""
         fields = Fields(raw)
         found = self.words.read(fields)
         if self.rope:

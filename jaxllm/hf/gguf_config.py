@@ -144,10 +144,6 @@ def _frequencies(fields: Fields, factors: np.ndarray) -> Config:
     }  # fmt: skip
 
 
-def _gemma2(fields: Fields, file: GgufFile) -> Config:
-    return {"query_pre_attn_scalar": _query_scalar(fields, GEMMA2_LARGE)}
-
-
 def _gemma3(fields: Fields, file: GgufFile) -> Config:
     window, every = fields.take("attention.sliding_window", 0), fields.take("attention.sliding_window_pattern") or 6
     n_layers = fields.need("block_count")
@@ -165,5 +161,8 @@ def _query_scalar(fields: Fields, large: int) -> int:
     return width // heads if is_large else fields.take("attention.key_length", width // heads)
 
 
-OWN: Mapping[str, Callable[[Fields, GgufFile], Config]] = {"llama": _llama, "gemma2": _gemma2, "gemma3": _gemma3}
+OWN: Mapping[str, Callable[[Fields, GgufFile], Config]] = {
+    "llama": _llama, "gemma3": _gemma3,
+    "gemma2": lambda fields, file: {"query_pre_attn_scalar": _query_scalar(fields, GEMMA2_LARGE)},
+}  # fmt: skip
 ARCHITECTURES = {name: Vocabulary.of(entry) for name, entry in entries("gguf.yaml").items()}

@@ -35,13 +35,10 @@ class Seq2SeqFamily(NamedTuple):
     buffers: Sequence[str] = ()
 
     def parse(self, raw: Mapping[str, Any], name: str, tensors: Collection[str] = ()) -> Seq2SeqConfig:
-        """Return the architecture that a config.json describes.
+        """Return the architecture that a config.json describes; errors as of `Fields.finish`, which call it `name`.
 
         Args:
-          name: what errors call it.
           tensors: names in the checkpoint; T5's config.json does not always say whether the head is tied.
-        Raises:
-          ValueError: something in it is not understood; the message lists everything.
         """
         fields = Fields(raw)
         fields.expect("is_encoder_decoder", True)
@@ -65,7 +62,8 @@ class Seq2SeqFamily(NamedTuple):
         found = flatten_dict(config.explicit().model_dump(), sep=".")
         both = {f"both.{field[8:]}": value for field, value in found.items() if field.startswith("decoder.")}
         head = {"architectures": [self.architecture], "model_type": self.model_type, "is_encoder_decoder": True}
-        own = _write_t5(config) if self.model_type == "t5" else _write_bart(config)
+        scaled = {"scale_embedding": config.decoder.embed_scale is not None}
+        own = _write_t5(config) if self.model_type == "t5" else scaled
         return head | self.words.write(found | both) | own | {"decoder_start_token_id": config.start_token}
 
     def rows(self, config: Seq2SeqConfig) -> list[Row]:
@@ -120,10 +118,6 @@ def _read_bart(fields: Fields, found: Found) -> Found:
         for key in ("add_bias_logits", "extra_pos_embeddings", "normalize_embedding", "static_position_embeddings"):
             fields.take(key)
     return _halves({"both.embed_scale": found["decoder.d_model"] ** 0.5 if scaled else None})
-
-
-def _write_bart(config: Seq2SeqConfig) -> dict[str, Any]:
-    return {"scale_embedding": config.decoder.embed_scale is not None}
 
 
 SEQ2SEQ: Mapping[str, Seq2SeqFamily] = {

@@ -43,8 +43,8 @@ MODELS = {
     "llama3": ("LlamaConfig", {**SIZES, "rope_parameters": {
         **ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32}}),
-    "linear": ("LlamaConfig", {**SIZES, "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 3.0}}),
-    "yarn": ("LlamaConfig", {**SIZES, "rope_parameters": {
+    "llama-linear": ("LlamaConfig", {**SIZES, "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 3.0}}),
+    "llama-yarn": ("LlamaConfig", {**SIZES, "rope_parameters": {
         **ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}),
     "mistral": ("MistralConfig", {**SIZES, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", {**SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
@@ -86,7 +86,7 @@ WINDOWS = {
 }
 # Variants of a family that change no gradient but by angles and the like.
 WITHOUT_GRADIENTS = (
-    "llama-tied", "llama-attention-biases", "llama3", "linear", "yarn", "phi3-long", "gpt_neox-serial"
+    "llama-tied", "llama-attention-biases", "llama3", "llama-linear", "llama-yarn", "phi3-long", "gpt_neox-serial"
 )  # fmt: skip
 PROMPT, NEW = 8, 16
 # Every published config.json has these; leaving one out is an error here, or a shape that does not fit.
