@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int | None:
     difference = golden.compare(expected, jaxllm.load(arguments.target, compute=exact))
     same = f"up to {difference:.1e}" if difference else "to the last bit"
     before, after = param_count(config), param_count(look(arguments.target, encoders=True)[0])
-    written = f" ({after:,} as written, where shared ones stand twice)" if after != before else ""
+    why = "where shared ones stand twice" if after > before else "without rows that are of no token"
+    written = f" ({after:,} as written, {why})" if after != before else ""
     sys.stdout.write(
         f"{arguments.target}: {before:,} parameters{written}; the logits of a fixed prompt are those of "
         f"{arguments.source}, {same}\n"

@@ -16,6 +16,7 @@ from jaxllm.data import gguf_tokens, text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import PAIR_TEMPLATE
 from jaxllm.data.fast_export import to_json
+from jaxllm.data.no_tokenizer import NoTokenizer
 from jaxllm.data.pieces import SentencePieces
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
@@ -70,13 +71,11 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
         raise ValueError(f"{origin} has no model_type, so it does not say which model this is; add it")
     if kind in READERS and not encoders:
         raise ValueError(f"{origin}: {kind} has an encoder; jaxllm.load reads it, but here a model must continue text")
-    if kind in READERS:
-        family, config = READERS[kind], READERS[kind].parse(raw, str(origin), Checkpoint(path))
-    elif kind in FAMILIES:
-        family, config = FAMILIES[kind], FAMILIES[kind].parse(raw, str(origin))
-    else:
-        raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join([*FAMILIES, *READERS])}")
-    return Described(path, raw, family, config, file)
+    known: dict[str, AnyFamily] = {**FAMILIES, **READERS}
+    if kind not in known:
+        raise ValueError(f"{origin}: model_type={kind!r} is not known; known are {', '.join(known)}")
+    config = known[kind].parse(raw, str(origin), *([Checkpoint(path)] if kind in READERS else []))
+    return Described(path, raw, known[kind], config, file)
 
 
 def load(
@@ -85,7 +84,7 @@ def load(
 ) -> AnyLanguageModel:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
 
-    The model_type says what it is.
+    The model_type says what it is. A directory without a tokenizer is one for ids (`NoTokenizer`).
 
     Args:
       model: a path, or what `describe` has found there.
@@ -96,29 +95,24 @@ def load(
     """
     path, raw, family, config, file = model if isinstance(model, Described) else describe(model, encoders=True)
     tensors = open_tensors(file, raw) if file else Checkpoint(path)
-    if isinstance(family, Family):
-        tokenizer = tokenizers.from_gguf(file) if file else tokenizers.load(path)
-    else:
-        tokenizer = (text_pairs.load_for_pairs if isinstance(family, Seq2SeqFamily) else text_pairs.load)(path)
+    said = _asked(path, raw)
+    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(said.get("eos_token_id", raw.get("eos_token_id")))
+    readers = {Seq2SeqFamily: text_pairs.load_for_pairs, EncoderFamily: text_pairs.load}
+    try:
+        tokenizer = tokenizers.from_gguf(file) if file else readers.get(type(family), tokenizers.load)(path)
+    except FileNotFoundError as error:
+        ids = (raw.get("pad_token_id"), raw.get("bos_token_id"), ends[0] if ends else None)
+        tokenizer = NoTokenizer(str(error), config.vocab_size, ids)
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if isinstance(family, EncoderFamily):
         return Encoder(config, params, tokenizer, compute=compute)
-    asked = _generation(path, raw)
-    ends = gguf_tokens.stop_ids(file.metadata) if file else _several(asked.get("eos_token_id"))
     if isinstance(family, Seq2SeqFamily):
-        said = _asked(path, raw)
         config = config.model_copy(update={"start_token": said.get("decoder_start_token_id", config.start_token)})
         forced = _several(said.get("forced_bos_token_id"))
         return EncoderDecoder(config, params, tokenizer, stop_ids=ends, forced=forced, asked=said, compute=compute)
     chat = tokenizer.chat is not None and tokenizer.chat.source != PAIR_TEMPLATE
-    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends)
-
-
-def _generation(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return what generation is asked for by generation_config.json, or by config.json."""
-    found = files.read_json(directory / "generation_config.json", {})
-    return raw | {key: value for key, value in found.items() if value is not None}
+    return LanguageModel(config, params, tokenizer, chat=chat, compute=compute, stop_ids=ends, imported=True)
 
 
 def _asked(directory: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +139,8 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
     """
     config, params, tokenizer = lm.config, lm.params, lm.tokenizer
     if isinstance(lm, LanguageModel):
+        if not lm.imported:
+            config, params = _without_padding(config, params, tokenizer.vocab_size)
         config, params = _without_scale(config, params)
     family, raw = words_for(config)
     with files.new_directory(directory) as temporary:
@@ -160,13 +156,14 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
                 start = {"decoder_start_token_id": config.start_token}
                 files.write_json(temporary / "generation_config.json", lm.asked | ids | start)
             raw = ids | raw  # RoBERTa's own word on padding counts
-            tokenizer.save(temporary)
         else:
             ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
             raw = {"architectures": [family.architecture], "model_type": family.model_type} | raw | ids
             ends = list(lm.stop_ids) if len(lm.stop_ids) > 1 else tokenizer.eos_id
             files.write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
-            _write_tokenizer(tokenizer, temporary)
+        if not isinstance(tokenizer, NoTokenizer):
+            write = _write_tokenizer if isinstance(lm, LanguageModel) else type(tokenizer).save
+            write(tokenizer, temporary)
         files.write_json(temporary / "config.json", raw)
     return here(directory)
 
@@ -179,6 +176,13 @@ def _without_scale(config: ModelConfig, params: Params) -> tuple[ModelConfig, Pa
     head = table if config.tie_embeddings else params["head"]
     scaled = {**params, "embed": {"table": table * jnp.asarray(config.embed_scale, table.dtype)}, "head": head}
     return config.model_copy(update={"embed_scale": None, "tie_embeddings": False}), scaled
+
+
+def _without_padding(config: ModelConfig, params: Params, size: int) -> tuple[ModelConfig, Params]:
+    """Leave out the rows of both tables that are of no token."""
+    tables = {name: params[name][:size] for name in ("head",) if name in params}
+    tables["embed"] = {"table": params["embed"]["table"][:size]}
+    return config.model_copy(update={"vocab_size": size}), {**params, **tables}
 
 
 def words_for(config: AnyConfig) -> tuple[AnyFamily, dict[str, Any]]:

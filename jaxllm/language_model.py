@@ -81,18 +81,19 @@ class LanguageModel:
       chat: the model was taught to answer in the tokenizer's chat template; decides what `respond` does.
       compute: precision; default: what suits this machine.
       stop_ids: tokens that end an answer, beside the tokenizer's eos.
+      imported: it came with this vocabulary; else rows behind the tokenizer's are padding, which `export` leaves out.
     """
 
     def __init__(
         self, config: ModelConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
-        compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (),
+        compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (), imported: bool = False,
     ):  # fmt: skip
         check_vocabulary(tokenizer.vocab_size, config.vocab_size)
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
-        self.is_chat = chat
-        self.stop_ids = tuple(dict.fromkeys((tokenizer.eos_id, *stop_ids)))
+        self.is_chat, self.imported = chat, imported
+        self.stop_ids = tuple(dict.fromkeys(each for each in (tokenizer.eos_id, *stop_ids) if each is not None))
         self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
 
     @cached_property
@@ -213,7 +214,8 @@ class LanguageModel:
 
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
-        save_run(directory, self, {"chat": self.is_chat, "stop_ids": list(self.stop_ids)})
+        said = {"chat": self.is_chat, "stop_ids": list(self.stop_ids), "imported": self.imported}
+        save_run(directory, self, said)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids that come before the answer: bos and the text, or the conversation in the template, or ids."""
@@ -263,10 +265,10 @@ def save_run(
 
     directory = here(directory)
     files.check_empty(directory)
+    (tokenizer or model.tokenizer).save(directory / "tokenizer")
     data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
     recipe = Recipe(out=named(directory), model=model.config, data=data)
     files.write_text(directory / FILE_NAME, configs.dump(recipe))
-    (tokenizer or model.tokenizer).save(directory / "tokenizer")
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(model.params, {"step": 0, **meta})
 
@@ -309,7 +311,7 @@ def of_run(
     """Return what a run has trained as the object that texts are asked of.
 
     Args:
-      tokenizer: directory of it. meta: of a checkpoint; of it chat, stop_ids, forced and asked are read.
+      tokenizer: directory of it. meta: of a checkpoint; of it chat, stop_ids, imported, forced and asked are read.
     """
     from jaxllm.encoder import Encoder
     from jaxllm.encoder_decoder import EncoderDecoder
@@ -327,5 +329,5 @@ def of_run(
     pieces = tokenizers.load(tokenizer)
     if is_vae(config):
         return VAE(config, params, pieces, compute=compute)
-    chat, ends = bool(meta.get("chat")), meta.get("stop_ids", ())
-    return LanguageModel(config, params, pieces, chat=chat, compute=compute, stop_ids=ends)
+    said = {"chat": bool(meta.get("chat")), "imported": bool(meta.get("imported"))}
+    return LanguageModel(config, params, pieces, **said, compute=compute, stop_ids=meta.get("stop_ids", ()))

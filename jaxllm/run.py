@@ -26,10 +26,9 @@ from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel, of_run
 from jaxllm.locate import is_huggingface, locate, look
 from jaxllm.models import accounting
-from jaxllm.models.build import AnyConfig, init_params
+from jaxllm.models.build import AnyConfig, attention_kernel, init_params
 from jaxllm.models.config import ModelConfig, is_vae
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
-from jaxllm.models.kernel import attention_kernel
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.planning.aot import Job, on_mesh
 from jaxllm.planning.memory import expected
@@ -50,7 +49,7 @@ from jaxllm.vae import VAE
 # Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
 # multiple of the estimate, with what glibc keeps of freed memory and without.
 PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4, 2
-SAID = ("stop_ids", "forced", "asked")
+SAID = ("imported", "stop_ids", "forced", "asked")  # the last three: how an encoder-decoder writes targets
 
 
 class Run:
@@ -76,7 +75,7 @@ class Run:
         self.tokens_per_step = recipe.data.batch_size * recipe.data.packing.seq_len
         self.begin = Position(0, 0, recipe.data.batch_size)
         self.val_loss: float | None = None  # the last one measured
-        self._said: dict[str, Any] = {}  # by the model that an encoder-decoder starts from, of how targets are written
+        self._said: dict[str, Any] = {}  # by the model that this one starts from, see `SAID`
         if recipe.monitor.prompts:
             self._check_prompts()
         manifests = {source.path: read_manifest(source.path) for source in recipe.data.sources if source.validate_on}
@@ -157,8 +156,8 @@ class Run:
             params, meta = model.params, vars(model)
         else:
             params, meta = load_params(run_dir, found, step=step, shardings=param_shardings(found, self.mesh))
-        if isinstance(wanted, Seq2SeqConfig):
-            self._said = {name: meta[name] for name in SAID if name in meta}
+        names = SAID if isinstance(wanted, Seq2SeqConfig) else SAID[:1]
+        self._said = {name: meta[name] for name in names if name in meta}
         if isinstance(wanted, EncoderConfig) and wanted.head != found.head:  # a new one on top of what reads
             fresh = jax.jit(init_params, static_argnums=(0, 1), out_shardings=param_shardings(wanted, self.mesh))
             head = fresh(wanted, self.recipe.seed)["head"]

@@ -132,6 +132,20 @@ def test_an_export_is_loaded_again_bitwise_and_says_the_same(lm, tmp_path):
         assert [x.tokens for x in spread.generate(TEXTS)] == [x.tokens for x in lm.generate(TEXTS)]
 
 
+def test_without_its_tokenizer_it_has_logits_and_says_what_is_missing(lm, tmp_path):
+    path = jaxllm.export(lm, tmp_path / "hf")
+    for name in lm.tokenizer.files:
+        (path / name).unlink()
+    again, ids = jaxllm.load(path), np.array([[4, 5, 6]])
+    np.testing.assert_array_equal(again.logits(ids, targets=ids), lm.logits(ids, targets=ids))
+    assert again.stop_ids == lm.stop_ids
+    with pytest.raises(ValueError, match=r"no tokenizer\.json .*spiece\.model or source\.spm.*Without a tokenizer"):
+        again.generate(TEXTS)
+    (path / "source.spm").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no target\.spm and no vocab\.json, which its tokenizer is made of"):
+        jaxllm.load(path).generate(TEXTS)
+
+
 def test_transformers_writes_the_same_text_from_an_export(lm, tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
     torch = pytest.importorskip("torch", reason="pip install 'jaxllm[parity]' compares with torch")
@@ -165,10 +179,9 @@ def test_ids_of_sentencepiece_files_are_those_of_transformers(t5_files, marian_f
     assert ours.decode(german) == theirs.decode(german, skip_special_tokens=True) == "der Ball ist im Haus"
 
 
-def test_a_marian_is_tuned_on_pairs_in_the_ids_of_either_language(marian_files, tmp_path, monkeypatch):
+def test_sentencepiece_files_alone_are_enough_to_tune_on_pairs_in_their_ids(lm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = model(TextPieces(marian_files), "marian")
-    jaxllm.export(before, "hf")
+    jaxllm.export(before := lm, "hf")
     rows = [{"x": "where is the ball?", "y": "der Ball ist im Haus"}, {"x": "a dog", "y": "ein Hund"}] * 5
     with open("rows.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

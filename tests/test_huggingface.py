@@ -1,6 +1,7 @@
 """Whole models: load, export, convert, sample and tune with Hugging Face directories."""
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import jax
@@ -51,6 +52,29 @@ def test_an_export_loads_as_the_same_model(exported):
     assert after.chat(asked, max_new_tokens=8, sampler=GREEDY) == before.chat(asked, max_new_tokens=8, sampler=GREEDY)
 
 
+def test_a_directory_without_a_tokenizer_is_one_for_ids(exported, tmp_path, capsys):
+    bare = shutil.copytree(exported, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
+    lm, whole = jaxllm.load(bare), jaxllm.load(exported)
+    ids = whole.encode("abc")
+    np.testing.assert_array_equal(lm.logits([ids]), whole.logits([ids]))
+    [answer], [full] = (each.generate(ids, max_new_tokens=8, sampler=GREEDY) for each in (lm, whole))
+    assert answer == full._replace(text="")
+    assert lm.stop_ids == whole.stop_ids
+    again = export(lm, tmp_path / "again")
+    assert not list(again.glob("token*"))
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (bare / name).read_bytes()
+    for text in (
+        lambda: lm.generate("abc"), lambda: lm.generate([ids], stop=["x"]), lambda: lm.decode(ids),
+        lambda: lm.save(tmp_path / "run"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"a directory with tokenizer\.json, .*but no text and no run$"):
+            text()
+    assert not (tmp_path / "run").exists()
+    assert sample([str(bare), "--prompt", "Hi"]) == 2
+    assert "Without a tokenizer" in capsys.readouterr().err
+
+
 def test_what_was_looked_at_is_loaded_without_another_look(exported, monkeypatch):
     config, found = look(exported)
     monkeypatch.setattr(huggingface, "describe", None)
@@ -95,6 +119,26 @@ def test_a_tied_head_that_the_family_must_write_apart_is_counted_twice(tmp_path,
     assert convert([str(tmp_path / "run"), str(tmp_path / "exported")]) is None
     n, head = param_count(config), config.vocab_size * config.d_model
     assert f": {n:,} parameters ({n + head:,} as written, where shared ones stand twice);" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padded_vocabulary_is_trimmed_and_an_imported_one_is_whole(tied, tmp_path, capsys):
+    lm = model(CONFIG.model_copy(update={"vocab_size": 288, "tie_embeddings": tied}))
+    lm.save(tmp_path / "run")
+    assert convert([str(tmp_path / "run"), str(tmp_path / "hf")]) is None
+    assert "as written, without rows that are of no token" in capsys.readouterr().out
+    tokens = np.arange(6, 30)[None]
+    expected = lm.logits(tokens)[..., :262]
+    again = jaxllm.load(tmp_path / "hf")
+    assert again.config.vocab_size == lm.tokenizer.vocab_size == 262
+    np.testing.assert_allclose(again.logits(tokens), expected, atol=1e-5)
+    whole = LanguageModel(lm.config, lm.params, lm.tokenizer, imported=True)
+    whole.save(tmp_path / "imported")  # a run that remembers it
+    assert jaxllm.load(export(jaxllm.load(tmp_path / "imported"), tmp_path / "whole")).config.vocab_size == 288
+    transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
+    torch = pytest.importorskip("torch", reason="pip install 'jaxllm[parity]' compares with torch")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(torch.from_numpy(tokens)).logits
+    np.testing.assert_allclose(theirs.detach(), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_sample_reads_the_directory(exported, capsys):

@@ -123,7 +123,7 @@ def load(
     except ValidationError as error:
         first = {}  # for each key: a union reports every type that it tried
         for problem in error.errors():
-            first.setdefault(_key(problem, tree), problem)
+            first.setdefault(place(problem, tree), problem)
         problems = {key: _explain(cls, key, problem, ways) for key, problem in first.items()}
         for section, way in ways.items():
             missing = [key for key in first if key.startswith(f"{section}.") and first[key]["type"] == "missing"]
@@ -218,7 +218,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     above[name] = value
 
 
-def _key(problem: Any, tree: Any) -> str:
+def place(problem: Any, tree: Any) -> str:
     """Return the dotted key of a problem: pydantic's place without the kinds and types that it tried."""
     key = []
     for depth, part in enumerate(problem["loc"], 1):

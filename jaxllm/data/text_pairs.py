@@ -13,7 +13,7 @@ from jaxllm.core import files
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.fast_export import surrounded, to_json
 from jaxllm.data.fast_pieces import name_of, read_source
-from jaxllm.data.text_pieces import Encoded, Text, TextPieces, too_long
+from jaxllm.data.text_pieces import Encoded, Text, TextPieces, is_texts, too_long
 from jaxllm.data.tokenizer import MASKS, PAD, Tokenizer
 
 ROLES = {"pad": ("[PAD]", PAD), "mask": MASKS, "eos": ("</s>", "[SEP]")}
@@ -117,7 +117,7 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
     """Load the tokenizer of a Hugging Face directory, or that of a run by `surrounding`.
 
     Raises:
-      FileNotFoundError: neither tokenizer.json nor vocab.txt is there.
+      FileNotFoundError: no tokenizer is there.
     """
     directory = Path(directory)
     settings = files.read_json(directory / "tokenizer_config.json", {})
@@ -126,12 +126,11 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
     if source := read_source(directory):
         return PairTokenizer(source, settings)
     raise FileNotFoundError(
-        f"{directory} has no tokenizer.json and no vocab.txt; save the tokenizer with transformers once, which writes "
-        "tokenizer.json"
+        f"{directory} has no tokenizer.json and no vocab.txt, nor, of an encoder-decoder, spiece.model or source.spm; "
+        "save the tokenizer with transformers once, which writes tokenizer.json"
     )
 
 
 def load_for_pairs(directory: str | Path) -> PairTokenizer | TextPieces:
     """Load the tokenizer of an encoder-decoder: of its Hugging Face directory, or of its run."""
-    files_of_marian, fast = ((Path(directory) / name).is_file() for name in ("source.spm", "tokenizer.json"))
-    return load(directory, bos=False, mask=False) if fast and not files_of_marian else TextPieces(directory)
+    return TextPieces(directory) if is_texts(directory) else load(directory, bos=False, mask=False)

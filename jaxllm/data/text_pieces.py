@@ -1,9 +1,9 @@
 """Tokenizers of encoder-decoders that come as SentencePiece models: T5's, and Marian's two for two languages."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxllm.core import files
 from jaxllm.data.pieces import SPACE_MARK
@@ -33,7 +33,7 @@ class TextPieces:
     Args:
       directory: of the checkpoint, with spiece.model (T5), or source.spm, target.spm and vocab.json (Marian).
     Raises:
-      FileNotFoundError: these files are not there.
+      FileNotFoundError: these files are not there, or not all of them.
       ValueError: there are no tokens for padding, the end, or what is unknown.
 
     Attributes:
@@ -47,14 +47,18 @@ class TextPieces:
         from sentencepiece import SentencePieceProcessor
 
         directory = Path(directory)
-        one = directory / "spiece.model"
-        names = ("spiece.model",) if one.is_file() else ("source.spm", "target.spm", "vocab.json")
+        one = (directory / "spiece.model").is_file()
+        names = ("spiece.model",) if one else ("source.spm", "target.spm", "vocab.json")
+        if missing := [name for name in names if not (directory / name).is_file()]:
+            raise FileNotFoundError(f"{directory} has no {' and no '.join(missing)}, which its tokenizer is made of")
         self.files = {name: (directory / name).read_bytes() for name in names}
-        self.settings: Mapping[str, Any] = files.read_json(directory / "tokenizer_config.json", {})
-        models = [SentencePieceProcessor(model_proto=self.files[name]) for name in names[:2] if name != "vocab.json"]
+        settings = files.read_json(directory / "tokenizer_config.json", None)
+        if settings is not None:
+            self.files["tokenizer_config.json"] = (directory / "tokenizer_config.json").read_bytes()
+        models = [SentencePieceProcessor(model_proto=self.files[name]) for name in names[:2]]
         self._source, self._target = models[0], models[-1]
-        if one.is_file():
-            pieces, extra = self._source.get_piece_size(), self.settings.get("extra_ids", EXTRA_IDS)
+        if one:
+            pieces, extra = self._source.get_piece_size(), (settings or {}).get("extra_ids", EXTRA_IDS)
             self.ids = {self._source.id_to_piece(i): i for i in range(pieces)}
             self.ids |= {f"<extra_id_{i}>": pieces + extra - 1 - i for i in range(extra)}
         else:
@@ -110,7 +114,6 @@ class TextPieces:
         """Write the files that the tokenizer was read from."""
         for name, content in self.files.items():
             files.write_bytes(Path(directory) / name, content)
-        files.write_json(Path(directory) / "tokenizer_config.json", dict(self.settings))
 
 
 class SidePieces:
@@ -129,3 +132,11 @@ class SidePieces:
     def bytes_of(self, token: int) -> bytes:
         piece = "" if token in self.texts.skipped else self.texts.pieces.get(token, "")
         return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+
+def is_texts(directory: str | Path) -> bool:
+    """Whether a directory has a tokenizer that `TextPieces` reads: Marian's, or T5's without a better one."""
+    directory = Path(directory)
+    if not (directory / "spiece.model").is_file():
+        return (directory / "source.spm").is_file()
+    return "model" not in files.read_json(directory / "tokenizer.json", {})

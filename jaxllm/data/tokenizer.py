@@ -18,7 +18,7 @@ from jaxllm.data.chat import BOS, DEFAULT_TEMPLATE, EOS, PAIR_TEMPLATE, ROLE_TOK
 from jaxllm.data.fast_pieces import FastPieces, name_of, read_source
 from jaxllm.data.pieces import BytePieces, SentencePieces
 from jaxllm.data.pieces_training import TokenizerConfig, train_pieces
-from jaxllm.data.text_pieces import SidePieces
+from jaxllm.data.text_pieces import SidePieces, is_texts
 
 PAD = "<pad>"
 MASKS = ("[MASK]", "<mask>")  # what checkpoints of others call it
@@ -209,19 +209,18 @@ def _chat(source: str | None, special: Mapping[str, int], bos: int | None, eos: 
 
 
 def _from_huggingface(directory: Path) -> Tokenizer:
-    """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model or vocab.json and merges.txt."""
+    """Read the tokenizer of a Hugging Face directory: tokenizer.json, tokenizer.model, vocab.json ..."""
     config = files.read_json(directory / "tokenizer_config.json", {})
     if (directory / "chat_template.jinja").is_file():
         config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    if (directory / "source.spm").is_file():
+    if is_texts(directory):
         pieces = SidePieces(directory)
         pad, eos = pieces.special.values()
         return Tokenizer(pieces, pieces.special, (pad, eos, eos), _chat(PAIR_TEMPLATE, pieces.special, None, eos))
     source = read_source(directory)
     if source is None:
-        for name in ("tokenizer.model", "spiece.model"):
-            if (directory / name).is_file():
-                return _from_sentencepiece(_read_pieces(directory / name, escape_mark=False), _template(config))
+        if (path := directory / "tokenizer.model").is_file():
+            return _from_sentencepiece(_read_pieces(path, escape_mark=False), _template(config))
         raise FileNotFoundError(
             f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt, or a SentencePiece .model file"

@@ -1,16 +1,11 @@
 """What an encoder-decoder writes of held-out sources, against the targets that are right: BLEU."""
 
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.data.pairs import Sides
 from jaxllm.data.tokenizer import Tokenizer
-
-# A Chinese or Japanese character, another run of letters and digits, or a sign.
-_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 
 
 def evaluate_targets(model: Any, sides: Sequence[Sides], tokenizer: Tokenizer, count: int) -> dict[str, Any]:
@@ -19,7 +14,8 @@ def evaluate_targets(model: Any, sides: Sequence[Sides], tokenizer: Tokenizer, c
     Args:
       model: `jaxllm.EncoderDecoder`. tokenizer: of the data.
     Returns:
-      bleu, correct (to the letter), pairs, and of the first five "examples" (source, right, written).
+      bleu, bleu_signature (of sacrebleu), correct (to the letter), pairs, and of the first five "examples" (source,
+      right, written).
     """
     pairs = [each.of(document) for each in sides for document in range(len(each.sources))][:count]
     texts, right = ([tokenizer.decode(side) for side in every] for every in zip(*pairs, strict=True))
@@ -27,28 +23,23 @@ def evaluate_targets(model: Any, sides: Sequence[Sides], tokenizer: Tokenizer, c
     room = model.config.room(1 + len(model.forced))
     limit = min(longest + longest // 2, room)  # another way to say it may be longer; and what never stops is cut
     found = [each.text for each in model.generate(texts, truncate=True, max_new_tokens=limit)]
+    score, signature = bleu(found, right)
     return {
-        "bleu": bleu(found, right), "correct": sum(a == b for a, b in zip(found, right, strict=True)),
+        "bleu": score, "bleu_signature": signature, "correct": sum(a == b for a, b in zip(found, right, strict=True)),
         "pairs": len(pairs), "examples": list(zip(texts, right, found, strict=True))[:5],
     }  # fmt: skip
 
 
-def bleu(found: Sequence[str], right: Sequence[str]) -> float:
-    """Return 100 BLEU over all texts together, with one right text for each; case counts.
+def bleu(found: Sequence[str], right: Sequence[str]) -> tuple[float, str]:
+    """Return (BLEU of all texts together, what it was computed by), with one right text for each; case counts.
 
-    A Chinese or Japanese character is a word; 0 if no four words in a row are right.
+    Words are mteval's (13a), a Chinese character is one too (zh), and where there is Japanese, each character (char).
 
-    Source: Papineni et al. 2002, section 2.3.
+    Source: Papineni et al. 2002; Post 2018, whose sacrebleu it is.
     """
-    pairs = [(_WORDS.findall(one), _WORDS.findall(other)) for one, other in zip(found, right, strict=True)]
-    precisions = []
-    for n in range(1, 5):
-        counted = [(_runs(one, n), _runs(other, n)) for one, other in pairs]
-        hits, written = sum((a & b).total() for a, b in counted), sum(a.total() for a, _ in counted)
-        precisions.append(hits / max(written, 1))
-    ratio = sum(len(other) for _, other in pairs) / max(sum(len(one) for one, _ in pairs), 1)
-    return 100 * min(1.0, math.exp(1 - ratio)) * math.prod(precisions) ** 0.25
+    from sacrebleu.metrics import BLEU
 
-
-def _runs(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    text = "".join(right)
+    words = "char" if re.search("[\u3040-\u30ff]", text) else "zh" if re.search("[\u3400-\u9fff]", text) else "13a"
+    metric = BLEU(tokenize=words)
+    return metric.corpus_score(found, [right]).score, str(metric.get_signature())

@@ -78,8 +78,11 @@ class Tensors(Mapping[str, np.ndarray]):
                     f"{self.origin}: {stored}: differs from {other}, and {self.described_by} has tie_word_embeddings: "
                     "true; set it to false"
                 )
-        kept = {name: self.stored[stored] for name, stored in found.items()}
-        return Tensors(self.origin, kept, called=self.called, described_by=self.described_by)
+        return self.holding({name: self.stored[stored] for name, stored in found.items()})
+
+    def holding(self, stored: Mapping[str, Stored]) -> "Tensors":
+        """Return other tensors of the same file or directory."""
+        return Tensors(self.origin, stored, called=self.called, described_by=self.described_by)
 
 
 class Checkpoint(Tensors):
@@ -130,8 +133,19 @@ def _tensors(path: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def _read(path: Path, shape: list[int], dtype: str, offset: int) -> np.ndarray:
-    count = math.prod(shape) * np.dtype(dtype).itemsize
-    return np.fromfile(path, np.uint8, count, offset=offset).view(dtype).reshape(shape)
+    tensor = aligned(tuple(shape), np.dtype(dtype))
+    with path.open("rb") as file:
+        file.seek(offset)
+        file.readinto(tensor.reshape(-1).view(np.uint8))
+    return tensor
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array at an address that JAX takes without a copy: a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 class Writer:

@@ -4,8 +4,6 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from flax.traverse_util import unflatten_dict
-
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
 from jaxllm.hf.rows import rows_of, sizes_of
@@ -35,13 +33,10 @@ class EncoderFamily(NamedTuple):
     gelu: bool = False
 
     def parse(self, raw: Mapping[str, Any], name: str, tensors: Collection[str] = ()) -> EncoderConfig:
-        """Return the architecture that a config.json describes.
+        """Return the architecture that a config.json describes; errors as of `Fields.finish`, which call it `name`.
 
         Args:
-          name: what errors call it.
           tensors: names in the checkpoint; whether there is a pooler, config.json does not say.
-        Raises:
-          ValueError: something in it is not understood; the message lists everything.
         """
         fields = Fields(raw)
         pooler = any(tensor.endswith("pooler.dense.weight") for tensor in tensors)
@@ -49,12 +44,11 @@ class EncoderFamily(NamedTuple):
         if self.behind_pad:
             found["stack.positions.offset"] = offset = fields.take("pad_token_id", 1) + 1
             found["stack.max_seq_len"] -= offset  # the rows of the table before it are not used
-        fields.finish(name)
-        return EncoderConfig(**unflatten_dict(found, sep="."))
+        return fields.build(EncoderConfig, found, self.words.keys, name)
 
     def _read_head(self, fields: Fields, pooler: bool) -> HeadConfig:
         heads = {f"{self.title}ForMaskedLM", f"{self.title}ForSequenceClassification", f"{self.title}Model"}
-        architecture = (fields.take("architectures") or [None])[0]
+        architecture = (fields.take("architectures", []) or [None])[0]
         if architecture == f"{self.title}ForMaskedLM":
             activation = "gelu" if self.gelu else fields.among("hidden_act", ACTIVATIONS, "gelu")
             return MaskedLM(activation=activation)

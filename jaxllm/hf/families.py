@@ -6,8 +6,6 @@ The entries are data, in families.yaml; here is what they share, and what a fami
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from flax.traverse_util import unflatten_dict
-
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import ACTIVATIONS, NAMES, Fields, Vocabulary, entries
 from jaxllm.hf.fp8 import scaled
@@ -15,7 +13,7 @@ from jaxllm.hf.mxfp4 import unpacked
 from jaxllm.hf.ropes import ORIGINAL, read_rope, read_scaling, write_rope
 from jaxllm.hf.rows import rows_of, sizes_of
 from jaxllm.hf.table import Row, names
-from jaxllm.layers.config import Rope, YarnScaling
+from jaxllm.layers.config import Rope
 from jaxllm.models.config import ModelConfig
 
 BUFFERS = r".*(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$"  # constants that old files have
@@ -44,31 +42,19 @@ class Family(NamedTuple):
     extra_layer: bool = False
 
     def parse(self, raw: Mapping[str, Any], name: str) -> ModelConfig:
-        """Return the architecture that a config.json describes.
-
-        Args:
-          name: what errors call it.
-        Raises:
-          ValueError: something in it is not understood; the message lists everything.
-        """
+        """Return the architecture that a config.json describes; errors as of `Fields.finish`, which call it `name`."""
         fields = Fields(raw)
-        config = self.read(fields)
-        fields.finish(name)
-        return config
-
-    def read(self, fields: Fields) -> ModelConfig:
-        """Translate what `fields` has, and leave there what is wrong or unread."""
         found = self.words.read(fields)
         if self.rope:
             found |= read_rope(fields, *self.rope)
         for own in OWN.get(self.model_type, ()):
             found |= own.read(fields)
-        found["n_kv_heads"] = found.get("n_kv_heads") or found["n_heads"]
-        found["head_dim"] = found.get("head_dim") or found["d_model"] // found["n_heads"]
-        found["d_ff"] = found["d_ff"] or 4 * found["d_model"]
+        width, heads = found["d_model"], found["n_heads"]
+        for field, absent in (("n_kv_heads", heads), ("head_dim", width // heads), ("d_ff", 4 * width)):
+            found[field] = absent if found.get(field) is None else found[field]
         if found.get("window.size") is None:
             found = {field: value for field, value in found.items() if not field.startswith("window.")}
-        return ModelConfig(**unflatten_dict(found, sep="."))
+        return fields.build(ModelConfig, found, self.words.keys, name)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Return the config.json of an architecture, less what every model has.
@@ -173,8 +159,8 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
 def _read_gemma3(fields: Fields) -> Found:
     every = fields.take("sliding_window_pattern", fields.take("_sliding_window_pattern", 6))
     found = _read_layers(fields, lambda i: bool((i + 1) % every))
-    nested, local_theta = fields.take("rope_parameters"), fields.take("rope_local_base_freq", 10_000.0)
-    if nested is not None and FULL in nested:
+    nested, local_theta = fields.take("rope_parameters", {}), fields.take("rope_local_base_freq", 10_000.0)
+    if FULL in nested:
         fields.take("rope_theta")
         fields.take("rope_scaling")
         whole, local = dict(nested[FULL]), dict(nested.get(SLIDING, {}))
@@ -229,9 +215,9 @@ def _read_deepseek(fields: Fields) -> Found:
     fields.expect("qk_head_dim", plain + rotated)
     found = {"head_dim": plain + rotated} | read_rope(fields, 10_000.0)
     scaling = found["positions.scaling"]
-    written = fields.take("rope_parameters") or fields.take("rope_scaling") or {}
-    if isinstance(scaling, YarnScaling) and (mscale := written.get("mscale_all_dim")):
-        found["positions.scaling"] = scaling.model_copy(update={"score_mscale": float(mscale)})
+    written = fields.take("rope_parameters", {}) or fields.take("rope_scaling", {})
+    if scaling and scaling["kind"] == "yarn" and (mscale := written.get("mscale_all_dim")):
+        scaling["score_mscale"] = mscale
     if first := fields.take("first_k_dense_replace", 3):
         found |= {"dense.number": first, "dense.d_ff": fields.take("intermediate_size")}
     number, top_k = fields.take("n_group", 8), fields.take("topk_group", 4)

@@ -5,18 +5,22 @@ The metadata of a GGUF file is read in the same way.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import yaml
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from pydantic import ValidationError
 
-from jaxllm.core.config import Config
+from jaxllm.core.config import Config, place
+
+C = TypeVar("C", bound=Config)
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
 NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+KINDS = {bool: "true or false", int | float: "a number", list: "a list", Mapping: "keys and values"}
 # Fields where null means none; elsewhere it means the same as absence.
 NULLABLE = {"n_kv_heads", "mla.query_rank", "window.size", "score_softcap", "logit_softcap"}
 
@@ -57,39 +61,67 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return self._raw.get(key) is not None
 
-    def take(self, key: str, default: Any = None) -> Any:
-        """Return a value; null and absent mean the default."""
+    def take(self, key: str, default: Any = None, like: Any = None) -> Any:
+        """Return a value; null and absent mean the default. One of another type than it, or than `like`, is wrong."""
         self._read.add(key)
-        value = self._raw.get(key)
-        return default if value is None else value
+        value, like = self._raw.get(key), default if like is None else like
+        if value is None:
+            return default
+        kind = next((kind for kind in KINDS if isinstance(like, kind)), object)
+        if isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool)):
+            return value
+        self.problems.append(f"{key}={value!r}: must be {KINDS[kind]}")
+        return default
 
     def get(self, key: str, absent: Any) -> Any:
-        """Return a value where null means none, and only absence means the family's default."""
-        self._read.add(key)
-        return self._raw.get(key, absent)
+        """Return a number where null means none, and only absence means the family's default."""
+        given = self.take(key, like=0)
+        return given if key in self._raw else absent
 
     def need(self, key: str) -> Any:
-        """Return a value that no family has a default for.
-
-        Raises:
-          ValueError: it is not there.
-        """
+        """Return a number that no family has a default for."""
         if key not in self:
-            raise ValueError(f"{self._source} has no {key}; it is not complete")
-        return self.take(key)
+            self.problems.append(f"{self._source} has no {key}; it is not complete")
+        elif (value := self.take(key, 1)) > 0:
+            return value
+        else:
+            self.problems.append(f"{key}={value}: must be more than 0")
+        return 1  # only to find what else is wrong
 
     def expect(self, key: str, wanted: Any) -> None:
         """Accept a key only with the value that we compute, which is also what absent means."""
-        if (value := self.take(key, wanted)) != wanted:
+        if (value := self.take(key)) not in (None, wanted):
             self.problems.append(f"{key}={value!r}: only {wanted!r} is computed here")
 
     def among(self, key: str, table: Mapping[Any, Any], default: Any) -> Any:
         """Return the table's entry for a value."""
-        value = self.take(key, default)
-        if value not in table:
+        value = self.take(key)
+        if value is not None and value not in list(table):  # which may be one that no table can hold
             self.problems.append(f"{key}={value!r}: known are {', '.join(map(str, table))}")
-            value = default
-        return table[value]
+            value = None
+        return table[default if value is None else value]
+
+    def build(self, kind: type[C], found: Mapping[str, Any], keys: Mapping[str, list[Any]], name: str) -> C:
+        """Return the configuration of {field: value}, of nested fields as "norm.eps"; errors as of `finish`.
+
+        Args:
+          keys: {key: [its field, ...]}, for what errors call a field.
+        """
+        spelled, tree = {field: key for key, (field, *_) in keys.items()}, unflatten_dict(found, sep=".")
+        try:
+            config = kind(**tree)
+        except ValidationError as error:
+            wrong = bool(self.problems)  # then what does not fit together says nothing
+            for each in error.errors():
+                field = place(each, tree)
+                key = spelled.get(field) or spelled.get(f"both.{field.partition('.')[2]}", field)
+                if each["type"] != "value_error":
+                    self.problems.append(f"{key}={each['input']!r}: {each['msg'].replace('Input should', 'must')}")
+                elif not wrong:
+                    self.problems.append(str(each["ctx"]["error"]))
+            self.problems = list(dict.fromkeys(self.problems))  # halves of one model say the same
+        self.finish(name)
+        return config
 
     def finish(self, name: str) -> None:
         """Raise one error with everything that is wrong, also with the keys that nobody read.
@@ -160,9 +192,7 @@ class Vocabulary(NamedTuple):
 def _read(fields: Fields, key: str, field: str, absent: Any) -> Any:
     if field.endswith("activation"):
         return fields.among(key, ACTIVATIONS, absent)
-    if isinstance(absent, bool):
-        return fields.among(key, {True: True, False: False}, absent)
-    return fields.get(key, absent) if field in NULLABLE else fields.take(key, absent)
+    return fields.get(key, absent) if field in NULLABLE else fields.take(key, absent, 0 if absent is None else absent)
 
 
 def _written(found: Mapping[str, Any], field: str, absent: Any = None) -> Any:

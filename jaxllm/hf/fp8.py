@@ -37,7 +37,7 @@ def scaled(tensors: Tensors) -> Tensors:
             )
         del stored[name]
         stored[stem] = Stored(weight.shape, "float32", partial(_read, weight, factors))
-    return Tensors(tensors.origin, stored, called=tensors.called, described_by=tensors.described_by)
+    return tensors.holding(stored)
 
 
 def _read(weight: Stored, factors: Stored) -> np.ndarray:

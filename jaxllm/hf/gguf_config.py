@@ -79,9 +79,9 @@ def _common(fields: Fields, file: GgufFile) -> Config:
 
 def _uniform(fields: Fields, key: str, absent: int | None = None) -> int:
     """Return a number that some files have for each layer, and that must be the same in all."""
-    value = fields.need(key) if absent is None else fields.take(key, absent)
+    value = fields.take(key)
     if not isinstance(value, list):
-        return value
+        return fields.need(key) if absent is None else fields.take(key, absent)
     if len(set(value)) > 1:
         fields.problems.append(f"{key}={value}: layers that differ are not computed here")
     return value[0]
@@ -144,12 +144,8 @@ def _frequencies(fields: Fields, factors: np.ndarray) -> Config:
     }  # fmt: skip
 
 
-def _gemma2(fields: Fields, file: GgufFile) -> Config:
-    return {"query_pre_attn_scalar": _query_scalar(fields, GEMMA2_LARGE)}
-
-
 def _gemma3(fields: Fields, file: GgufFile) -> Config:
-    window, every = fields.take("attention.sliding_window", 0), fields.take("attention.sliding_window_pattern", 6)
+    window, every = fields.take("attention.sliding_window", 0), fields.take("attention.sliding_window_pattern") or 6
     n_layers = fields.need("block_count")
     sliding = every if isinstance(every, list) else [bool((i + 1) % every) for i in range(n_layers)]
     return {
@@ -165,5 +161,8 @@ def _query_scalar(fields: Fields, large: int) -> int:
     return width // heads if is_large else fields.take("attention.key_length", width // heads)
 
 
-OWN: Mapping[str, Callable[[Fields, GgufFile], Config]] = {"llama": _llama, "gemma2": _gemma2, "gemma3": _gemma3}
+OWN: Mapping[str, Callable[[Fields, GgufFile], Config]] = {
+    "llama": _llama, "gemma3": _gemma3,
+    "gemma2": lambda fields, file: {"query_pre_attn_scalar": _query_scalar(fields, GEMMA2_LARGE)},
+}  # fmt: skip
 ARCHITECTURES = {name: Vocabulary.of(entry) for name, entry in entries("gguf.yaml").items()}

@@ -47,7 +47,7 @@ def unpacked(tensors: Tensors) -> Tensors:
             )
         del stored[name], stored[f"{stem}_scales"]
         stored[stem] = Stored((shape[0], BLOCK * shape[2], shape[1]), "bfloat16", partial(_read, blocks, scales))
-    return Tensors(tensors.origin, stored, called=tensors.called, described_by=tensors.described_by)
+    return tensors.holding(stored)
 
 
 def _read(blocks: Stored, scales: Stored) -> np.ndarray:

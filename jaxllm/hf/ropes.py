@@ -4,23 +4,23 @@ import math
 from typing import Any
 
 from jaxllm.hf.fields import Fields
-from jaxllm.layers.config import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
+from jaxllm.layers.config import Rope
 
 ORIGINAL = "original_max_position_embeddings"
-# {rope_type: (scaling, {key: its field}, keys that must be there)}
-SCALINGS: dict[str, tuple[type, dict[str, str], tuple[str, ...]]] = {
-    "linear": (LinearScaling, {"factor": "factor"}, ("factor",)),
+# {rope_type, which is also the kind of scaling: ({key: its field}, keys that must be there)}
+SCALINGS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "linear": ({"factor": "factor"}, ("factor",)),
     "llama3": (
-        Llama3Scaling, {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high"},
+        {"factor": "factor", "low_freq_factor": "low", "high_freq_factor": "high"},
         ("factor", "low_freq_factor", "high_freq_factor"),
     ),
     "yarn": (
-        YarnScaling, {"factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate",
-                      "attention_factor": "magnitude"}, ("factor",),
+        {"factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate",
+         "attention_factor": "magnitude"}, ("factor",),
     ),
     "longrope": (
-        LongRopeScaling, {"short_factor": "short_factors", "long_factor": "long_factors",
-                          "attention_factor": "magnitude"}, ("short_factor", "long_factor"),
+        {"short_factor": "short_factors", "long_factor": "long_factors", "attention_factor": "magnitude"},
+        ("short_factor", "long_factor"),
     ),
 }  # fmt: skip
 
@@ -31,14 +31,16 @@ def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> di
     Args:
       theta, fraction: what the family means by leaving them out; None: it always rotates whole heads.
     """
-    now, before = fields.take("rope_parameters"), fields.take("rope_scaling")
-    found = dict(now or before or {})
+    now, before = fields.take("rope_parameters", {}), fields.take("rope_scaling", {})
+    found = {**(now or before)}
+    for key in [key for key, value in found.items() if isinstance(value, str) and key not in ("rope_type", "type")]:
+        fields.problems.append(f"rope_parameters.{key}={found.pop(key)!r}: must be a number")
     found.setdefault("rope_theta", fields.take("rope_theta", fields.take("rotary_emb_base", theta)))
     partial = fields.take("partial_rotary_factor", fields.take("rotary_pct", fraction or 1.0))
     found.setdefault("partial_rotary_factor", partial)
     if longest := fields.take(ORIGINAL, 0):
         found.setdefault(ORIGINAL, longest)
-    theta, share = float(found.pop("rope_theta")), float(found.pop("partial_rotary_factor"))
+    theta, share = found.pop("rope_theta"), found.pop("partial_rotary_factor")
     if fraction is None and share != 1.0:
         fields.problems.append(f"partial_rotary_factor={share}: transformers ignores it in this family")
     scaling = read_scaling(found, fields, fields.take("max_position_embeddings", 0))
@@ -46,8 +48,8 @@ def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> di
     return {f"positions.{field}": value for field, value in read.items()}
 
 
-def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeScaling | None:
-    """Return the scaling of a rope dictionary; what it has beyond that is a problem.
+def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> dict[str, Any] | None:
+    """Return the fields of the scaling of a rope dictionary; what it has beyond that is a problem.
 
     Args:
       longest: max_position_embeddings.
@@ -58,19 +60,21 @@ def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> RopeSca
     if known not in ("default", *SCALINGS):
         fields.problems.append(f"rope_type={kind!r}: known are default, {', '.join(SCALINGS)}")
         return None
-    scaling, names, needed = SCALINGS.get(known, (None, {}, ()))
+    names, needed = SCALINGS.get(known, ({}, ()))
     if missing := [key for key in needed if key not in found]:
         fields.problems.append(f"rope_type={kind!r} without {', '.join(missing)}")
         return None
     values = {field: found.pop(key, None) for key, field in names.items()}
-    if known != "linear":
+    if known not in ("default", "linear"):
         values["original_len"] = original if known == "llama3" else original or longest
     if known in ("yarn", "longrope"):
         magnitude = (_yarn_magnitude if known == "yarn" else _longrope_magnitude)(found, values, longest)
         values["magnitude"] = magnitude if values["magnitude"] is None else values["magnitude"]
     unknown = {key: value for key, value in found.items() if value is not None}
     fields.problems += [f"rope_parameters.{key}={value!r}: unknown" for key, value in unknown.items()]
-    return scaling and scaling(**{field: value for field, value in values.items() if value is not None})
+    if known == "default":
+        return None
+    return {"kind": known} | {field: value for field, value in values.items() if value is not None}
 
 
 def _yarn_magnitude(found: dict[str, Any], values: dict[str, Any], longest: int) -> float:
@@ -82,7 +86,7 @@ def _yarn_magnitude(found: dict[str, Any], values: dict[str, Any], longest: int)
 def _longrope_magnitude(found: dict[str, Any], values: dict[str, Any], longest: int) -> float:
     original = values["original_len"]
     factor = found.pop("factor", None) or longest / original
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     if rope.scaling is not None:
         values = rope.scaling.model_dump(mode="json")
         written["rope_type"] = values["kind"]
-        written |= {key: values[field] for key, field in SCALINGS[values["kind"]][1].items()}
+        written |= {key: values[field] for key, field in SCALINGS[values["kind"]][0].items()}
         if "original_len" in values:
             written[ORIGINAL] = values["original_len"]
         if mscale := values.get("score_mscale"):

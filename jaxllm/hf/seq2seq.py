@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from jaxllm.hf.checkpoint import Tensors
 from jaxllm.hf.fields import Fields, Vocabulary, entries
@@ -35,13 +35,10 @@ class Seq2SeqFamily(NamedTuple):
     buffers: Sequence[str] = ()
 
     def parse(self, raw: Mapping[str, Any], name: str, tensors: Collection[str] = ()) -> Seq2SeqConfig:
-        """Return the architecture that a config.json describes.
+        """Return the architecture that a config.json describes; errors as of `Fields.finish`, which call it `name`.
 
         Args:
-          name: what errors call it.
           tensors: names in the checkpoint; T5's config.json does not always say whether the head is tied.
-        Raises:
-          ValueError: something in it is not understood; the message lists everything.
         """
         fields = Fields(raw)
         fields.expect("is_encoder_decoder", True)
@@ -51,10 +48,10 @@ class Seq2SeqFamily(NamedTuple):
         if found["encoder.n_heads"] != found["decoder.n_heads"]:
             fields.problems.append("encoder and decoder have different numbers of heads: only equal ones are read")
         # The first token of a target: named, or padding (T5, Marian), or the end (BART).
-        default = fields.take("eos_token_id", 2) if self.model_type == "bart" else fields.take("pad_token_id", 0)
-        found["start_token"] = fields.take("decoder_start_token_id", default)
-        fields.finish(name)
-        return Seq2SeqConfig(**unflatten_dict(found, sep="."))
+        absent = ("eos_token_id", 2) if self.model_type == "bart" else ("pad_token_id", 0)
+        start = fields.take("decoder_start_token_id", like=0)
+        found["start_token"] = fields.take(*absent) if start is None else start
+        return fields.build(Seq2SeqConfig, found, self.words.keys, name)
 
     def write(self, config: Seq2SeqConfig) -> dict[str, Any]:
         """Return the config.json of an architecture.
@@ -65,7 +62,8 @@ class Seq2SeqFamily(NamedTuple):
         found = flatten_dict(config.explicit().model_dump(), sep=".")
         both = {f"both.{field[8:]}": value for field, value in found.items() if field.startswith("decoder.")}
         head = {"architectures": [self.architecture], "model_type": self.model_type, "is_encoder_decoder": True}
-        own = _write_t5(config) if self.model_type == "t5" else _write_bart(config)
+        scaled = {"scale_embedding": config.decoder.embed_scale is not None}
+        own = _write_t5(config) if self.model_type == "t5" else scaled
         return head | self.words.write(found | both) | own | {"decoder_start_token_id": config.start_token}
 
     def rows(self, config: Seq2SeqConfig) -> list[Row]:
@@ -101,7 +99,7 @@ def _read_t5(fields: Fields, found: Found, tensors: Collection[str]) -> Found:
     ffn = fields.among("feed_forward_proj", T5_FFN, "relu")
     return _halves({"both.ffn": ffn, "both.tie_embeddings": tied}) | {
         "logit_scale": found["decoder.d_model"] ** -0.5 if scaled else None,
-        "decoder.n_layers": found["decoder.n_layers"] or found["encoder.n_layers"],
+        "decoder.n_layers": found["encoder.n_layers"] if (own := found["decoder.n_layers"]) is None else own,
     }
 
 
@@ -120,10 +118,6 @@ def _read_bart(fields: Fields, found: Found) -> Found:
         for key in ("add_bias_logits", "extra_pos_embeddings", "normalize_embedding", "static_position_embeddings"):
             fields.take(key)
     return _halves({"both.embed_scale": found["decoder.d_model"] ** 0.5 if scaled else None})
-
-
-def _write_bart(config: Seq2SeqConfig) -> dict[str, Any]:
-    return {"scale_embedding": config.decoder.embed_scale is not None}
 
 
 SEQ2SEQ: Mapping[str, Seq2SeqFamily] = {

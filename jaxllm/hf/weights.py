@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.hf.checkpoint import Tensors, Writer
+from jaxllm.hf.checkpoint import Tensors, Writer, aligned
 from jaxllm.hf.rows import sizes_of
 from jaxllm.hf.table import Row, finish, names, put, stacked, stored_shape, take
 from jaxllm.models.build import EXACT, AnyConfig, Params, abstract_params
@@ -72,11 +72,13 @@ def read_params(
         get = lambda theirs: take(row, checkpoint[theirs], sizes)
         kept = checkpoint.stored[tensors[0]].dtype
         wanted = jnp.promote_types(dtype or kept, kept) if name.endswith(EXACT) else dtype or kept
+        here = sharding is None and jax.local_devices()[0].platform == "cpu"  # the memory of the device is this one
         if not stacked(row):
-            return jax.device_put(np.ascontiguousarray(get(tensors[0]).astype(wanted, copy=False)), sharding)
+            whole = np.ascontiguousarray(get(tensors[0]).astype(wanted, copy=False))
+            return jax.device_put(whole, sharding, may_alias=here or None)
         indices = np.ndindex(leaf.shape[: stacked(row)])
-        if sharding is None and jax.local_devices()[0].platform == "cpu":  # the memory of the device is this one
-            whole = _aligned(leaf.shape, np.dtype(wanted))
+        if here:
+            whole = aligned(leaf.shape, np.dtype(wanted))
             threads = min(THREADS, largest // max(1, size_of(checkpoint.stored[tensors[0]])))
             with ThreadPoolExecutor(max(1, threads)) as pool:
                 list(pool.map(lambda index, theirs: _fill(whole[index], get(theirs)), indices, tensors))
@@ -102,14 +104,6 @@ def _fill(into: np.ndarray, tensor: np.ndarray) -> None:
         for start in range(0, tensor.shape[-1], TURNED):
             block = (*rest, slice(start, start + TURNED))
             into[block] = tensor[block]
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array at an address that JAX takes without a copy: a multiple of 64."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -91,7 +91,7 @@ def beam_search(
     def step(beams: Beams) -> Beams:
         places = jnp.repeat(beams.position, n)
         token = jnp.take_along_axis(beams.open.history.reshape(batch * n, -1), places[:, None], axis=1)
-        hidden, cache = model.decode(token, places[:, None], beams.cache)
+        hidden, cache = model.decoder.decode(token, places[:, None], beams.cache)
         return _extend(beams._replace(cache=cache), model.logits(hidden)[:, 0], rows, ranking)
 
     start = _extend(start, jnp.repeat(logits, n, axis=0), rows, ranking)

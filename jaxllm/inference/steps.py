@@ -53,7 +53,7 @@ class State(NamedTuple):
 
 def decode_step(model: AnyModel, state: State) -> State:
     """Put the newest token of each row into the cache and choose the next one."""
-    hidden, cache = model.decode(state.token[:, None], state.position[:, None], state.cache)
+    hidden, cache = model.decoder.decode(state.token[:, None], state.position[:, None], state.cache)
     return _accept(state._replace(cache=cache), model.logits(hidden)[:, 0])
 
 
@@ -99,7 +99,7 @@ def read_prompts(
     batch, length = prompts.shape
     cache = model.empty_cache(batch, slots) if sources is None else model.begin(*sources, slots)
     positions = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None, :], lengths[:, None] - 1)
-    hidden, cache = model.prefill(prompts, positions, cache)
+    hidden, cache = model.decoder.prefill(prompts, positions, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return cache, jnp.pad(prompts, ((0, 0), (0, slots - length))), model.logits(last)[:, 0]
 

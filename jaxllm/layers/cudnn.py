@@ -1,10 +1,9 @@
 """Attention by cuDNN's flash kernel for NVIDIA GPUs, through `jax.nn.dot_product_attention`."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxllm.layers.masks import Rule, Segments
+from jaxllm.layers.masks import Rule, Segments, fill
 
 
 def attend(
@@ -18,15 +17,11 @@ def attend(
     """
     rows, same = q.shape[1], None
     if segments is not None:  # with a mask, its gradient takes even lengths alone
-        q, k, v = (_even(x, 0) for x in (q, k, v))
-        own, others = (_even(x, -1) for x in segments)
+        q, k, v = (fill(x, 2, 0) for x in (q, k, v))
+        own, others = (fill(x, 2, -1) for x in segments)
         same = (own[:, :, None] == others[:, None, :])[:, None]
     window = None if rule.window is None else (rule.window - 1, 0)
     y = jax.nn.dot_product_attention(
         q, k, v, mask=same, scale=rule.scale, is_causal=rule.causal, local_window_size=window, implementation="cudnn"
     )
     return y[:, :rows]
-
-
-def _even(x: Array, value: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), *((0, 0),) * (x.ndim - 2)), constant_values=value)

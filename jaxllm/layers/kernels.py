@@ -115,7 +115,7 @@ def _attend_blocks(
     bias = None if bias is None else rearrange(bias, "(K G) T S -> K G T S", K=k.shape[1])
     outputs = []
     for start, stop in query_blocks(q.shape[3]):
-        seen = mask.keys(slice(start, stop), k.shape[2])
+        seen = mask.keys(slice(start, stop)) if isinstance(mask, CausalMask) else slice(0, k.shape[2])
         visible = mask.dense(slice(start, stop), seen)
         near = None if bias is None else bias[:, :, start:stop, seen]
         part = q[:, :, :, start:stop], k[:, :, seen], v[:, :, seen]

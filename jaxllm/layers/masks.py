@@ -57,8 +57,8 @@ class CausalMask(NamedTuple):
             visible = visible & (self.segments[:, queries, None] == self.segments[:, None, keys])
         return visible
 
-    def keys(self, queries: slice, length: int) -> slice:
-        """Return the keys, out of `length`, outside of which `queries` see nothing."""
+    def keys(self, queries: slice) -> slice:
+        """Return the keys outside of which `queries` see nothing."""
         first = max(0, queries.start + 1 - self.window) if isinstance(self.window, int) else 0
         return slice(first, queries.stop)
 
@@ -88,10 +88,6 @@ class FullMask(NamedTuple):
             return jnp.ones((1, queries.stop - queries.start, keys.stop - keys.start), bool)
         return self.segments[:, queries, None] == self.segments[:, None, keys]
 
-    def keys(self, queries: slice, length: int) -> slice:
-        """Return the keys, out of `length`, outside of which `queries` see nothing: all may be seen."""
-        return slice(0, length)
-
 
 class CrossMask(NamedTuple):
     """Attention of one text into another: a token of the target sees all tokens of its own segment of the source.
@@ -108,10 +104,6 @@ class CrossMask(NamedTuple):
         targets = jnp.ones((1, 1), jnp.int32) if self.targets is None else self.targets[:, queries]
         visible = targets[:, :, None] == self.sources[:, None, keys]
         return jnp.broadcast_to(visible, (visible.shape[0], queries.stop - queries.start, visible.shape[2]))
-
-    def keys(self, queries: slice, length: int) -> slice:
-        """Return the keys, out of `length`, outside of which `queries` see nothing: all may be seen."""
-        return slice(0, length)
 
 
 class CacheMask(NamedTuple):
@@ -158,6 +150,11 @@ def within(query: Array, key: Array, window: Window) -> Array:
     window = window.size_here if isinstance(window, LayerWindow) else window
     visible = query >= key
     return visible if window is None else visible & (query - key < window)
+
+
+def fill(x: Array, multiple: int, value: int) -> Array:
+    """Return rows [B, T, ...] with `value` behind them, up to a multiple of tokens."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
 def segment_ids(mask: RowMask) -> Segments | None:

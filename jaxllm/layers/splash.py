@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.context import Share
 from jaxllm.layers.linear import PRODUCT
-from jaxllm.layers.masks import Rule, Segments
+from jaxllm.layers.masks import Rule, Segments, fill
 
 LANES = 128  # of a TPU: rows are filled up to a multiple of them
 BLOCK = 512  # rows and columns of a block of scores
@@ -70,8 +70,8 @@ def attend(
     """
     rows, keys = q.shape[1], k.shape[1]
     one = lambda length: jnp.ones((q.shape[0], length), jnp.int32)
-    own, others = (_fill(x, -1) for x in segments or (one(rows), one(keys)))
-    q, k, v = (_fill(x, 0) for x in (q * jnp.asarray(rule.scale, q.dtype), k, v))
+    own, others = (fill(x, LANES, -1) for x in segments or (one(rows), one(keys)))
+    q, k, v = (fill(x, LANES, 0) for x in (q * jnp.asarray(rule.scale, q.dtype), k, v))
     places = np.arange(q.shape[1], dtype=np.int32)[None] if share is None else share.places
     kernel = _kernel(Visible(places.reshape(-1), k.shape[1], rule), len(places), q.shape[2], rule.softcap, interpret)
     if share is not None:  # the part of the tables of blocks that is about its queries
@@ -100,8 +100,3 @@ def _kernel(seen: Visible, shares: int, heads: int, softcap: float | None, inter
 
 def _divisor(length: int, most: int) -> int:
     return next(size for size in (2048, 1024, 512, 256, 128) if length % size == 0 and (size <= most or size == LANES))
-
-
-def _fill(x: Array, value: int) -> Array:
-    missing = -x.shape[1] % LANES
-    return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), constant_values=value) if missing else x

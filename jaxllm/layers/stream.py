@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxllm.layers.masks import HIDDEN, Rule, Segments, within
+from jaxllm.layers.masks import HIDDEN, Rule, Segments, fill, within
 
 BLOCK = 512  # rows and columns of a block of scores
 
@@ -57,14 +57,10 @@ def attend(
     """Return the attention output of whole rows."""
     length = q.shape[1]
     one = lambda x: jnp.ones(x.shape[:2], jnp.int32)
-    own, others = (_fill(x, -1) for x in segments or (one(q), one(k)))
-    q, k, v = (_fill(x, 0) for x in (q, k, v))
+    own, others = (fill(x, BLOCK, -1) for x in segments or (one(q), one(k)))
+    q, k, v = (fill(x, BLOCK, 0) for x in (q, k, v))
     pairs = block_pairs(range(0, q.shape[1], BLOCK), k.shape[1] // BLOCK, BLOCK, rule)
     return attend_pairs(q, k, v, Rows(own, others, jnp.asarray(pairs)), rule, sinks, BLOCK)[:, :length]
-
-
-def _fill(x: Array, value: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
 def attend_pairs(

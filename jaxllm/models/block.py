@@ -40,10 +40,8 @@ class Block(nnx.Module):
         std = config.init_std
         self.post = config.norm_placement == "post"
         out_std = std if self.post else std * (2 * config.n_layers) ** -0.5
-        before, after = (
-            config.norm_placement in ("pre", "sandwich"),
-            config.norm_placement in ("out", "sandwich", "post"),
-        )
+        before = config.norm_placement in ("pre", "sandwich")
+        after = config.norm_placement in ("out", "sandwich", "post")
         norm = lambda wanted: Norm(config.norm, config.d_model) if wanted else None
         gate = lambda: constant((1,), ("norm",), 0.0) if config.residual_gate else None
         self.parallel = config.parallel
@@ -56,12 +54,9 @@ class Block(nnx.Module):
             self.cross_attention = _attention(rngs, config, kernel, out_std)
             self.cross_out_norm, self.cross_gate = norm(after), gate()
         self.ffn_norm = norm(before)
-        shape = {"d_model": config.d_model, "d_ff": config.d_ff, "std": std, "out_std": out_std}
-        shape["bias"] = config.bias is True
-        if isinstance(config.ffn, Experts):
-            self.ffn = Moe(rngs, config.ffn, **shape)
-        else:
-            self.ffn = Ffn(rngs, config.ffn, **shape)
+        shape = {"d_model": config.d_model, "d_ff": config.d_ff, "bias": config.bias is True}
+        kind = Moe if isinstance(config.ffn, Experts) else Ffn
+        self.ffn = kind(rngs, config.ffn, **shape, std=std, out_std=out_std)
         self.ffn_out_norm, self.ffn_gate = norm(after), gate()
 
     def join(self) -> None:
@@ -98,7 +93,7 @@ class Block(nnx.Module):
         y = y if drop is None else drop(y)
         return norm(x + y) if self.post else x + y
 
-    def _feed_forward(self, x: Float[Array, "B T D"], mask: Mask) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+    def _feed_forward(self, x: Array, mask: Mask) -> tuple[Array, RouterSums | None]:
         if not isinstance(self.ffn, Moe):
             return self.ffn(x), None
         segments = mask.segments if isinstance(mask, CausalMask) else None

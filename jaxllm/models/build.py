@@ -9,6 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from jaxllm.core import rng
+from jaxllm.layers.choice import Asked, choose
+from jaxllm.layers.config import Kernel, RelativeBias
 from jaxllm.layers.dropout import Drop
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.decoder import Transformer
@@ -103,6 +105,27 @@ def logical_axes(config: AnyConfig) -> dict[str, Any]:
 def abstract_params(config: AnyConfig) -> Params:
     """Return ShapeDtypeStructs of the parameters without allocating them."""
     return jax.eval_shape(lambda: init_params(config, 0))
+
+
+def attention_kernel(config: AnyConfig, compute: ComputeConfig, platform: str, length: int, parts: int = 1) -> Kernel:
+    """Return what computes attention over packed rows of `length` tokens, each of them on `parts` devices.
+
+    Args:
+      compute: resolved for the platform.
+    Raises:
+      ValueError: the kernel that `compute` names cannot do it, or none can.
+    """
+    match config:
+        case EncoderConfig():
+            config = config.stack
+        case Seq2SeqConfig():
+            config = config.decoder  # what scores are made of is the same in both halves
+    asked = Asked(
+        platform, compute.dtype, length, config.head_width, config.value_width, segments=True,
+        softcap=config.score_softcap is not None, sinks=config.sinks,
+        bias=isinstance(config.positions, RelativeBias), parts=parts,
+    )  # fmt: skip
+    return choose(compute.kernel, asked)
 
 
 def unstack(params: Params) -> Params:

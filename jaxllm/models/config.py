@@ -20,7 +20,14 @@ from jaxllm.layers.config import (
     SlidingWindow,
     YarnScaling,
 )
-from jaxllm.models.vae_config import Latent
+
+
+class Latent(Config):
+    """A normal latent per text, between an encoder of the same blocks and the decoder."""
+
+    size: int = Field(32, ge=1, description="dimensions of the latent of a text, Z")
+    slots: int = Field(8, ge=1, description="vectors made of the latent, which every layer of the decoder attends to")
+    encoder_layers: int = Field(2, ge=1, description="blocks that read the text, in both directions")
 
 
 class DenseLayers(Config):

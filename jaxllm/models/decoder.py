@@ -240,6 +240,11 @@ class Transformer(nnx.Module):
         """Return float32 next-token logits of whole rows; arguments as of `routed_states`."""
         return self.logits(self.routed_states(tokens, segments, positions)[0])
 
+    @property
+    def decoder(self) -> "Transformer":
+        """What writes text, as other models have it."""
+        return self
+
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return a cache of `slots` places for each row."""
         config, latent = self.config, self.config.mla

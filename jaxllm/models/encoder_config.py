@@ -1,5 +1,6 @@
 """What an encoder is: a stack of blocks, what is added to its embeddings, and what is made of its hidden states."""
 
+from operator import attrgetter
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -63,25 +64,10 @@ class EncoderConfig(Config):
             raise ValueError(f"{', '.join(unused)} of the stack: an encoder does not compute it; leave it out")
         return self
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the table of tokens."""
-        return self.stack.vocab_size
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return self.stack.n_layers
-
-    @property
-    def max_seq_len(self) -> int:
-        """Longest sequence, tokens."""
-        return self.stack.max_seq_len
-
-    @property
-    def tie_embeddings(self) -> bool:
-        """Whether the token embedding is the output matrix."""
-        return self.stack.tie_embeddings
+    vocab_size = property(attrgetter("stack.vocab_size"), doc="Rows of the table of tokens.")
+    n_layers = property(attrgetter("stack.n_layers"), doc="Number of blocks.")
+    max_seq_len = property(attrgetter("stack.max_seq_len"), doc="Longest sequence, tokens.")
+    tie_embeddings = property(attrgetter("stack.tie_embeddings"), doc="Whether the table of tokens is the head.")
 
     def explicit(self) -> Self:
         """Return the same architecture with the defaults that follow from other fields written out."""

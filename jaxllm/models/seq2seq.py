@@ -78,18 +78,6 @@ class Seq2Seq(nnx.Module):
         """Read the sources; return a cache of `slots` empty places for a target, with the source's keys and values."""
         return self.decoder.memory_cache(self.encode(sources, segments), slots)
 
-    def prefill(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Write the beginnings of targets into the cache of `begin`."""
-        return self.decoder.prefill(tokens, positions, cache)
-
-    def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
-        return self.decoder.decode(tokens, positions, cache)
-
     def _lookup(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.decoder.embed(tokens, jnp.dtype(self.compute.dtype))
 

@@ -1,5 +1,6 @@
 """What an encoder-decoder is: two stacks over one vocabulary, and how hidden states become logits."""
 
+from operator import attrgetter
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -38,25 +39,14 @@ class Seq2SeqConfig(Config):
                 )
         return self
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the table of tokens."""
-        return self.decoder.vocab_size
+    vocab_size = property(attrgetter("decoder.vocab_size"), doc="Rows of the table of tokens.")
+    max_seq_len = property(attrgetter("decoder.max_seq_len"), doc="Longest target, tokens.")
+    tie_embeddings = property(attrgetter("decoder.tie_embeddings"), doc="Whether the table of tokens is the head.")
 
     @property
     def n_layers(self) -> int:
         """Blocks of the deeper half."""
         return max(self.encoder.n_layers, self.decoder.n_layers)
-
-    @property
-    def max_seq_len(self) -> int:
-        """Longest target, tokens."""
-        return self.decoder.max_seq_len
-
-    @property
-    def tie_embeddings(self) -> bool:
-        """Whether the table of tokens is the output matrix."""
-        return self.decoder.tie_embeddings
 
     def explicit(self) -> Self:
         """Return the same architecture with the defaults that follow from other fields written out."""

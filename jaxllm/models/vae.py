@@ -87,15 +87,3 @@ class TransformerVae(nnx.Module):
     def begin(self, latents: Float[Array, "B Z"], slots: int) -> Cache:
         """Return a cache of `slots` empty places for a text of each latent."""
         return self.decoder.memory_cache(self.memory(latents[:, None]), slots)
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Write the beginnings of texts into the cache of `begin`."""
-        return self.decoder.prefill(tokens, positions, cache)
-
-    def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Append T tokens per row at `positions` (consecutive) to the cache; return (their hidden states, cache)."""
-        return self.decoder.decode(tokens, positions, cache)

@@ -38,9 +38,8 @@ class Views:
         self._window = config.window.size if config.window else None
         width = config.rotary_width
         self._angles = rope_angles(positions, width, rope) if isinstance(rope, Rope) else None
-        self._local = self._angles
-        if isinstance(rope, Rope) and rope.local_theta is not None:
-            self._local = rope_angles(positions, width, rope, local=True)
+        local = isinstance(rope, Rope) and rope.local_theta is not None
+        self._local = rope_angles(positions, width, rope, local=True) if local else None
 
     def of(self, traits: Traits) -> tuple[Mask, Angles | None]:
         """Return the mask and the angles of a layer."""
@@ -48,13 +47,10 @@ class Views:
         if self._window is not None:
             size, on = self._window, traits.windowed
             mask = mask._replace(window=(size if on else None) if isinstance(on, bool) else LayerWindow(size, on))
-        if angles is None:
+        if angles is None or traits.rotated is False:
             return mask, None
-        if self._local is not angles:
-            local, everywhere = self._local, angles
-            angles = tuple(_choose(traits.windowed, a, b) for a, b in zip(local, everywhere, strict=True))
-        if traits.rotated is False:
-            return mask, None
+        if self._local is not None:
+            angles = tuple(_choose(traits.windowed, a, b) for a, b in zip(self._local, angles, strict=True))
         if traits.rotated is not True:  # the rotation by an angle of zero
             angles = jnp.where(traits.rotated, angles[0], 1.0), jnp.where(traits.rotated, angles[1], 0.0)
         return mask, angles

@@ -5,7 +5,6 @@ import pytest
 
 from jaxllm.hf.checkpoint import INDEX, SINGLE, Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES
-from jaxllm.hf.fields import Fields
 from jaxllm.hf.table import Part, Row, finish, names, put, stored_shape, take
 from jaxllm.hf.weights import match, read_params, write_params
 from jaxllm.models.build import init_params
@@ -120,11 +119,9 @@ def test_stored_precision_is_kept_or_converted(directory, dtype):
 
 def test_an_unknown_key_and_a_wrong_value_are_errors_and_null_is_not():
     raw = {**LLAMA.write(CONFIG), "no_such_key": None}
-    LLAMA.read(fields := Fields(raw))
-    fields.finish("config.json")
-    LLAMA.read(fields := Fields({**raw, "residual_multiplier": 0.5, "hidden_act": "quick"}))
+    assert LLAMA.parse(raw, "config.json") == CONFIG
     with pytest.raises(ValueError, match="hidden_act='quick': known are silu") as error:
-        fields.finish("config.json")
+        LLAMA.parse({**raw, "residual_multiplier": 0.5, "hidden_act": "quick"}, "config.json")
     assert "residual_multiplier=0.5: unknown, and it may change the model" in str(error.value)
 
 
@@ -162,3 +159,29 @@ def test_a_parameter_that_a_table_forgets_is_named():
     config = CONFIG.model_copy(update={"norm_placement": "sandwich"})
     with pytest.raises(ValueError, match="no tensor for blocks/attention_out_norm/scale, blocks/ffn_out_"):
         LLAMA.rows(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1: must be more than 0"),
+        ({"hidden_size": "64"}, "hidden_size='64': must be a number"),
+        ({"num_attention_heads": None}, "config.json has no num_attention_heads; it is not complete"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0: must be greater than or equal to 1"),
+        ({"num_key_value_heads": True}, "num_key_value_heads=True: must be a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': must be true or false"),
+        ({"max_position_embeddings": 1.5}, "max_position_embeddings=1.5: must be a valid integer"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}, "rope_parameters": None}, "scaling.factor=-2.0: must be"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta='1e4': must be a number"),
+        ({"rope_parameters": [1]}, r"rope_parameters=[1]: must be keys and values"),
+        ({"hidden_act": ["silu"]}, "hidden_act=['silu']: known are silu"),
+        ({"num_key_value_heads": 3}, "n_heads=4 is not a multiple of n_kv_heads=3"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_the_rule_and_the_rest_of_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=r"^DIR cannot be read exactly:") as error:
+        LLAMA.parse({**LLAMA.write(CONFIG), **change, "new_thing": 7}, "DIR")
+    said = str(error.value)
+    assert message in said
+    assert "new_thing=7: unknown" in said
+    assert "pydantic" not in said

@@ -6,8 +6,7 @@ import pytest
 from jaxllm.core.tree import map_named
 from jaxllm.layers.config import Experts, Gated, Learned, SlidingWindow
 from jaxllm.models.build import abstract_params, bind, graph, unstack
-from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.vae_config import Latent
+from jaxllm.models.config import ComputeConfig, Latent, ModelConfig
 
 CPU = ComputeConfig(dtype="float32", layers="scan")
 SIZES = {"vocab_size": 48, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 24, "max_seq_len": 32}
@@ -87,10 +86,10 @@ def test_decoding_with_a_cache_equals_whole_rows(config):
     vae = bind(graph(config, CPU)[0], params)
     whole = vae.logits(vae.states(tokens, np.ones_like(tokens), positions, latents[:, None]))
     cut = bind(graph(config, CPU, stacked=False)[0], unstack(params))
-    hidden, cache = cut.prefill(tokens[:, :3], positions[:, :3], cut.begin(latents, 8))
+    hidden, cache = cut.decoder.prefill(tokens[:, :3], positions[:, :3], cut.begin(latents, 8))
     found = [cut.logits(hidden)]
     for at in range(3, 7):
-        hidden, cache = cut.decode(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
+        hidden, cache = cut.decoder.decode(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
         found.append(cut.logits(hidden))
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-5)
 

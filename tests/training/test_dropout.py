@@ -11,10 +11,9 @@ from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.layers.config import LayerNorm, Learned, Plain, Sinusoids
 from jaxllm.layers.dropout import Drop
 from jaxllm.models.build import bind, graph, init_params
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, Latent, ModelConfig
 from jaxllm.models.encoder_config import Classes, EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.models.vae_config import Latent
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.config import Dropout, Elbo, StepConfig
 from jaxllm.training.step import gradient_sums, loss_sums

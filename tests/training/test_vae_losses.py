@@ -10,8 +10,7 @@ import pytest
 from jaxllm.core.batch import Batch
 from jaxllm.layers.config import Learned
 from jaxllm.models.build import bind, graph, init_params
-from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.models.vae_config import Latent
+from jaxllm.models.config import ComputeConfig, Latent, ModelConfig
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.config import AdamW, Elbo, Muon, StepConfig
