@@ -175,8 +175,16 @@ def test_ids_of_sentencepiece_files_are_those_of_transformers(t5_files, marian_f
     for text in (*TEXTS, ">>deu<< where is the ball?"):
         ids = ours.encode([text], 99)[0].ids
         assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)  # with pieces of the source model alone
     german = theirs(text_target="der Ball ist im Haus")["input_ids"]
     assert ours.decode(german) == theirs.decode(german, skip_special_tokens=True) == "der Ball ist im Haus"
+
+
+def test_a_broken_sentencepiece_model_is_named(marian_files, tmp_path):
+    shutil.copytree(marian_files, tmp_path / "m")
+    (tmp_path / "m/target.spm").write_bytes((tmp_path / "m/target.spm").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"target\.spm is no SentencePiece model \(500 bytes\)"):
+        TextPieces(tmp_path / "m")
 
 
 def test_sentencepiece_files_alone_are_enough_to_tune_on_pairs_in_their_ids(lm, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ class FastPieces:
         self._raw = json.loads(source)
         if "model" not in self._raw:
             raise ValueError("not a tokenizer.json of Hugging Face: it has no model")
-        self._model = Tokenizer.from_str(source)
+        self._model = Tokenizer.from_buffer(source.encode("utf-8"))  # unlike from_str it raises a ValueError
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True

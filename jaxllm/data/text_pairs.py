@@ -37,7 +37,7 @@ class PairTokenizer:
         from tokenizers import Tokenizer
 
         self.source, self.settings, self.original = source, dict(settings), original
-        self._model = Tokenizer.from_str(source)
+        self._model = Tokenizer.from_buffer(source.encode("utf-8"))
         self._model.no_padding()
         self._model.no_truncation()
         self.size = max(self._model.get_vocab().values()) + 1
@@ -124,7 +124,10 @@ def load(directory: str | Path, *, bos: bool = True, mask: bool = True) -> PairT
     if files.read_json(directory / "tokenizer.json", {"model": True}).get("model") is None:
         return surrounding(tokenizers.load(directory), bos=bos, mask=mask)
     if source := read_source(directory):
-        return PairTokenizer(source, settings)
+        try:
+            return PairTokenizer(source, settings)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
     raise FileNotFoundError(
         f"{directory} has no tokenizer.json and no vocab.txt, nor, of an encoder-decoder, spiece.model or source.spm; "
         "save the tokenizer with transformers once, which writes tokenizer.json"

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxllm.core import files
 from jaxllm.data.pieces import SPACE_MARK
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 Text = str | tuple[str, str]
 EXTRA_IDS = 100  # of T5: placeholders behind the pieces, the last id is the first of them
@@ -44,8 +47,6 @@ class TextPieces:
     original = None
 
     def __init__(self, directory: str | Path):
-        from sentencepiece import SentencePieceProcessor
-
         directory = Path(directory)
         one = (directory / "spiece.model").is_file()
         names = ("spiece.model",) if one else ("source.spm", "target.spm", "vocab.json")
@@ -55,7 +56,7 @@ class TextPieces:
         settings = files.read_json(directory / "tokenizer_config.json", None)
         if settings is not None:
             self.files["tokenizer_config.json"] = (directory / "tokenizer_config.json").read_bytes()
-        models = [SentencePieceProcessor(model_proto=self.files[name]) for name in names[:2]]
+        models = [self._model(directory / name) for name in names[:2]]
         self._source, self._target = models[0], models[-1]
         if one:
             pieces, extra = self._source.get_piece_size(), (settings or {}).get("extra_ids", EXTRA_IDS)
@@ -69,6 +70,14 @@ class TextPieces:
         self.size = max(self.ids.values()) + 1
         self.pieces = {token: piece for piece, token in self.ids.items()}
         self.skipped = {self.pad_id, self.eos_id, self._unknown}
+
+    def _model(self, path: Path) -> "SentencePieceProcessor":
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            return SentencePieceProcessor(model_proto=self.files[path.name])
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no SentencePiece model ({len(self.files[path.name]):,} bytes)") from error
 
     def encode(
         self, texts: Sequence[Text], longest: int, *, truncate: bool = False, special: bool = False
@@ -108,7 +117,8 @@ class TextPieces:
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Return the text of `ids`, with special tokens or without."""
         pieces = (self.pieces[int(token)] for token in ids if special or int(token) not in self.skipped)
-        return self._target.decode_pieces(list(pieces)).strip()
+        # Marian: what the source alone has is no piece of the target model, which leaves the marks of its spaces
+        return self._target.decode_pieces(list(pieces)).replace(SPACE_MARK, " ").strip()
 
     def save(self, directory: str | Path) -> None:
         """Write the files that the tokenizer was read from."""

@@ -225,7 +225,10 @@ def _from_huggingface(directory: Path) -> Tokenizer:
             f"{directory} is no tokenizer: expected a directory with tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt, or a SentencePiece .model file"
         )
-    return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
+    try:
+        return _from_fast(FastPieces(source), config, directory / "tokenizer_config.json")
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
