@@ -164,27 +164,22 @@ def _data_config(arguments: argparse.Namespace, model: "AnyLanguageModel | VAE")
 def _perplexity(model: "AnyLanguageModel | VAE", data: "DataConfig", arguments: argparse.Namespace) -> dict[str, Any]:
     """Return a `Likelihood`, and what else is measured of models that do not continue text.
 
-    That of a VAE is a bound, with `vae_losses.vae_eval_metrics` beside it; with that of an encoder is
-    `encoder_losses.answer_metrics`, with that of an encoder-decoder `pairs.evaluate_targets`.
+    That is `objectives.eval_metrics`, and of an encoder-decoder `pairs.evaluate_targets`; the loss of a VAE is a bound.
     """
     import functools
 
     import jax
 
-    from jaxllm.core.batch import Batch
     from jaxllm.data import tokenizer as tokenizers
     from jaxllm.data.loader import Loader
     from jaxllm.evaluation.likelihood import evaluate_loss
     from jaxllm.evaluation.pairs import evaluate_targets
-    from jaxllm.models.config import is_vae
     from jaxllm.models.encoder_config import Classes, EncoderConfig
     from jaxllm.models.seq2seq_config import Seq2SeqConfig
     from jaxllm.sharding.mesh import MeshConfig, make_mesh
-    from jaxllm.training.encoder_losses import answer_metrics
     from jaxllm.training.feed import place
+    from jaxllm.training.objectives import eval_metrics, eval_step
     from jaxllm.training.state import param_shardings
-    from jaxllm.training.step import eval_step
-    from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 
     loader = Loader(data, "validation")
     sys.stderr.writelines(f"{note}\n" for note in loader.notes())
@@ -196,26 +191,19 @@ def _perplexity(model: "AnyLanguageModel | VAE", data: "DataConfig", arguments: 
         )
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # every device holds a part of the model and takes a part of the rows
     params = jax.device_put(model.params, param_shardings(model.config, mesh))
-    vae = is_vae(model.config)
-    step = functools.partial(elbo_eval_step, texts_per_row=loader.texts_per_row) if vae else eval_step
-    evaluate = jax.jit(functools.partial(step, model=model.config, compute=model.compute))
-    all_sums: list[dict[str, jax.Array]] = []
-
-    def sums(batch: Batch) -> dict[str, jax.Array]:
-        all_sums.append(evaluate(params, jax.tree.map(lambda x: place(x, mesh), batch)))
-        return all_sums[-1]
-
+    how = {"model": model.config, "compute": model.compute, "texts_per_row": loader.texts_per_row}
+    step = jax.jit(functools.partial(eval_step, **how))
     with jax.set_mesh(mesh):
-        found = evaluate_loss(loader, sums, loader.bytes_per_token)._asdict()
+        found, sums = evaluate_loss(loader, lambda batch: step(params, place(batch, mesh)), loader.bytes_per_token)
+    found = found._asdict() | eval_metrics(sums, model.config)
     match model.config:
         case EncoderConfig(head=head):  # it tells a few tokens, or labels, and not the text
             left_out = ("bits_per_byte", *["perplexity"] * isinstance(head, Classes))
-            found = {name: value for name, value in found.items() if name not in left_out}
-            return found | answer_metrics(all_sums, head)
+            return {name: value for name, value in found.items() if name not in left_out}
         case Seq2SeqConfig():
             model.decoder.max_rows = arguments.batch_size
             return found | evaluate_targets(model, [plan.sides for plan in loader.plans], tokenizer, arguments.n)
-    return found | (vae_eval_metrics(all_sums) if vae else {})
+    return found
 
 
 def show(results: dict[str, Any], console: "Console") -> None:
