@@ -18,14 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import PairTokenizer
 from jaxllm.data.text_pieces import Encoded, Text
-from jaxllm.inference.decode import bucket
-from jaxllm.language_model import save_run
-from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
+from jaxllm.inference.decode import padded
+from jaxllm.models.build import Params, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder import TransformerEncoder
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.models.heads import first_token
-from jaxllm.sharding.mesh import on_mesh_of
+from jaxllm.trained import Trained
 
 Pooling = Literal["mean", "first", "pooler"]
 Tokens = Int[Array, "B T"]
@@ -66,26 +65,16 @@ class Rows(NamedTuple):
     types: Tokens
 
 
-class Encoder:
-    """An encoder with its tokenizer.
-
-    Args:
-      params: blocks stacked on L, as `models.build.init_params` makes them.
-      compute: precision; default: what suits this machine.
-    """
+class Encoder(Trained):
+    """An encoder with its tokenizer; arguments as of `Trained`."""
 
     def __init__(
         self, config: EncoderConfig, params: Params, tokenizer: PairTokenizer, *, compute: ComputeConfig | None = None
     ):
-        check_vocabulary(tokenizer.size, config.stack.vocab_size)
-        self.config = config
-        self.params = params
-        self.tokenizer = tokenizer
-        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.stack.n_layers)
+        super().__init__(config, params, tokenizer, tokenizer.size, compute)
 
-    def __repr__(self) -> str:
-        leaves, head = jax.tree.leaves(self.params), type(self.config.head).__name__
-        return f"Encoder({sum(leaf.size for leaf in leaves):,} parameters in {leaves[0].dtype}, {head})"
+    def _kind(self) -> str:
+        return f", {type(self.config.head).__name__}"
 
     def hidden(self, tokens: Tokens, mask: Mask | None = None, types: Tokens | None = None) -> Float[Array, "B T D"]:
         """Return hidden states after the last block.
@@ -185,7 +174,7 @@ class Encoder:
 
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `tune` and `convert` read: recipe, tokenizer, one checkpoint."""
-        save_run(directory, self, {}, self.tokenizer.original)
+        self._save(directory, self.tokenizer.original or self.tokenizer)
 
     @cached_property
     def _hidden(self) -> Callable[[Params, Rows], Array]:
@@ -198,15 +187,6 @@ class Encoder:
     @cached_property
     def _pool(self) -> Callable[..., Array]:
         return self._program(_pooled, "pooling")
-
-    def _program(self, function: Callable[..., Array], *static: str) -> Callable[..., Array]:
-        """Return `function` of the model and a batch, compiled once for each shape."""
-        graphdef, _ = graph(self.config, self.compute)
-
-        def run(params: Params, rows: Rows, **options: str) -> Array:
-            return function(bind(graphdef, params), rows, **options)
-
-        return on_mesh_of(self.params, jax.jit(run, static_argnames=static))
 
     def _rows(self, tokens: Array, mask: Array | None, types: Array | None) -> Rows:
         tokens = token_rows(tokens, self.config.stack.vocab_size, self.config.max_seq_len)
@@ -235,15 +215,11 @@ class Encoder:
 
     def _pad(self, encoded: Sequence[Encoded], batch_size: int) -> Rows:
         """Return texts as one batch, in one of few shapes: each is a program of its own."""
-        length = bucket(max(len(each.ids) for each in encoded), self.config.max_seq_len)
-        shape = (min(batch_size, 1 << (len(encoded) - 1).bit_length()), length)
-        rows = Rows(*(np.full(shape, value, np.int32) for value in (self.tokenizer.pad_id, 0, 0)))
-        for index, (ids, types) in enumerate(encoded):
-            rows.tokens[index, : len(ids)] = ids
-            rows.segments[index, : len(ids)] = 1
-            if self.config.n_types > 1:  # some tokenizers count texts where the model has one type for all
-                rows.types[index, : len(ids)] = types
-        return rows
+        size, longest = min(batch_size, 1 << (len(encoded) - 1).bit_length()), self.config.max_seq_len
+        tokens, segments = padded([each.ids for each in encoded], size, longest, self.tokenizer.pad_id)
+        types, _ = padded([each.types for each in encoded], size, longest)
+        # Some tokenizers count texts where the model has one type for all.
+        return Rows(tokens, segments, types if self.config.n_types > 1 else np.zeros_like(types))
 
 
 def _pooled(model: TransformerEncoder, rows: Rows, pooling: Pooling) -> Float[Array, "B D"]:

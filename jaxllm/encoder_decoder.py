@@ -10,34 +10,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm.data.text_pairs import PairTokenizer
 from jaxllm.data.text_pieces import TextPieces
-from jaxllm.inference.decode import Completion, Decoder, Limits, Request
+from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.search import Search
 from jaxllm.inference.text import TextStream, finisher
-from jaxllm.language_model import Generation, generation, save_run
-from jaxllm.models.build import Params, bind, check_vocabulary, graph, token_rows
+from jaxllm.models.build import Params, token_rows
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.sharding.mesh import on_mesh_of
+from jaxllm.trained import Generation, Trained
 
 MAX_NEW_TOKENS = 256  # where a checkpoint does not say
 
 
-class EncoderDecoder:
+class EncoderDecoder(Trained):
     """A model with its tokenizer.
 
-    Args:
-      params: blocks stacked on L, as `models.build.init_params` makes them.
+    Args, others as of `Trained`:
       stop_ids: tokens that end a target.
       forced: tokens that every target begins with, behind the start token (BART: <s>).
       asked: what generation is asked for, in the words of generation_config.json; read when it is needed.
-      compute: precision; default: what suits this machine.
 
     Attributes:
       search, sampler: what `asked` says; others may be set.
@@ -50,22 +46,8 @@ class EncoderDecoder:
         self, config: Seq2SeqConfig, params: Params, tokenizer: PairTokenizer | TextPieces, *, stop_ids: Sequence[int],
         forced: Sequence[int] = (), asked: Mapping[str, Any] | None = None, compute: ComputeConfig | None = None,
     ):  # fmt: skip
-        check_vocabulary(tokenizer.size, config.vocab_size)
-        self.config = config
-        self.params = params
-        self.tokenizer = tokenizer
+        super().__init__(config, params, tokenizer, tokenizer.size, compute)
         self.stop_ids, self.forced, self.asked = tuple(stop_ids), tuple(forced), dict(asked or {})
-        n_layers = max(config.encoder.n_layers, config.decoder.n_layers)
-        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), n_layers)
-
-    def __repr__(self) -> str:
-        leaves = jax.tree.leaves(self.params)
-        return f"EncoderDecoder({sum(leaf.size for leaf in leaves):,} parameters in {leaves[0].dtype})"
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The same model for token ids; made at the first use."""
-        return Decoder(self.config, self.params, self.compute, vocab_size=self.tokenizer.size)
 
     def logits(
         self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"] | None = None, *, targets: Int[Array, "B T"],
@@ -85,8 +67,7 @@ class EncoderDecoder:
 
     @cached_property
     def _logits(self) -> Callable[..., Array]:
-        graphdef, _ = graph(self.config, self.compute)
-        return on_mesh_of(self.params, jax.jit(lambda params, *rows: bind(graphdef, params)(*rows)))
+        return self._program(lambda model, *rows: model(*rows))
 
     @cached_property
     def search(self) -> Search:
@@ -105,7 +86,7 @@ class EncoderDecoder:
     def generate(
         self, texts: str | Sequence[str], *, max_new_tokens: int | None = None, sampler: Sampler | None = None,
         num_samples: int = 1, num_beams: int | None = None, length_penalty: float | None = None,
-        stop: Sequence[str] = (), truncate: bool = False,
+        stop: Sequence[str] = (), truncate: bool = False, **unknown: Any,
     ) -> list[Generation]:  # fmt: skip
         """Return `num_samples` targets of each text, of a search the best; those of a text stand together.
 
@@ -120,6 +101,7 @@ class EncoderDecoder:
           ValueError: no texts, a text that is too long, num_samples < 1 or more than a search finds, a search with a
             sampler that draws, or the checkpoint asks for what is not computed here.
         """
+        self._check_options(unknown)
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("no texts; give at least one")
@@ -128,32 +110,21 @@ class EncoderDecoder:
         encoded = self.tokenizer.encode(texts, self.config.encoder.max_seq_len, truncate=truncate)
         requests = [Request(begin, source=each.ids) for each in encoded]
         found = self.decoder.answer(requests, num_samples, sampler, limits, search, len(self.forced))
-        return [
-            self._generation(completion, stop)._replace(prompt=prompt, sample=sample)
-            for prompt, completions in enumerate(found)
-            for sample, completion in enumerate(completions)
-        ]
+        return self._generations(found, stop)
 
     def stream(
         self, text: str, *, max_new_tokens: int | None = None, sampler: Sampler | None = None,
-        num_beams: int | None = None, stop: Sequence[str] = (),
+        num_beams: int | None = None, stop: Sequence[str] = (), **unknown: Any,
     ) -> Iterator[str]:  # fmt: skip
         """Yield a target piece by piece; joined they are the text of `generate`. A search has all of it at its end."""
+        self._check_options(unknown)
         search, sampler = self._how(sampler, num_beams, None)
         if search.num_beams > 1:
             same = {"max_new_tokens": max_new_tokens, "sampler": sampler, "num_beams": num_beams, "stop": stop}
             yield self.generate(text, **same)[0].text
             return
-        limits = self._limits(search, max_new_tokens, stop)._replace(finished=None)
         request = Request([self.config.start_token, *self.forced], source=self.encode(text))
-        written = TextStream(_Characters(self.tokenizer), stop)
-        for completion in self.decoder.stream(request, sampler, limits):
-            if piece := written.push(completion.tokens[0]):
-                yield piece
-            if written.stopped:
-                return
-        if piece := written.flush():
-            yield piece
+        yield from self._stream(request, sampler, self._limits(search, max_new_tokens, stop), stop)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a source, with its special tokens, of any length."""
@@ -162,7 +133,7 @@ class EncoderDecoder:
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
         said = {"stop_ids": list(self.stop_ids), "forced": list(self.forced), "asked": self.asked}
-        save_run(directory, self, said, self.tokenizer.original)
+        self._save(directory, self.tokenizer.original or self.tokenizer, **said)
 
     def _how(
         self, sampler: Sampler | None, num_beams: int | None, length_penalty: float | None
@@ -182,10 +153,8 @@ class EncoderDecoder:
         finished = finisher(self.tokenizer.decode, stop)
         return Limits(max_new_tokens, self.stop_ids, finished, search.rules(self.stop_ids, begun))
 
-    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
-        if stop:
-            return generation(completion, TextStream(_Characters(self.tokenizer), stop))
-        return Generation(self.tokenizer.decode(completion.tokens), *completion)
+    def _text(self, stop: Sequence[str]) -> TextStream:
+        return TextStream(_Characters(self.tokenizer), stop)
 
 
 class _Characters:

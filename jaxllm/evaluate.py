@@ -10,21 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
-from jaxllm.core.bucket import here
 from jaxllm.core.command import command, parser
 from jaxllm.data.world_tasks import APPLICATIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxllm.data.loader import DataConfig
-    from jaxllm.huggingface import AnyLanguageModel
-    from jaxllm.language_model import LanguageModel
-    from jaxllm.models.build import AnyConfig
-    from jaxllm.vae import VAE
-
 TASKS = ("perplexity", *APPLICATIONS)
-LONGEST = 512  # tokens of a row of encoders, where nobody says: T5 would take 32,768
 SPLITS = ("new_combinations", "pretrain_only", "novel")
 
 
@@ -41,19 +33,20 @@ def main(argv: list[str] | None = None) -> int | None:
     from rich.console import Console
 
     import jaxllm
+    from jaxllm import measure
     from jaxllm.evaluation.applications import evaluate_applications
     from jaxllm.locate import look
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
     config, found = look(arguments.model, encoders=tasks in ([], ["perplexity"]))  # refuses what continues no text
-    tasks = tasks or _usual(arguments.model, config)
+    tasks = tasks or measure.usual_tasks(arguments.model, config, TASKS)
     model = jaxllm.load(found)
-    _check_lengths(arguments, model, tasks, splits)
+    measure.check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
-        data = _data_config(arguments, model)
-        found = _perplexity(model, data, arguments)
+        data = measure.data_config(arguments, model)
+        found = measure.perplexity(model, data, arguments)
         results["perplexity"] = {"data": [source.path for source in data.sources], **found}
     if applications := [task for task in tasks if task != "perplexity"]:
         model.decoder.max_rows = arguments.batch_size
@@ -89,135 +82,6 @@ def _choices(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def _usual(model: str, config: "AnyConfig") -> list[str]:
-    """Return what is asked of a model if nobody says: the exercises only if it was trained on their world."""
-    from jaxllm.models.config import ModelConfig, is_vae
-    from jaxllm.recipe import knows_world
-
-    if not isinstance(config, ModelConfig):
-        return [TASKS[0]]
-    if knows_world(model) and not is_vae(config):
-        return list(TASKS)
-    sys.stderr.write(
-        "note: perplexity alone, because this model was not trained on the micro-world whose exercises the other tasks "
-        f"are; --tasks {','.join(TASKS)} asks them all\n"
-    )
-    return [TASKS[0]]
-
-
-def _check_lengths(arguments: argparse.Namespace, model: "LanguageModel", tasks: list[str], splits: list[str]) -> None:
-    """Raise ValueError with the tasks whose prompts the model cannot take, and with those that remain."""
-    from jaxllm.evaluation.applications import exercises
-
-    longest: dict[str, int] = {}
-    asked = exercises(arguments.n, arguments.seed, splits, [task for task in tasks if task in APPLICATIONS])
-    for (_, task), examples in asked.items():
-        lengths = [len(model.encode([{"role": "user", "content": example.prompt}])) for example in examples]
-        longest[task] = max(longest.get(task, 0), *lengths)
-    room = model.config.max_seq_len - 1
-    if long := [task for task, length in longest.items() if length > room]:
-        rest = ",".join(task for task in tasks if task not in long)
-        raise ValueError(
-            f"prompts of {', '.join(f'{task} (up to {longest[task]} tokens)' for task in long)} are longer than the "
-            f"{room} tokens that {arguments.model} takes; {f'use --tasks {rest}' if rest else 'no task remains'}"
-        )
-
-
-def _data_config(arguments: argparse.Namespace, model: "AnyLanguageModel | VAE") -> "DataConfig":
-    """The validation data: of --data, or of the run's own recipe."""
-    import jax
-
-    from jaxllm.data.loader import DataConfig
-    from jaxllm.locate import is_huggingface, locate
-    from jaxllm.models.config import is_vae
-    from jaxllm.recipe import load_recipe, usual_objective
-
-    if arguments.batch_size % jax.device_count():
-        raise ValueError(
-            f"--batch-size {arguments.batch_size} does not divide by {jax.device_count()} devices; use a multiple of it"
-        )
-    own = None if is_huggingface(arguments.model) else load_recipe(locate(arguments.model)[0]).data
-    if arguments.data is None:
-        if own is None:
-            raise ValueError(
-                f"{arguments.model} does not say what it was trained on; name a dataset with --data, prepared with "
-                f"--tokenizer {arguments.model}"
-            )
-        data = own
-        if not all((here(source.path) / "manifest.json").is_file() for source in data.sources):
-            raise ValueError(
-                f"the data that {arguments.model} was trained on is not here "
-                f"({', '.join(source.path for source in data.sources)}); name a dataset with --data"
-            )
-        return data.model_copy(update={"batch_size": arguments.batch_size})
-    longest = model.config.max_seq_len
-    objective = usual_objective(model.config)
-    if objective.kind != "next_token":
-        longest = min(longest, LONGEST)
-    if own is not None and own.objective.kind == objective.kind:
-        objective = own.objective
-    data = DataConfig.of(arguments.data, arguments.seq_len or longest, arguments.batch_size)
-    packing = data.packing.model_copy(update={"whole": is_vae(model.config)})
-    return data.model_copy(update={"packing": packing, "objective": objective})
-
-
-def _perplexity(model: "AnyLanguageModel | VAE", data: "DataConfig", arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return a `Likelihood`, and what else is measured of models that do not continue text.
-
-    That of a VAE is a bound, with `vae_losses.vae_eval_metrics` beside it; with that of an encoder is
-    `encoder_losses.answer_metrics`, with that of an encoder-decoder `pairs.evaluate_targets`.
-    """
-    import functools
-
-    import jax
-
-    from jaxllm.core.batch import Batch
-    from jaxllm.data import tokenizer as tokenizers
-    from jaxllm.data.loader import Loader
-    from jaxllm.evaluation.likelihood import evaluate_loss
-    from jaxllm.evaluation.pairs import evaluate_targets
-    from jaxllm.models.config import is_vae
-    from jaxllm.models.encoder_config import Classes, EncoderConfig
-    from jaxllm.models.seq2seq_config import Seq2SeqConfig
-    from jaxllm.sharding.mesh import MeshConfig, make_mesh
-    from jaxllm.training.encoder_losses import answer_metrics
-    from jaxllm.training.feed import place
-    from jaxllm.training.state import param_shardings
-    from jaxllm.training.step import eval_step
-    from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
-
-    loader = Loader(data, "validation")
-    sys.stderr.writelines(f"{note}\n" for note in loader.notes())
-    tokenizer = tokenizers.load(arguments.model)
-    if loader.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{data.sources[0].path} was tokenised with {loader.tokenizer_fingerprint}, the model has the tokenizer "
-            f"{tokenizer.fingerprint}; prepare the data with --tokenizer MODEL"
-        )
-    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # every device holds a part of the model and takes a part of the rows
-    params = jax.device_put(model.params, param_shardings(model.config, mesh))
-    vae = is_vae(model.config)
-    step = functools.partial(elbo_eval_step, texts_per_row=loader.texts_per_row) if vae else eval_step
-    evaluate = jax.jit(functools.partial(step, model=model.config, compute=model.compute))
-    all_sums: list[dict[str, jax.Array]] = []
-
-    def sums(batch: Batch) -> dict[str, jax.Array]:
-        all_sums.append(evaluate(params, jax.tree.map(lambda x: place(x, mesh), batch)))
-        return all_sums[-1]
-
-    with jax.set_mesh(mesh):
-        found = evaluate_loss(loader, sums, loader.bytes_per_token)._asdict()
-    match model.config:
-        case EncoderConfig(head=head):  # it tells a few tokens, or labels, and not the text
-            left_out = ("bits_per_byte", *["perplexity"] * isinstance(head, Classes))
-            found = {name: value for name, value in found.items() if name not in left_out}
-            return found | answer_metrics(all_sums, head)
-        case Seq2SeqConfig():
-            model.decoder.max_rows = arguments.batch_size
-            return found | evaluate_targets(model, [plan.sides for plan in loader.plans], tokenizer, arguments.n)
-    return found | (vae_eval_metrics(all_sums) if vae else {})
-
-
 def show(results: dict[str, Any], console: "Console") -> None:
     """Print the results as tables."""
     from rich.table import Table
@@ -241,7 +105,7 @@ def show(results: dict[str, Any], console: "Console") -> None:
 
 
 def _lines(values: dict[str, Any]) -> Iterator[str]:
-    """Say what `_perplexity` has found."""
+    """Say what `measure.perplexity` has found."""
     nats, n = f"{values['nats_per_token']:.4f} nats", f"{values['tokens']:,.0f}"
     if "macro_f1" in values:
         yield f"{values['accuracy']:.1%} of {n} held-out texts right, macro-F1 {values['macro_f1']:.3f}, {nats}/text"

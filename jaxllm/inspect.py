@@ -103,7 +103,7 @@ def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarra
     from jaxllm.models.config import ModelConfig, is_vae
     from jaxllm.recipe import load_recipe
     from jaxllm.training.checkpoint import load_params
-    from jaxllm.training.step import token_losses
+    from jaxllm.training.objectives import token_losses
 
     if _run_dir(path) is None:
         raise ValueError(f"--losses needs the model of a run, and {path} is a dataset; give RUN or RUN/checkpoints/K")
@@ -116,7 +116,7 @@ def _losses(path: str, loader: "Loader", samples: range) -> "dict[int, np.ndarra
     sys.stderr.write(f"losses by the checkpoint of step {meta['step']}\n")
     nats = jax.jit(functools.partial(token_losses, model=recipe.model, compute=compute))
     one = lambda sample: Batch(*(array[None] for array in loader.row(sample)))
-    return {sample: np.asarray(nats(params, one(sample)))[0] for sample in samples}
+    return {sample: np.asarray(nats(params, one(sample))[0])[0] for sample in samples}
 
 
 def _samples(arguments: argparse.Namespace, loader: "Loader") -> range:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +20,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import golden
-from jaxllm.core import files
-from jaxllm.core.bucket import here, named
 from jaxllm.core.tree import named_leaves
-from jaxllm.core.wording import count
 from jaxllm.data import text_pairs
 from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.documents import Message
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.inference.decode import Completion, Decoder, Limits, Request
+from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.layout import choose_layout
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.search import Search
-from jaxllm.inference.text import TextStream, cut, finisher
+from jaxllm.inference.text import finisher
 from jaxllm.locate import is_huggingface, locate
-from jaxllm.models.accounting import param_count
-from jaxllm.models.build import AnyConfig, Params, bind, check_vocabulary, graph, token_rows
+from jaxllm.models.build import AnyConfig, Params, token_rows
 from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
+from jaxllm.models.decoder import Transformer
 from jaxllm.models.encoder_config import EncoderConfig, MaskedLM
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
-from jaxllm.sharding.mesh import on_mesh_of
+from jaxllm.trained import Generation, Trained
 
 if TYPE_CHECKING:
     from jaxllm.huggingface import AnyLanguageModel, Described
@@ -48,38 +45,13 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 Prompt = str | Messages | Sequence[int]
-MAX_SHOWN = 300  # characters of an answer, where it is shown as an object
 
 
-class Generation(NamedTuple):
-    """One answer.
-
-    Attributes:
-      text: without special tokens, cut before a stop string.
-      tokens: all new ids, with the stop token or those of the stop string; logprobs: of each, at temperature 1.
-      finish_reason: "stop" (a stop token or string) or "length" (max_new_tokens, or the model's max_seq_len).
-      prompt: index of its prompt; sample: which of the prompt's answers.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    prompt: int = 0
-    sample: int = 0
-
-    def __repr__(self) -> str:
-        text = self.text if len(self.text) <= MAX_SHOWN else self.text[:MAX_SHOWN] + "..."
-        return f"Generation({text!r}, {count(len(self.tokens), 'token')}, {self.finish_reason!r})"
-
-
-class LanguageModel:
+class LanguageModel(Trained):
     """A model with its tokenizer.
 
-    Args:
-      params: blocks stacked on L, as training leaves them.
+    Args, others as of `Trained`:
       chat: the model was taught to answer in the tokenizer's chat template; decides what `respond` does.
-      compute: precision; default: what suits this machine.
       stop_ids: tokens that end an answer, beside the tokenizer's eos.
       imported: it came with this vocabulary; else rows behind the tokenizer's are padding, which `export` leaves out.
     """
@@ -88,18 +60,9 @@ class LanguageModel:
         self, config: ModelConfig, params: Params, tokenizer: Tokenizer, *, chat: bool = False,
         compute: ComputeConfig | None = None, stop_ids: Sequence[int] = (), imported: bool = False,
     ):  # fmt: skip
-        check_vocabulary(tokenizer.vocab_size, config.vocab_size)
-        self.config = config
-        self.params = params
-        self.tokenizer = tokenizer
+        super().__init__(config, params, tokenizer, tokenizer.vocab_size, compute)
         self.is_chat, self.imported = chat, imported
         self.stop_ids = tuple(dict.fromkeys(each for each in (tokenizer.eos_id, *stop_ids) if each is not None))
-        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The same model for token ids; made at the first use."""
-        return Decoder(self.config, self.params, self.compute, vocab_size=self.tokenizer.vocab_size)
 
     def logits(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Return next-token logits, float32.
@@ -116,19 +79,16 @@ class LanguageModel:
 
     @cached_property
     def _logits(self) -> Callable[[Params, Array, Array], Array]:
-        layout = choose_layout(self.params, self.compute)
-        graphdef, _ = graph(self.config, self.compute, **(layout._asdict() if layout.packed else {}))
-
-        def logits(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+        def logits(model: Transformer, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
             segments = mask.astype(jnp.int32)
-            positions = jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0)
-            return bind(graphdef, params)(tokens, segments, positions)
+            return model(tokens, segments, jnp.maximum(jnp.cumsum(segments, axis=-1) - 1, 0))
 
-        return on_mesh_of(self.params, jax.jit(logits))
+        layout = choose_layout(self.params, self.compute)
+        return self._program(logits, **(layout._asdict() if layout.packed else {}))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 256, sampler: Sampler = Sampler(),  # noqa: B008
-        num_samples: int = 1, stop: Sequence[str] = (), num_beams: int = 1, length_penalty: float = 1.0,
+        num_samples: int = 1, stop: Sequence[str] = (), num_beams: int = 1, length_penalty: float = 1.0, **unknown: Any,
     ) -> list[Generation]:  # fmt: skip
         """Continue or answer each prompt `num_samples` times; the answers of a prompt stand together, in its place.
 
@@ -142,6 +102,7 @@ class LanguageModel:
           ValueError: a prompt that is neither text nor messages nor ids, or has no token or too many; num_samples < 1
             or more than a search finds, an empty stop string, a search with a sampler that draws; a damaged model.
         """
+        self._check_options(unknown)
         one = isinstance(prompts, str | Mapping) or not hasattr(prompts, "__len__")
         one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
@@ -155,41 +116,32 @@ class LanguageModel:
                 f"NaN or Inf in {', '.join(damaged[:4])}" if damaged else "numbers overflow; try compute.dtype=float32"
             )
             raise ValueError(f"the model's probabilities are NaN: {why}")
-        return [
-            generation(completion, TextStream(self.tokenizer.stream(), stop))._replace(prompt=prompt, sample=sample)
-            for prompt, completions in enumerate(found)
-            for sample, completion in enumerate(completions)
-        ]
+        return self._generations(found, stop)
 
-    def chat(
-        self, messages: Prompt, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = ()  # noqa: B008
-    ) -> Generation:  # fmt: skip
-        """Answer a conversation whose last message is the user's; a string is one message of theirs."""
+    def chat(self, messages: Prompt, **options: Any) -> Generation:
+        """Answer a conversation whose last message is the user's; a string is one message of theirs.
+
+        Args:
+          options: as of `generate`: max_new_tokens, sampler, stop ...
+        """
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return self.generate([asked], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop)[0]
+        return self.generate([asked], **options)[0]
 
-    def respond(self, prompt: str, *, max_new_tokens: int = 256, sampler: Sampler = Sampler()) -> Generation:  # noqa: B008
+    def respond(self, prompt: str, **options: Any) -> Generation:
         """Answer `prompt` as a user's message if the model was taught to (`is_chat`), else continue it as text."""
-        asked = [{"role": "user", "content": prompt}] if self.is_chat else prompt
-        return self.generate([asked], max_new_tokens=max_new_tokens, sampler=sampler)[0]
+        return self.chat(prompt, **options) if self.is_chat else self.generate([prompt], **options)[0]
 
     def stream(
-        self, prompt: Prompt, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = ()  # noqa: B008
+        self, prompt: Prompt, *, max_new_tokens: int = 256, sampler: Sampler = Sampler(), stop: Sequence[str] = (),  # noqa: B008
+        **unknown: Any,
     ) -> Iterator[str]:  # fmt: skip
         """Yield the answer piece by piece: a string is continued, a list of messages is answered.
 
         The pieces joined are the text of `generate` or `chat`; characters and stop strings are never split.
         """
-        ids = self.encode(prompt)
+        self._check_options(unknown)
         limits = self._limits(max_new_tokens, stop)
-        text = TextStream(self.tokenizer.stream(), stop)
-        for completion in self.decoder.stream(Request(ids), sampler, limits._replace(finished=None)):
-            if piece := text.push(completion.tokens[0]):
-                yield piece
-            if text.stopped:
-                return
-        if piece := text.flush():
-            yield piece
+        yield from self._stream(Request(self.encode(prompt)), sampler, limits, stop)
 
     def nearest(self, text: str, count: int = 10) -> list[tuple[str, float]]:
         """Return the pieces whose embeddings point the same way as that of `text`, best first.
@@ -215,7 +167,7 @@ class LanguageModel:
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `load`, `sample` and `tune` read: recipe, tokenizer, one checkpoint."""
         said = {"chat": self.is_chat, "stop_ids": list(self.stop_ids), "imported": self.imported}
-        save_run(directory, self, said)
+        self._save(directory, self.tokenizer, **said)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids that come before the answer: bos and the text, or the conversation in the template, or ids."""
@@ -234,43 +186,11 @@ class LanguageModel:
         """Return the text of ids, special tokens left out."""
         return self.tokenizer.decode(tokens)
 
-    def __repr__(self) -> str:
-        size, dtype = param_count(self.config), jax.tree.leaves(self.params)[0].dtype
-        return f"LanguageModel({size:,} parameters in {dtype}, {'chat' if self.is_chat else 'no chat'})"
+    def _kind(self) -> str:
+        return ", chat" if self.is_chat else ", no chat"
 
     def _limits(self, max_new_tokens: int, stop: Sequence[str]) -> Limits:
         return Limits(max_new_tokens, self.stop_ids, finisher(self.tokenizer.decode, stop))
-
-
-def generation(completion: Completion, text: TextStream) -> Generation:
-    """Cut an answer after the token that completes a stop string (the decoder looks only now and then)."""
-    found, count = cut(completion.tokens, text)
-    if count is None:
-        return Generation(found, *completion)
-    return Generation(found, completion.tokens[:count], completion.logprobs[:count], "stop")
-
-
-def save_run(
-    directory: str | Path, model: "AnyLanguageModel | VAE", meta: Mapping[str, Any], tokenizer: Tokenizer | None = None
-) -> None:
-    """Write a run directory: recipe, tokenizer (default: the model's), and one checkpoint with `meta`.
-
-    Raises:
-      ValueError: the directory is not empty.
-    """
-    from jaxllm.core import config as configs
-    from jaxllm.data.loader import DataConfig, Source
-    from jaxllm.recipe import FILE_NAME, Recipe
-    from jaxllm.training.checkpoint import Checkpoints
-
-    directory = here(directory)
-    files.check_empty(directory)
-    (tokenizer or model.tokenizer).save(directory / "tokenizer")
-    data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
-    recipe = Recipe(out=named(directory), model=model.config, data=data)
-    files.write_text(directory / FILE_NAME, configs.dump(recipe))
-    with Checkpoints(directory) as checkpoints:
-        checkpoints.save(model.params, {"step": 0, **meta})
 
 
 def load(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.core import files
-from jaxllm.core.bucket import exists, here, named
+from jaxllm.core.bucket import here, named, origin
 from jaxllm.core.gguf_file import is_gguf
 from jaxllm.models.config import ModelConfig, is_vae
 
@@ -22,7 +22,7 @@ def locate(model: str | Path) -> tuple[Path, int | None]:
       ValueError: it is no such thing; the message says what was looked for.
     """
     path = here(model)
-    if not exists(model):
+    if not origin(path).exists():
         hint = files.misspelt(path) or "; MODEL is a run directory, a Hugging Face directory or a GGUF file"
         raise ValueError(f"{named(path)} does not exist{hint}")
     path, step = files.named_run(path)

@@ -28,8 +28,6 @@ from jaxllm.sharding.distributed import PlatformConfig
 from jaxllm.training.config import AdamW, CheckpointConfig, Elbo, MonitorConfig, OptimConfig, StepConfig
 
 FILE_NAME = "recipe.yaml"
-
-
 KINDS = {ModelConfig: "decoder-only", EncoderConfig: "encoder-only", Seq2SeqConfig: "encoder-decoder"}
 HALVES = ("encoder", "decoder")
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxllm.core.batch import Batch
 from jaxllm.core.bucket import here, named, push
 from jaxllm.core.wording import count, short
 from jaxllm.data import tokenizer as tokenizers
@@ -34,16 +33,14 @@ from jaxllm.planning.aot import Job, on_mesh
 from jaxllm.planning.memory import expected
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.training.checkpoint import Checkpoints, load_params
-from jaxllm.training.encoder_losses import answer_metrics
 from jaxllm.training.feed import place
 from jaxllm.training.loop import Action, Diverged
 from jaxllm.training.metrics import read
+from jaxllm.training.objectives import eval_metrics, eval_step
 from jaxllm.training.optim import optimizer
 from jaxllm.training.run_log import Position, RunLog
 from jaxllm.training.schedules import warmup_steps
 from jaxllm.training.state import TrainState, init_state, param_shardings
-from jaxllm.training.step import eval_step
-from jaxllm.training.vae_losses import elbo_eval_step, vae_eval_metrics
 from jaxllm.vae import VAE
 
 # Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
@@ -83,10 +80,8 @@ class Run:
         self._held_out = [path for path, split in splits.items() if split is not None and split.n_documents]
         processes = jax.process_index(), jax.process_count()
         self._validation = Loader(recipe.data, "validation", *processes) if self._held_out else None
-        evaluate = eval_step
-        if is_vae(recipe.model) and self._validation is not None:
-            evaluate = functools.partial(elbo_eval_step, texts_per_row=self._validation.texts_per_row)
-        self._eval = jax.jit(functools.partial(evaluate, model=recipe.model, compute=self.compute))
+        texts = {} if self._validation is None else {"texts_per_row": self._validation.texts_per_row}
+        self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute, **texts))
 
     @property
     def is_chat(self) -> bool:
@@ -200,24 +195,18 @@ class Run:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Measure the validation loss over the whole split (or `monitor.evaluate_batches` batches of it)."""
-
-        all_sums: list[dict[str, Any]] = []
-
-        def sums(batch: Batch) -> dict[str, Any]:
-            all_sums.append(self._eval(_best_params(state), jax.tree.map(lambda x: place(x, self.mesh), batch)))
-            return all_sums[-1]
-
-        validation = self._validation
+        validation, model, params = self._validation, self.recipe.model, _best_params(state)
         validation.set_state({"sample": 0})
-        found = evaluate_loss(validation, sums, validation.bytes_per_token, self.recipe.monitor.evaluate_batches)
-        self.val_loss = found.nats_per_token
+        sums = lambda batch: self._eval(params, place(batch, self.mesh))
+        most = self.recipe.monitor.evaluate_batches
+        found, all_sums = evaluate_loss(validation, sums, validation.bytes_per_token, most)
         values = {"val_loss": found.nats_per_token}
-        if not isinstance(self.recipe.model, EncoderConfig):  # which tells a few tokens, or labels, and not the text
-            values["val_bits_per_byte"] = found.bits_per_byte
+        more = {f"val_{name}": value for name, value in eval_metrics(all_sums, model).items()}
+        if isinstance(model, EncoderConfig):  # which tells a few tokens, or labels, and not the text
+            values["val_accuracy"] = more["val_accuracy"]
         else:
-            values["val_accuracy"] = answer_metrics(all_sums, self.recipe.model.head)["accuracy"]
-        if is_vae(self.recipe.model):
-            values |= {f"val_{name}": value for name, value in vae_eval_metrics(all_sums).items()}
+            values |= {"val_bits_per_byte": found.bits_per_byte, **more}
+        self.val_loss = found.nats_per_token
         self.log.evaluation(step, values)
 
     def write_samples(self, step: int, state: TrainState) -> None:

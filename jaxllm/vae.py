@@ -5,7 +5,7 @@ vae.interpolate("A man is riding a bike.", "Two dogs play in the snow.")
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -14,23 +14,22 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxllm.data.tokenizer import Tokenizer
-from jaxllm.inference.decode import Decoder, Limits, Request, bucket
+from jaxllm.inference.decode import Limits, Request, padded
 from jaxllm.inference.sampling import Sampler
-from jaxllm.language_model import save_run
-from jaxllm.models.build import Params, bind, check_vocabulary, graph
+from jaxllm.models.build import Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.vae import Posterior
 from jaxllm.sharding.mesh import on_mesh_of
+from jaxllm.trained import Trained
 
 
-class VAE:
+class VAE(Trained):
     """A variational autoencoder of texts with its tokenizer.
 
-    Args:
-      config: with `latent`. params: as training leaves them.
-      compute: precision; default: what suits this machine.
+    Arguments as of `Trained`; `config` has `latent`.
+
     Raises:
-      ValueError: `config` has no latent, or the tokenizer is another model's.
+      ValueError: it has none, or the tokenizer is another model's.
     """
 
     def __init__(
@@ -38,11 +37,7 @@ class VAE:
     ):
         if config.latent is None:
             raise ValueError("model.latent is not set: this is no VAE; load it as a LanguageModel")
-        check_vocabulary(tokenizer.vocab_size, config.vocab_size)
-        self.config = config
-        self.params = params
-        self.tokenizer = tokenizer
-        self.compute = (compute or ComputeConfig()).resolve(jax.default_backend(), config.n_layers)
+        super().__init__(config, params, tokenizer, tokenizer.vocab_size, compute)
 
     def encode(self, texts: str | Sequence[str]) -> Posterior:
         """Return q(z | text) of each text: mean and logvar, float32 [B, Z].
@@ -58,17 +53,9 @@ class VAE:
         for index, row in enumerate(rows):
             if not 0 < len(row) <= longest:
                 raise ValueError(f"text {index} has {len(row)} tokens; the model takes 1 to {longest} (max_seq_len)")
-        tokens = np.zeros((len(rows), bucket(max(map(len, rows)), longest)), np.int32)
-        segments = np.zeros_like(tokens)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)], segments[index, : len(row)] = row, 1
+        tokens, segments = padded(rows, len(rows), longest)
         found = on_mesh_of(self.params, _posterior(self.config, self.compute))(self.params, tokens, segments)
         return Posterior(*(np.asarray(each[:, 0]) for each in found))
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The decoder for token ids and latents; made at the first use."""
-        return Decoder(self.config, self.params, self.compute, vocab_size=self.tokenizer.vocab_size)
 
     def decode(
         self, latents: Float[np.ndarray, "B Z"], *, temperature: float = 0.0, seed: int = 0,
@@ -102,7 +89,7 @@ class VAE:
 
     def save(self, directory: str | Path) -> None:
         """Write a run directory that `jaxllm.load` reads: recipe, tokenizer, one checkpoint."""
-        save_run(directory, self, {})
+        self._save(directory, self.tokenizer)
 
 
 @cache

@@ -36,7 +36,7 @@ from jaxllm.training.profile import Profile
 from jaxllm.training.run_log import RunLog
 from jaxllm.training.schedules import learning_rate
 from jaxllm.training.state import TrainState
-from jaxllm.training.step import compile_step
+from jaxllm.training.step import compile_step, device_bytes
 from jaxllm.training.stop import StopRequest
 
 # What a resumed run may not change: these decide what was computed so far. Everything else (steps, batch size, mesh,
@@ -132,19 +132,21 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
     run.loader.set_state({"sample": run.begin.sample})
     if steps > run.begin.step:
         log.say("compiling the step ...")
-    program = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
-
-    profile = Profile(run.run_dir, recipe.monitor.profiled)
+    jitted = compile_step(recipe.model, run.compute, optim, recipe.step, run.shardings, run.loader.texts_per_row)
+    profile, program = Profile(run.run_dir, recipe.monitor.profiled), None
 
     def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict]:
-        if not program.is_compiled:
+        nonlocal program
+        lr = np.float32(learning_rate(optim.schedule, optim.lr, step - 1, steps))
+        if program is None:
             heart.enter("compile", step)
             start = time.perf_counter()
-            memory = program.compile(state, batch)
-            log.compiled(time.perf_counter() - start, f"memory per device, by the compiler: {memory_line(memory)}")
+            program = jitted.lower(state, batch, lr).compile()
+            memory = memory_line(device_bytes(program))
+            log.compiled(time.perf_counter() - start, f"memory per device, by the compiler: {memory}")
             heart.enter("step", step)
         profile.before(step, state)
-        state, metrics = program(state, batch, learning_rate(optim.schedule, optim.lr, step - 1, steps))
+        state, metrics = program(state, batch, lr)
         profile.after(step, state)
         return state, metrics
 

@@ -99,6 +99,9 @@ def lm(request, t5_files, marian_files):
     return model(TextPieces(t5_files if request.param == "t5" else marian_files), request.param)
 
 
+one_model = pytest.mark.parametrize("lm", ["t5"], indirect=True)  # of what does not depend on it
+
+
 def test_targets_do_not_depend_on_the_batch_and_are_seed_exact(lm):
     sampler = Sampler(temperature=1.0, seed=4)
     both = lm.generate(TEXTS, max_new_tokens=8, sampler=sampler, num_samples=2)
@@ -126,6 +129,11 @@ def test_an_export_is_loaded_again_bitwise_and_says_the_same(lm, tmp_path):
     for name, leaf in named_leaves(lm.params).items():
         np.testing.assert_array_equal(named_leaves(again.params)[name], leaf, err_msg=name)
     assert again.generate(TEXTS, max_new_tokens=6) == lm.generate(TEXTS, max_new_tokens=6)
+
+
+@one_model
+def test_spread_over_a_mesh_it_says_the_same(lm, tmp_path):
+    jaxllm.export(lm, tmp_path / "hf")
     spread = jaxllm.load(tmp_path / "hf", mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     assert not spread.params["decoder"]["blocks"]["ffn"]["up"]["kernel"].sharding.is_fully_replicated
     with jax.default_matmul_precision("highest"):
@@ -144,17 +152,6 @@ def test_without_its_tokenizer_it_has_logits_and_says_what_is_missing(lm, tmp_pa
     (path / "source.spm").write_bytes(b"")
     with pytest.raises(ValueError, match=r"has no target\.spm and no vocab\.json, which its tokenizer is made of"):
         jaxllm.load(path).generate(TEXTS)
-
-
-def test_transformers_writes_the_same_text_from_an_export(lm, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="pip install 'jaxllm[parity]' compares with transformers")
-    torch = pytest.importorskip("torch", reason="pip install 'jaxllm[parity]' compares with torch")
-    jaxllm.export(lm, tmp_path / "hf")
-    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
-    for text in TEXTS:
-        ids = lm.tokenizer.encode([text], 99)[0].ids
-        written = theirs.generate(torch.tensor([ids]), max_new_tokens=8, num_beams=1, do_sample=False, min_new_tokens=0)
-        assert written[0, 1:].tolist() == lm.generate(text, max_new_tokens=8)[0].tokens
 
 
 def test_ids_of_sentencepiece_files_are_those_of_transformers(t5_files, marian_files, monkeypatch):
@@ -278,6 +275,7 @@ def run(capsys, *argv):
     return status, captured.out, captured.err
 
 
+@one_model
 def test_the_command_line_says_what_python_says(asking, capsys, tmp_path, monkeypatch):
     path, lm = asking
     best = [each.text for each in lm.generate(TEXTS)]
@@ -298,6 +296,7 @@ def test_the_command_line_says_what_python_says(asking, capsys, tmp_path, monkey
     assert [json.loads(line)["text"] for line in out.splitlines()] == [each.text for each in drawn]
 
 
+@one_model
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -316,6 +315,7 @@ def test_flags_that_mean_nothing_are_refused(asking, capsys, flags, message):
     assert message in err
 
 
+@one_model
 def test_a_text_that_is_too_long_is_named_by_its_line(asking, capsys, tmp_path):
     longest = asking[1].config.encoder.max_seq_len
     (tmp_path / "texts.txt").write_text("a\n" + "the cat " * longest)
@@ -324,6 +324,7 @@ def test_a_text_that_is_too_long_is_named_by_its_line(asking, capsys, tmp_path):
     assert f"the model takes at most {longest}" in err
 
 
+@one_model
 def test_what_a_checkpoint_asks_for_and_nothing_computes_is_refused(asking):
     _, lm = asking
     other = EncoderDecoder(lm.config, lm.params, lm.tokenizer, stop_ids=lm.stop_ids, asked={"num_beam_groups": 2})
@@ -366,6 +367,7 @@ def test_a_streamed_target_and_one_that_is_stopped_are_the_beginning_of_the_whol
     assert "".join(lm.stream(TEXTS[0], max_new_tokens=20, sampler=sampler, stop=[stop])) == cut.text
 
 
+@one_model
 def test_what_cannot_be_read_is_a_clear_error(lm, tmp_path):
     with pytest.raises(ValueError, match="no texts; give at least one"):
         lm.generate([])

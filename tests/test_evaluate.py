@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import evaluate
+from jaxllm import evaluate, measure
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens, text_tokens
 from jaxllm.data.tokenizer import byte_tokenizer
@@ -90,9 +90,9 @@ def test_applications_are_asked_and_shown(model, tmp_path, capsys):
 
 def test_only_a_model_of_the_world_is_asked_its_exercises(model, data, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "_check_lengths", lambda arguments, model, tasks, splits: asked.append(tasks))
-    monkeypatch.setattr(evaluate, "_perplexity", lambda *_: pytest.fail("far enough"))
-    monkeypatch.setattr("jaxllm.recipe.knows_world", lambda _: True)
+    monkeypatch.setattr(measure, "check_lengths", lambda arguments, model, tasks, splits: asked.append(tasks))
+    monkeypatch.setattr(measure, "perplexity", lambda *_: pytest.fail("far enough"))
+    monkeypatch.setattr(measure, "knows_world", lambda _: True)
     with pytest.raises(pytest.fail.Exception):
         evaluate.main([model, "--data", data, "--batch-size", "8"])
     assert (asked.pop(), capsys.readouterr().err) == (list(evaluate.TASKS), "")

@@ -212,6 +212,16 @@ def test_impossible_requests_are_refused(lm, arguments, message):
         lm.generate("x", **arguments)
 
 
+@pytest.mark.parametrize("ask", ["generate", "chat", "respond", "stream"])
+def test_options_that_are_not_its_own_say_where_they_belong(lm, ask):
+    with pytest.raises(
+        TypeError, match=r"temperature is of the sampler; give sampler=jaxllm\.Sampler\(temperature=0\)"
+    ):
+        list(getattr(lm, ask)("x", temperature=0))
+    with pytest.raises(TypeError, match=r"unknown option 'max_tokens'; did you mean max_new_tokens\?"):
+        list(getattr(lm, ask)("x", max_tokens=3))
+
+
 def test_a_prompt_that_is_too_long_has_the_number_of_the_caller(lm):
     with pytest.raises(ValueError, match="prompt 1 has 201 tokens; the model takes 1 to 159"):
         lm.generate(["x", "y" * 200], num_samples=3)

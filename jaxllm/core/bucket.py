@@ -71,7 +71,8 @@ def push(path: Path) -> None:
     with _errors(url):
         fs, root = _file_system(url), _root(path)
         index = _read_index(root)
-        files = {file.relative_to(root).as_posix(): file for file in ([path] if path.is_file() else _files(path))}
+        found = [path] if path.is_file() else [each for each in sorted(path.rglob("*")) if each.is_file()]
+        files = {file.relative_to(root).as_posix(): file for file in found if not _is_hidden(file)}
         files = {name: file for name, file in files.items() if not _is_bulk(name)}
         changed = [name for name, file in files.items() if index.get(name, [None])[1:] != _stat(file)]
         is_last = lambda name: name.rpartition("/")[2] == LAST
@@ -110,11 +111,6 @@ def is_pushed(file: Path) -> bool:
 def is_twin(path: Path) -> bool:
     """Whether what is at `path` is in a bucket as well."""
     return _url(path) is not None
-
-
-def exists(path: str | os.PathLike) -> bool:
-    """Whether there is a file or directory at `path`."""
-    return origin(here(path)).exists()
 
 
 def _mirror(place: Path) -> None:
@@ -173,16 +169,6 @@ def _is_held(lock: Path) -> bool:
 def _beside(root: Path, kind: str) -> Path:
     """Return a file of ours beside a twin, so that the twin is empty where the bucket is."""
     return root.with_name(f".{root.name}.bucket.{kind}")
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
 
 
 def _url(path: Path) -> str | None:

@@ -30,15 +30,3 @@ class NoTokenizer:
     def decode(self, ids: Iterable[int], **_: Any) -> NoReturn:
         """Say that ids have no text."""
         self.__getattr__("text")
-
-    def stream(self) -> "NoTokenizer":
-        """Return itself: of ids that arrive there are no characters."""
-        return self
-
-    def push(self, token: int) -> str:
-        """Return no character."""
-        return ""
-
-    def flush(self) -> str:
-        """Return no character."""
-        return ""

@@ -7,7 +7,7 @@ here is the one that was trained.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxllm.core.batch import Batch
 
@@ -35,25 +35,27 @@ def bits_per_byte(nats: float, n_bytes: float) -> float:
 
 
 def evaluate_loss(
-    batches: Iterable[Batch], sums: Callable[[Batch], Mapping[str, float]], bytes_per_token: float,
+    batches: Iterable[Batch], sums: Callable[[Batch], Mapping[str, Any]], bytes_per_token: float,
     max_batches: int | None = None,
-) -> Likelihood:  # fmt: skip
+) -> tuple[Likelihood, list[Mapping[str, Any]]]:  # fmt: skip
     """Average over `batches`: all sums are added before the one division, so batches of any fill count alike.
 
     Args:
       batches: such as a `data.loader.Loader` of the validation split.
       sums: the "nats" and "tokens" (sum of weights) of a batch, scalars of any kind that float() takes.
       bytes_per_token: UTF-8 bytes per weighted token, as the loader knows it.
+    Returns:
+      (the mean, the sums of each batch).
     Raises:
       ValueError: no token has a weight.
     """
-    nats = tokens = 0.0
+    nats, tokens, all_sums = 0.0, 0.0, []
     for batch in islice(batches, max_batches):
-        total = sums(batch)
-        nats, tokens = nats + float(total["nats"]), tokens + float(total["tokens"])
+        all_sums.append(found := sums(batch))
+        nats, tokens = nats + float(found["nats"]), tokens + float(found["tokens"])
     if not tokens:
         raise ValueError("there is no token to evaluate; give a validation split with text, and max_batches >= 1")
     mean = nats / tokens
     # math.exp raises above 709 nats, which a diverged model reaches
     perplexity = math.exp(mean) if mean < 700 else math.inf
-    return Likelihood(mean, perplexity, bits_per_byte(nats, tokens * bytes_per_token), tokens)
+    return Likelihood(mean, perplexity, bits_per_byte(nats, tokens * bytes_per_token), tokens), all_sums

@@ -249,12 +249,7 @@ class Decoder:
             return (latents,)
         if not isinstance(self.config, Seq2SeqConfig):
             return None
-        sources = np.zeros((batch, bucket(max(len(r.source) for r in requests), 1 << 30)), np.int32)
-        segments = np.zeros_like(sources)
-        for i, request in enumerate(requests):
-            sources[i, : len(request.source)] = request.source
-            segments[i, : len(request.source)] = 1
-        return sources, segments
+        return padded([request.source for request in requests], batch, 1 << 30)
 
     def check(self, requests: Sequence[Request], limits: Limits) -> None:
         """Refuse what cannot be decoded, before anything is compiled.
@@ -304,6 +299,17 @@ def bucket(length: int, longest: int) -> int:
     power = max(MIN_LENGTH, 1 << (length - 1).bit_length())
     shorter = power * 3 // 4
     return min(longest, shorter if max(length, MIN_LENGTH + 1) <= shorter else power)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], batch: int, longest: int, fill: int = 0
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Return `batch` rows, the last of which may be empty, filled up to a `bucket`; and 1 for tokens, 0 for padding."""
+    tokens = np.full((batch, bucket(max(map(len, rows)), longest)), fill, np.int32)
+    segments = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+    return tokens, segments
 
 
 def _answers(state: State) -> list[tuple[list[int], list[float]]]:

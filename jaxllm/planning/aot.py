@@ -24,7 +24,7 @@ from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.feed import batch_sharding
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState, abstract_state, param_shardings, state_shardings
-from jaxllm.training.step import jit_step
+from jaxllm.training.step import compile_step as jit_step
 
 CACHE = Path("~/.cache/jaxllm/plans")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

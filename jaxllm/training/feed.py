@@ -48,13 +48,17 @@ class Feed:
         batch = next(self._batches, None)  # no StopIteration, which a future cannot carry
         if batch is None:
             raise EOFError("the data has ended; an iterator for training repeats, or raises an error of its own")
-        return jax.tree.map(lambda x: place(x, self._mesh), batch)
+        return place(batch, self._mesh)
 
 
-def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
-    """Join the rows [B / processes, ...] of every process to one global array [B, ...], rows over the batch axes."""
-    shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), local, shape)
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """Join the rows [B / processes, ...] of every process to global arrays [B, ...], rows over the batch axes."""
+
+    def joined(local: "jax.typing.ArrayLike") -> jax.Array:
+        shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), local, shape)
+
+    return jax.tree.map(joined, batch)
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

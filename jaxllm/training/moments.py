@@ -39,9 +39,11 @@ def scale_by_compact_adam(b1: float, b2: float, eps: float, kind: str) -> optax.
     """Return `optax.scale_by_adam` that keeps its moments as `kind`: "bfloat16" or "int8"."""
 
     def init(params: optax.Params) -> CompactAdamState:
-        both = map_named(lambda name, leaf: _store(name, jnp.zeros(leaf.shape, jnp.float32), kind, False), params)
-        squares = map_named(lambda name, leaf: _store(name, jnp.zeros(leaf.shape, jnp.float32), kind, True), params)
-        return CompactAdamState(jnp.zeros((), jnp.int32), *_two(params, both), *_two(params, squares))
+        def zeros(name: str, leaf: Array) -> tuple:
+            both = (_store(name, jnp.zeros(leaf.shape, jnp.float32), kind, square) for square in (False, True))
+            return tuple(part for pair in both for part in pair)
+
+        return CompactAdamState(jnp.zeros((), jnp.int32), *_apart(params, map_named(zeros, params), 4))
 
     def update(
         gradient: optax.Updates, state: CompactAdamState, params: optax.Params | None = None
@@ -56,15 +58,15 @@ def scale_by_compact_adam(b1: float, b2: float, eps: float, kind: str) -> optax.
             direction = (mu / (1 - b1**steps)) / (jnp.sqrt(nu / (1 - b2**steps)) + eps)
             return direction, *_store(name, mu, kind, False), *_store(name, nu, kind, True)
 
-        found = map_named(one, gradient, *state[1:])
-        direction, *moments = jax.tree.transpose(jax.tree.structure(gradient), jax.tree.structure((0,) * 5), found)
+        direction, *moments = _apart(gradient, map_named(one, gradient, *state[1:]), 5)
         return direction, CompactAdamState(count, *moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def _two(params: optax.Params, pairs: Any) -> tuple:
-    return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), pairs)
+def _apart(like: Any, tuples: Any, size: int) -> tuple:
+    """Return a tree like another, of tuples, as a tuple of trees."""
+    return jax.tree.transpose(jax.tree.structure(like), jax.tree.structure((0,) * size), tuples)
 
 
 def _store(name: str, x: Float[Array, "..."], kind: str, square: bool) -> tuple[Array, Array]:
@@ -77,11 +79,8 @@ def _store(name: str, x: Float[Array, "..."], kind: str, square: bool) -> tuple[
 
 
 def _load(codes: Array, scales: Array, square: bool) -> Float[Array, "..."]:
-    return (
-        codes.astype(jnp.float32)
-        if codes.dtype not in (jnp.int8, jnp.uint8)
-        else dequantise(codes, scales, square=square)
-    )
+    exact = codes.dtype not in (jnp.int8, jnp.uint8)
+    return codes.astype(jnp.float32) if exact else dequantise(codes, scales, square=square)
 
 
 def block_size(length: int) -> int:

@@ -19,21 +19,11 @@ def optimizer(config: AdamW | Muon) -> optax.GradientTransformation:
         rates = config.b1, config.b2, config.eps
         exact = config.moments == "float32"
         adam = optax.scale_by_adam(*rates) if exact else scale_by_compact_adam(*rates, config.moments)
-        return optax.chain(
-            clip,
-            adam,
-            optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.scale(-1.0),
-        )
+        return optax.chain(clip, adam, optax.add_decayed_weights(config.weight_decay, mask=decayed), optax.scale(-1.0))
     muon = optax.contrib.muon(
-        config.matrix_lr,
-        beta=config.momentum,
-        weight_decay=config.weight_decay,
-        mu_dtype=config.moments,
-        adam_b2=config.b2,
-        adam_learning_rate=1.0,
-        muon_weight_dimension_numbers=_muon_dimensions,
-    )
+        config.matrix_lr, beta=config.momentum, weight_decay=config.weight_decay, mu_dtype=config.moments,
+        adam_b2=config.b2, adam_learning_rate=1.0, muon_weight_dimension_numbers=_muon_dimensions,
+    )  # fmt: skip
     return optax.chain(clip, muon)
 
 

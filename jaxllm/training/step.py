@@ -1,68 +1,27 @@
 """One update: gradient of the summed loss over the global batch, divided once, clipped, applied, guarded."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from jaxllm.core import rng
-from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
-from jaxllm.models.balance import move_biases, router_loss, router_metrics
-from jaxllm.models.build import AnyConfig, Drop, Params, bind, graph
-from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
-from jaxllm.models.encoder_config import EncoderConfig
-from jaxllm.models.seq2seq_config import Seq2SeqConfig
+from jaxllm.models.balance import move_biases, router_metrics
+from jaxllm.models.build import AnyConfig, Drop, Params
+from jaxllm.models.config import ComputeConfig, is_vae
 from jaxllm.sharding.rules import constrain
 from jaxllm.sharding.xla import compiler_options
 from jaxllm.training.block_norms import block_norms
 from jaxllm.training.config import AdamW, Muon, StepConfig
-from jaxllm.training.encoder_losses import answer_sums, class_sums, masked_lm_sums, target_sums
-from jaxllm.training.losses import cross_entropy, token_nats
+from jaxllm.training.objectives import AnyBatch, loss_sums
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import TrainState
 from jaxllm.training.vae_losses import Texts, draw, elbo_sums, vae_metrics
 
 Metrics = dict[str, Array]
-AnyBatch = Batch | TextPairs | LabelledTexts  # what the loader makes for the model that learns from it
 NORM_MEAN_DECAY = 0.98  # the spike guard compares with about the last 50 gradient norms
-
-
-def loss_sums(
-    params: Params, batch: AnyBatch, model: AnyConfig, compute: ComputeConfig, z: float = 0.0, smoothing: float = 0.0,
-    drop: Drop | None = None,
-) -> tuple:  # fmt: skip
-    """Return (loss, (nats, router sums)), summed over the weights of `batch`; see `losses.cross_entropy`.
-
-    Experts add their `balance.router_loss`, times the weights, to the loss; the router sums of other models are None.
-    """
-    match model, batch:
-        case EncoderConfig(), LabelledTexts():
-            loss, nats = class_sums(params, batch, model, compute, smoothing=smoothing, drop=drop)
-        case EncoderConfig(), _:
-            loss, nats = masked_lm_sums(params, batch, model, compute, z=z, smoothing=smoothing, drop=drop)
-        case Seq2SeqConfig(), _:
-            loss, nats = target_sums(params, batch, model, compute, z, smoothing, drop)
-        case _:
-            return _next_token_sums(params, batch, model, compute, z, smoothing, drop)
-    return loss, (nats, None)
-
-
-def _next_token_sums(
-    params: Params, batch: Batch, model: ModelConfig, compute: ComputeConfig, z: float, smoothing: float,
-    drop: Drop | None,
-) -> tuple:  # fmt: skip
-    module = bind(graph(model, compute)[0], params, drop)
-    hidden, routers = module.routed_states(batch.tokens, batch.segments, batch.positions)
-    with jax.named_scope("loss"):
-        table, cap = module.output_table(), model.logit_softcap
-        loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap, smoothing)
-        if routers is not None:
-            loss += router_loss(routers, model.ffn) * jnp.sum(batch.weights)
-        return loss, (nats, routers)
 
 
 def gradient_sums(
@@ -166,22 +125,7 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema, mean), metrics
 
 
-def eval_step(params: Params, batch: AnyBatch, *, model: AnyConfig, compute: ComputeConfig) -> Metrics:
-    """Return the summed nats and weights of `batch`, of an encoder its `answer_sums`: add over batches, then divide."""
-    if isinstance(model, EncoderConfig):
-        return {**answer_sums(params, batch, model, compute), "tokens": jnp.sum(batch.weights)}
-    _, (nats, _) = loss_sums(params, batch, model, compute)
-    return {"nats": nats, "tokens": jnp.sum(batch.weights)}
-
-
-def token_losses(params: Params, batch: Batch, *, model: ModelConfig, compute: ComputeConfig) -> Float[Array, "B T"]:
-    """Return the nats of each target of `batch`: times the weights, what `eval_step` sums."""
-    module = bind(graph(model, compute)[0], params)
-    hidden = module.routed_states(batch.tokens, batch.segments, batch.positions)[0]
-    return token_nats(hidden, module.output_table(), batch.targets, compute.loss_chunk, model.logit_softcap)[0]
-
-
-def jit_step(
+def compile_step(
     model: AnyConfig, compute: ComputeConfig, optim: AdamW | Muon, step: StepConfig, shardings: TrainState,
     texts_per_row: int = 1,
 ) -> jax.stages.Wrapped:  # fmt: skip
@@ -193,44 +137,19 @@ def jit_step(
     return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
-class Program:
-    """What `jit_step` returns, called with a learning rate that is a number of Python.
+def device_bytes(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """Return the bytes that a device holds of a step, by the compiler; empty where the platform does not tell.
 
-    Called at once it compiles for what it gets, as any jitted function; `compile` does that before, and once.
+    Returns:
+      arguments (state and batch), results that reuse no argument, temporary (gradients, activations, logits), and what
+      is in the host's memory.
     """
-
-    def __init__(self, jitted: jax.stages.Wrapped):
-        self._jitted = jitted
-        self._compiled: jax.stages.Compiled | None = None
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether `compile` was called."""
-        return self._compiled is not None
-
-    def compile(self, state: TrainState, batch: AnyBatch) -> dict[str, float]:
-        """Compile for arrays of these shapes and places; return the bytes that a device holds, by the compiler.
-
-        Returns:
-          arguments (state and batch), results that reuse no argument, temporary (gradients, activations, logits), and
-          what is in the host's memory. Empty where the platform does not tell.
-        """
-        self._compiled = self._jitted.lower(state, batch, np.float32(0)).compile()
-        found = self._compiled.memory_analysis()
-        if found is None:
-            return {}
-        sizes = {
-            "arguments": found.argument_size_in_bytes,
-            "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-            "temporary": found.temp_size_in_bytes,
-        }
-        host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
-        return sizes | ({"on the host": host} if host else {})
-
-    def __call__(self, state: TrainState, batch: AnyBatch, lr: float) -> tuple[TrainState, Metrics]:
-        return (self._compiled or self._jitted)(state, batch, np.float32(lr))
-
-
-def compile_step(*of: Any) -> Program:
-    """Return `jit_step(*of)` as a `Program`."""
-    return Program(jit_step(*of))
+    found = compiled.memory_analysis()
+    if found is None:
+        return {}
+    host = found.host_argument_size_in_bytes + found.host_temp_size_in_bytes
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+    } | ({"on the host": host} if host else {})

@@ -19,7 +19,7 @@ from jaxllm.core.batch import Batch
 from jaxllm.models.build import Drop, Params, bind, graph
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.training.config import Elbo
-from jaxllm.training.losses import cross_entropy
+from jaxllm.training.losses import cross_entropy, token_nats
 
 ACTIVE = 0.01  # variance over texts of a latent's mean, above which it counts. Source: Burda et al. 2016, section 5
 
@@ -105,9 +105,9 @@ def elbo_sums(
         loss, nats = cross_entropy(hidden, table, batch.targets, batch.weights, z, compute.loss_chunk, cap)
         kl, correct = kl_divergence(*q), jnp.zeros(())
         loss += jnp.sum(present * texts.kl_weight[:, None, None] * jnp.maximum(kl, free_bits))
-        if guess:  # row by row, because the logits of a batch are large
-            guesses = jax.lax.map(lambda row: jnp.argmax(module.logits(row[None])[0], axis=-1), hidden)
-            correct = jnp.sum(batch.weights * (guesses == batch.targets))
+        if guess:
+            _, right = token_nats(hidden, table, batch.targets, compute.loss_chunk, cap)
+            correct = jnp.sum(batch.weights * right)
         moments = (jnp.sum(present * x, axis=(0, 1)) for x in (q.mean, q.mean**2))
         sums = VaeSums(nats, jnp.sum(present * kl), jnp.sum(present), *moments, correct)
         return loss, (nats + sums.kl, sums)

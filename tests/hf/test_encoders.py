@@ -17,7 +17,7 @@ from jaxllm.huggingface import words_for
 from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
 from jaxllm.models.encoder_config import Embeddings
-from jaxllm.training.encoder_losses import class_sums, masked_lm_sums
+from jaxllm.training.objectives import loss_sums
 
 WHY = "pip install 'jaxllm[parity]' compares with transformers and torch"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -130,7 +130,7 @@ def test_loss_and_gradients(pair):
     targets = np.random.default_rng(1).integers(3, 288, tokens.shape)
     weights = (np.random.default_rng(2).random(tokens.shape) < 0.3) * mask
     labels = np.array([2, 0]) if config.head.kind == "classes" else np.where(weights, targets, -100)
-    inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+    inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": 0 * types, "labels": labels}
     out = model(**{key: torch.from_numpy(np.asarray(value, np.int64)) for key, value in inputs.items()})
     model.zero_grad()
     out.loss.backward()
@@ -138,9 +138,9 @@ def test_loss_and_gradients(pair):
     def loss(params):
         if config.head.kind == "classes":
             rows = LabelledTexts(tokens, mask, labels, np.ones(2, np.float32))
-            return class_sums(params, rows, config, COMPUTE, types)[0] / 2
+            return loss_sums(params, rows, config, COMPUTE)[0] / 2
         rows = Batch(tokens, targets, weights.astype(np.float32), mask, positions(mask))
-        return masked_lm_sums(params, rows, config, COMPUTE, types)[0] / weights.sum()
+        return loss_sums(params, rows, config, COMPUTE)[0] / weights.sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, out.loss.item(), rtol=1e-5)

@@ -17,7 +17,7 @@ from jaxllm.hf.weights import read_params, sizes_of, write_params
 from jaxllm.layers.config import Experts
 from jaxllm.models.build import bind, graph
 from jaxllm.models.config import ComputeConfig
-from jaxllm.training.step import loss_sums
+from jaxllm.training.objectives import loss_sums
 
 WHY = "pip install 'jaxllm[parity]' compares with transformers and torch"
 torch = pytest.importorskip("torch", reason=WHY)

@@ -13,7 +13,7 @@ from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import Classes, Embeddings, EncoderConfig, MaskedLM
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
-from jaxllm.training.encoder_losses import masked_lm_sums
+from jaxllm.training.objectives import loss_sums
 from jaxllm.training.state import param_shardings
 
 STACK = ModelConfig(
@@ -94,7 +94,7 @@ def test_a_mesh_gives_the_loss_and_gradient_of_one_device():
     segments = np.sort(generator.integers(0, 3, (8, 16)))[:, ::-1]
     weights = ((generator.random((8, 16)) < 0.3) & (segments > 0)).astype(np.float32)
     batch = Batch(tokens, targets, weights, segments, np.tile(np.arange(16), (8, 1)))
-    loss = jax.jit(jax.value_and_grad(lambda p, b: masked_lm_sums(p, b, config, CPU)[0]))
+    loss = jax.jit(jax.value_and_grad(lambda p, b: loss_sums(p, b, config, CPU)[0]))
     expected = loss(params, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = param_shardings(config, mesh)

@@ -16,7 +16,8 @@ from jaxllm.models.encoder_config import Classes, EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.config import Dropout, Elbo, StepConfig
-from jaxllm.training.step import gradient_sums, loss_sums
+from jaxllm.training.objectives import loss_sums
+from jaxllm.training.step import gradient_sums
 from jaxllm.training.vae_losses import draw, elbo_sums
 
 CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=8)

@@ -68,7 +68,7 @@ def test_training_is_nearly_the_same_on_one_device_and_on_many():
             update = compile_step(WIDE, ComputeConfig(dtype="float32", layers="scan"), optim, StepConfig(), shardings)
             found = []
             for _ in range(8):
-                state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), BATCH), optim.lr)
+                state, metrics = update(state, place(BATCH, mesh), optim.lr)
                 found.append(float(metrics["loss"]))
         return found, sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)), state
 

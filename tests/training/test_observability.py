@@ -24,7 +24,7 @@ from jaxllm.training.metrics import MetricsWriter, read
 from jaxllm.training.optim import optimizer
 from jaxllm.training.profile import Profile
 from jaxllm.training.state import init_state
-from jaxllm.training.step import compile_step
+from jaxllm.training.step import compile_step, device_bytes
 
 MODEL = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=64, max_seq_len=32)
 TOKENS = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
@@ -43,15 +43,13 @@ def run(offload=False, remat="dots", block_norms=False):
     compute = ComputeConfig(dtype="float32", layers="scan", remat=remat)
     with jax.set_mesh(mesh):
         state, shardings = init_state(MODEL, optimizer(optim), mesh, seed=0, offload=offload)
-        first, program = jax.device_get(state), compile_step(MODEL, compute, optim, step, shardings)
-        batch = jax.tree.map(lambda x: place(x, mesh), BATCH)
-        assert not program.is_compiled
-        memory = program.compile(state, batch)
-        assert program.is_compiled
-        state, _ = program(state, batch, 1e-2)
+        first, lr = jax.device_get(state), np.float32(1e-2)
+        batch = place(BATCH, mesh)
+        program = compile_step(MODEL, compute, optim, step, shardings).lower(state, batch, lr).compile()
+        state, _ = program(state, batch, lr)
         before = jax.device_get(state.params)
-        state, metrics = program(state, batch, 1e-2)
-    return first, before, state, metrics, memory, program._compiled.as_text()
+        state, metrics = program(state, batch, lr)
+    return first, before, state, metrics, device_bytes(program), program.as_text()
 
 
 def test_the_program_names_its_parts_and_says_what_memory_it_takes():

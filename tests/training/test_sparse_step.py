@@ -20,9 +20,10 @@ from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.config import AdamW, Muon, StepConfig
 from jaxllm.training.feed import place
+from jaxllm.training.objectives import loss_sums
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import init_state
-from jaxllm.training.step import compile_step, gradient_sums, loss_sums
+from jaxllm.training.step import compile_step, gradient_sums
 
 EXPERTS = Experts(number=4, top_k=2, balance=0.1, router_z=0.01)
 MODEL = ModelConfig(
@@ -62,7 +63,7 @@ def run(mesh=None, devices=1, model=MODEL, optim=AdamW(), step=StepConfig()):  #
         update = compile_step(model, CPU, optim, step, shardings)
         history = []
         for _ in range(2):
-            state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 1e-2)
+            state, metrics = update(state, place(batch(), mesh), 1e-2)
             history.append({key: float(value) for key, value in metrics.items()})
         return history, jax.device_get(state.params), state
 
@@ -107,7 +108,7 @@ def test_a_restored_state_of_two_stacks_goes_on_to_the_last_bit(tmp_path):
     with jax.set_mesh(mesh), Checkpoints(tmp_path) as checkpoints:
         state, shardings = init_state(DEEPSEEK, optimizer(optim), mesh, seed=0, ema=True)
         update = compile_step(DEEPSEEK, CPU, optim, step, shardings)
-        rows = jax.tree.map(lambda x: place(x, mesh), batch())
+        rows = place(batch(), mesh)
         state, _ = update(state, rows, 1e-2)
         checkpoints.save(state, {"step": 1})
         checkpoints.wait()
@@ -126,7 +127,7 @@ def test_a_step_after_decoding_is_the_same_leaves_the_decoder_alone_and_compiles
         with jax.set_mesh(mesh):
             state, shardings = init_state(DEEPSEEK, optimizer(optim), mesh, seed=0)
             update = compile_step(DEEPSEEK, CPU, optim, StepConfig(), shardings)
-            rows = jax.tree.map(lambda x: place(x, mesh), batch())
+            rows = place(batch(), mesh)
             for turn in range(3):
                 caplog.clear()
                 with jax.log_compiles():
@@ -163,7 +164,7 @@ def test_biases_alone_even_out_the_load():
         update = compile_step(DEEPSEEK, CPU, optim, StepConfig(router_bias_step=0.02), shardings)
         busiest = []
         for _ in range(40):
-            state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), 0.0)
+            state, metrics = update(state, place(batch(), mesh), 0.0)
             busiest.append(float(metrics["router_busiest"]))
     even = DEEPSEEK.ffn.top_k / DEEPSEEK.ffn.number
     assert busiest[-1] - even < 0.5 * (busiest[0] - even)

@@ -39,7 +39,7 @@ def run(mesh=None, devices=1, optim=ADAMW, step=None, batches=None, compute=CPU)
         history = []
         for number, each in enumerate(batches or [batch()] * 4):
             lr = learning_rate(optim.schedule, optim.lr, number, 10)
-            state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), each), lr)
+            state, metrics = update(state, place(each, mesh), lr)
             history.append({key: float(value) for key, value in metrics.items()})
         return history, jax.device_get(state)
 

@@ -15,13 +15,13 @@ from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.config import AdamW, Elbo, Muon, StepConfig
 from jaxllm.training.feed import place
+from jaxllm.training.objectives import eval_step
 from jaxllm.training.optim import _muon_dimensions, optimizer
 from jaxllm.training.state import init_state
 from jaxllm.training.step import compile_step
 from jaxllm.training.vae_losses import (
     VaeSums,
     draw,
-    elbo_eval_step,
     elbo_sums,
     kl_divergence,
     kl_weight,
@@ -115,7 +115,7 @@ def test_active_units_literal():
 
 
 def test_evaluation_adds_up_batches_and_counts_right_guesses():
-    step = functools.partial(elbo_eval_step, PARAMS(), model=MODEL, compute=CPU, texts_per_row=2)
+    step = functools.partial(eval_step, PARAMS(), model=MODEL, compute=CPU, texts_per_row=2)
     one, two = step(batch(4)), step(batch(6, seed=1))
     found = vae_eval_metrics([one, two])
     assert found["accuracy"] == float(one["correct"] + two["correct"]) / float(one["tokens"] + two["tokens"])
@@ -130,7 +130,7 @@ def run(step, devices=1, optim=AdamW(lr=1e-2), steps=3):  # noqa: B008
         state, shardings = init_state(MODEL, optimizer(optim), mesh, seed=0)
         update = compile_step(MODEL, CPU, optim, step, shardings, 2)
         for _ in range(steps):
-            state, metrics = update(state, jax.tree.map(lambda x: place(x, mesh), batch()), optim.lr)
+            state, metrics = update(state, place(batch(), mesh), optim.lr)
         return {key: float(value) for key, value in metrics.items()}, jax.device_get(state.params)
 
 

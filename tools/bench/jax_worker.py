@@ -55,7 +55,7 @@ def training(settings: dict) -> dict[str, Callable[..., dict]]:
             row = token_batch(done, rows, length, model.vocab_size).astype(np.int32)
             batch = Batch(row[:, :-1], row[:, 1:], ones.astype(np.float32), ones, positions)
             lr = learning_rate(optim.schedule, optim.lr, done, settings["steps"])
-            state, values = step(state, jax.tree.map(lambda x: place(x, mesh), batch), lr)
+            state, values = step(state, place(batch, mesh), lr)
             metrics.append(values)
             done += 1
         jax.block_until_ready(state)
