@@ -142,9 +142,9 @@ class Trained:
 
         directory = here(directory)
         files.check_empty(directory)
+        tokenizer.save(directory / "tokenizer")
         data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
         recipe = Recipe(out=named(directory), model=self.config, data=data)
         files.write_text(directory / FILE_NAME, configs.dump(recipe))
-        tokenizer.save(directory / "tokenizer")
         with Checkpoints(directory) as checkpoints:
             checkpoints.save(self.params, {"step": 0, **meta})
