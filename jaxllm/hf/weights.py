@@ -75,7 +75,7 @@ def read_params(
         here = sharding is None and jax.local_devices()[0].platform == "cpu"  # the memory of the device is this one
         if not stacked(row):
             whole = np.ascontiguousarray(get(tensors[0]).astype(wanted, copy=False))
-            return jax.device_put(whole, sharding, may_alias=here or None)
+            return jax.device_put(whole, sharding, may_alias=(here and whole.flags.writeable) or None)  # no mapped file
         indices = np.ndindex(leaf.shape[: stacked(row)])
         if here:
             whole = aligned(leaf.shape, np.dtype(wanted))
