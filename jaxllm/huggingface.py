@@ -31,7 +31,7 @@ from jaxllm.inference.search import WORDS
 from jaxllm.language_model import LanguageModel
 from jaxllm.layers.config import RMSNorm
 from jaxllm.models.build import AnyConfig, Params
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, is_vae
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.training.state import param_shardings
 
@@ -138,6 +138,8 @@ def export(lm: AnyLanguageModel, directory: str | Path) -> Path:
       ValueError: no family computes what this model does, or the directory is not empty.
     """
     config, params, tokenizer = lm.config, lm.params, lm.tokenizer
+    if is_vae(config):
+        raise ValueError("a VAE, which no other program reads; save it, or copy its directory")
     if isinstance(lm, LanguageModel):
         if not lm.imported:
             config, params = _without_padding(config, params, tokenizer.vocab_size)

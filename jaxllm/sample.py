@@ -82,12 +82,15 @@ def _load(arguments: argparse.Namespace) -> "tuple[Model, Sampler]":
     from jaxllm.inference.sampling import Sampler
     from jaxllm.inference.search import Search
     from jaxllm.language_model import load
+    from jaxllm.models.config import is_vae
     from jaxllm.models.encoder_config import EncoderConfig
     from jaxllm.models.seq2seq_config import Seq2SeqConfig
     from jaxllm.sharding import distributed
 
     if isinstance(config, EncoderConfig):
         raise ValueError(f"{arguments.model} is an encoder and writes no text; jaxllm.load it in Python")
+    if is_vae(config):
+        raise ValueError(f"{arguments.model} is a VAE: jaxllm.load it in Python, and sample or interpolate")
     if arguments.chat and isinstance(config, Seq2SeqConfig):
         raise ValueError(f"{arguments.model} turns one text into another and holds no conversation; leave out --chat")
     given = {name: vars(arguments)[name] for name in Sampler.model_fields if vars(arguments)[name] is not None}

@@ -18,6 +18,7 @@ from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.locate import look
 from jaxllm.recipe import check, load_recipe
+from jaxllm.sample import main as sample
 from jaxllm.training.metrics import read
 from jaxllm.wiring import train
 
@@ -142,6 +143,8 @@ def test_evaluate_measures_the_bound_of_the_run_with_its_parts_and_nothing_else(
             {key: last[f"val_{key}"] for key in ("kl", "reconstruction", "accuracy", "active_units")}, rel=1e-4
         )
     assert "nats of latent per text" in capsys.readouterr().out
+    assert sample(["run", "--prompt", "a"]) == 2
+    assert "is a VAE: jaxllm.load it in Python" in capsys.readouterr().err
     assert evaluate(["run", "--tasks", "qa"]) == 2
     assert "is a VAE and continues no text" in capsys.readouterr().err
 
@@ -153,7 +156,7 @@ def test_what_is_no_vae_and_what_a_vae_is_not_are_refused(vae, run, monkeypatch)
         look(run)
     with pytest.raises(ValueError, match=r"latent 0 has shape \(3,\); the model's are of 8 numbers"):
         vae.decoder.generate([Request([1], source=[0.0] * 3)], Sampler(), Limits(4))
-    with pytest.raises(ValueError, match="no family of transformers computes this architecture"):
+    with pytest.raises(ValueError, match="a VAE, which no other program reads"):
         jaxllm.export(vae, run.parent / "export")
     monkeypatch.chdir(run.parent)
     with pytest.raises(ValueError, match=r"model\.latent learns whole texts; set data\.packing\.whole=true"):
