@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.core.batch import Batch
+from jaxllm.sharding.mesh import reader
 from jaxllm.sharding.rules import named_sharding
 
 
@@ -52,8 +53,8 @@ class Feed:
 
 
 def place(local: "jax.typing.ArrayLike", mesh: Mesh) -> jax.Array:
-    """Join the rows [B / processes, ...] of every process to one global array [B, ...], rows over the batch axes."""
-    shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
+    """Join the rows [B / parts, ...] of every `reader` to one global array [B, ...], rows over the batch axes."""
+    shape = (local.shape[0] * reader(mesh)[1], *local.shape[1:])
     return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), local, shape)
 
 

@@ -26,6 +26,7 @@ from jaxllm.training.stop import leave
 
 DIRECTORY = "heartbeats"
 AGAIN = 75  # exit status where a process is missing: EX_TEMPFAIL of sysexits.h, "try again"
+DAY_MS = 24 * 3600 * 1000
 PERIODS = 5  # without a beat, where something has failed already and the question is only who
 
 
@@ -65,6 +66,11 @@ class Heartbeat:
         self._phase, self._step = phase, step
         if phase not in ("data", "step"):
             self._write()
+
+    def meet(self, name: str) -> None:
+        """Wait here for all processes, without a collective: Gloo gives up if one comes to it 30 s after another."""
+        if self._count > 1:
+            distributed.global_state.client.wait_at_barrier(self._key(name), DAY_MS)  # who is lost, is missed before
 
     def __enter__(self) -> "Heartbeat":
         self._directory.mkdir(exist_ok=True)
