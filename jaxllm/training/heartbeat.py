@@ -125,7 +125,7 @@ class Heartbeat:
                 verdict = self._get("missing") or found
                 break
         if verdict:
-            if self._process == 0 and self._thread is threading.current_thread():
+            if self._process == 0 and not self._cut_off:
                 time.sleep(2 * self._period_s)  # JAX aborts the others as soon as it is gone: let them read it before
             self._leaving.acquire()  # for good: one thread has the last word
             doing = f"{self._phase} of step {self._step}"
