@@ -246,13 +246,13 @@ def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> st
     if stages == 1:
         unused = recipe.compute.pipeline != Pipeline()
         return "compute.pipeline is for mesh.stage, which is 1; leave one out or set the other" if unused else None
-    if isinstance(model, Seq2SeqConfig) or is_vae(model):
-        return f"mesh.stage={stages} is for models of one row of layers, and this one has two; set it to 1"
-    if recipe.step.dropout.rate:
-        return f"mesh.stage={stages} and step.dropout do not go together; set mesh.stage=1, or step.dropout.rate=0"
-    layers = len((model.stack if isinstance(model, EncoderConfig) else model).stacks()[-1].layers)
+    stack = model.stack if isinstance(model, EncoderConfig) else model
+    halves = [model.encoder, model.decoder] if isinstance(model, Seq2SeqConfig) else [stack]
+    depths = [len(half.stacks()[-1].layers) for half in halves]
+    depths += [model.latent.encoder_layers] if is_vae(model) else []
     try:
-        recipe.compute.pipeline.check(stages, layers, rows, batch_parts(sizes) // stages)
+        for layers in depths:
+            recipe.compute.pipeline.check(stages, layers, rows, batch_parts(sizes) // stages)
     except ValueError as error:
         return str(error)
     return None
@@ -268,7 +268,7 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     experts = ffn if isinstance(ffn := getattr(model, "ffn", None), Experts) else None
     rows, rest = divmod(data.batch_size, recipe.step.accumulate)
     sizes = axis_sizes(recipe.mesh, n_devices)
-    parts, devices = batch_parts(sizes), n_devices // n_processes
+    parts, devices, block = batch_parts(sizes), n_devices // n_processes, sizes["context"] * sizes["tensor"]
     halves = [model.encoder, model.decoder] if isinstance(model, Seq2SeqConfig) else [model]
     longest = min(half.max_seq_len for half in halves)
     remedy = (
@@ -301,10 +301,9 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
          f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
         (pipeline := _pipeline_problem(recipe, sizes, rows), pipeline),
         *_context_problems(recipe, sizes["context"]),
-        (n_processes > 1 and devices % (sizes["context"] * sizes["tensor"]),
-         (f"mesh.tensor={recipe.mesh.tensor}{f' x mesh.context={recipe.mesh.context}' * (sizes['context'] > 1)} spans "
-          f"processes of {devices} devices each, and the rows of a batch cannot be shared by processes; set it to a "
-          "divisor of that, and mesh.fsdp higher")),
+        (n_processes > 1 and max(devices, block) % min(devices, block),
+         (f"mesh.context={sizes['context']} x mesh.tensor={sizes['tensor']} = {block} devices share rows, and "
+          f"processes have {devices} each: one must be a multiple of the other; change the mesh")),
         (monitor.prompts and monitor.sample_tokens >= model.max_seq_len and not isinstance(model, EncoderConfig),
          f"monitor.sample_tokens={monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"),
     ]  # fmt: skip

@@ -32,6 +32,7 @@ from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.planning.aot import Job, on_mesh
 from jaxllm.planning.memory import expected
 from jaxllm.recipe import Recipe, load_recipe
+from jaxllm.sharding.mesh import reader
 from jaxllm.training.checkpoint import Checkpoints, load_params
 from jaxllm.training.feed import place
 from jaxllm.training.loop import Action, Diverged
@@ -78,8 +79,7 @@ class Run:
         manifests = {source.path: read_manifest(source.path) for source in recipe.data.sources if source.validate_on}
         splits = {path: manifest.splits.get("validation") for path, manifest in manifests.items()}
         self._held_out = [path for path, split in splits.items() if split is not None and split.n_documents]
-        processes = jax.process_index(), jax.process_count()
-        self._validation = Loader(recipe.data, "validation", *processes) if self._held_out else None
+        self._validation = Loader(recipe.data, "validation", *reader(mesh)) if self._held_out else None
         texts = {} if self._validation is None else {"texts_per_row": self._validation.texts_per_row}
         self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute, **texts))
 

@@ -26,7 +26,7 @@ from jaxllm.models.accounting import memory_line
 from jaxllm.recipe import FILE_NAME, Recipe, changes, check, load_recipe
 from jaxllm.run import Run
 from jaxllm.sharding import distributed
-from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.mesh import make_mesh, reader
 from jaxllm.training import heartbeat, lock
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.feed import Feed
@@ -74,9 +74,9 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
       ValueError: the recipe contradicts itself, the data, or the run that is already in `recipe.out`.
     """
     distributed.start(recipe.platform, recipe.data.batch_size // recipe.step.accumulate)
-    loader = Loader(recipe.data, "train", jax.process_index(), jax.process_count())
-    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count(), n_processes=jax.process_count())
     mesh = make_mesh(recipe.mesh)
+    loader = Loader(recipe.data, "train", *reader(mesh))
+    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count(), n_processes=jax.process_count())
     run, run_dir = Run(recipe, loader, mesh), here(recipe.out)
     with (
         jax.set_mesh(mesh),
@@ -144,6 +144,7 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
             program = jitted.lower(state, batch, lr).compile()
             memory = memory_line(device_bytes(program))
             log.compiled(time.perf_counter() - start, f"memory per device, by the compiler: {memory}")
+            heart.meet("compiled")
             heart.enter("step", step)
         profile.before(step, state)
         state, metrics = program(state, batch, lr)

@@ -77,35 +77,27 @@ def test_microbatches_of_one_row_are_for_one_device_and_the_size_that_is_advised
     check(recipe("step.accumulate=24", "mesh.tensor=2"), vocab_size=300, n_devices=2)
 
 
-@pytest.mark.parametrize(("n_devices", "n_processes", "tensor"), [(8, 2, 8), (8, 4, 4), (6, 2, 2)])
-def test_the_tensor_axis_may_not_span_processes(n_devices, n_processes, tensor):
-    here = n_devices // n_processes
-    [problem] = problems(recipe(f"mesh.tensor={tensor}"), n_devices, n_processes)
-    assert problem.startswith(f"mesh.tensor={tensor} spans processes of {here} devices each, and the rows")
-    check(recipe(f"mesh.tensor={tensor}"), vocab_size=300, n_devices=n_devices)  # within one process it may
-    check(recipe(f"mesh.tensor={here}"), vocab_size=300, n_devices=n_devices, n_processes=n_processes)
+def test_processes_share_whole_rows_or_none():
+    for n_devices, n_processes, tensor in ((8, 2, 8), (8, 4, 4), (8, 2, 4), (8, 2, -1)):
+        made = recipe("mesh.data=1", "mesh.fsdp=-1" if tensor > 0 else "mesh.fsdp=1", f"mesh.tensor={tensor}")
+        check(made, vocab_size=300, n_devices=n_devices, n_processes=n_processes)
+    [problem] = problems(recipe("mesh.tensor=2"), 6, 2)
+    assert problem.startswith("mesh.context=1 x mesh.tensor=2 = 2 devices share rows, and processes have 3 each")
 
 
-def test_a_tensor_axis_that_takes_all_devices_may_not_span_processes_either():
-    [problem] = problems(recipe("mesh.data=1", "mesh.tensor=-1"), 8, 2)
-    assert problem.startswith("mesh.tensor=-1 spans processes of 4 devices each")
-
-
-def test_rows_are_shared_by_devices_in_two_chunks_each_within_a_process():
+def test_rows_are_shared_by_devices_in_two_chunks_each():
     check(recipe("mesh.context=4"), vocab_size=300, n_devices=8, n_processes=2)
     assert problems(recipe("mesh.context=3", "mesh.data=1", "data.packing.seq_len=32"), 3) == [
         "data.packing.seq_len=32 for mesh.context=3 must be a multiple of 6, or of 768 for the kernel of TPUs"
     ]
     [problem] = problems(recipe("mesh.context=4", "model.positions.kind=relative"), 8)
     assert problem.startswith("mesh.context=4 is for decoder-only models without a bias on scores")
-    [problem] = problems(recipe("mesh.context=4", "mesh.tensor=2"), 8, 2)
-    assert problem.startswith("mesh.tensor=2 x mesh.context=4 spans processes of 4 devices each")
 
 
 def test_all_contradictions_are_said_at_once():
-    made = recipe("model.max_seq_len=16", "step.accumulate=7", "monitor.prompts=[a]", "mesh.data=1", "mesh.tensor=4")
-    assert [problem.split()[0] for problem in problems(made, 4, 2, vocab_size=301)] == [
-        "model.vocab_size=300", "data.packing.seq_len=32", "data.batch_size=24", "mesh.tensor=4",
+    made = recipe("model.max_seq_len=16", "step.accumulate=7", "monitor.prompts=[a]", "mesh.data=2", "mesh.tensor=3")
+    assert [problem.split()[0] for problem in problems(made, 6, 3, vocab_size=301)] == [
+        "model.vocab_size=300", "data.packing.seq_len=32", "data.batch_size=24", "mesh.context=1",
         "monitor.sample_tokens=64",
     ]  # fmt: skip
 

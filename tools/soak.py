@@ -211,7 +211,7 @@ def elastic(place: Workplace) -> None:
     for name, stages in (
         ("one", [(1, ()), (1, ("data.batch_size=16",))]),
         ("many", [(2, ()), (4, ("mesh.fsdp=4", "mesh.data=2")), (1, ("platform.cpu_devices=4", "mesh.tensor=2")),
-                  (2, ("data.batch_size=16", "mesh.fsdp=2"))]),
+                  (2, ("mesh.data=1", "mesh.context=2", "mesh.tensor=2")), (2, ("data.batch_size=16", "mesh.fsdp=2"))]),
     ):  # fmt: skip
         for number, (n_processes, overrides) in enumerate(stages):
             last = number == len(stages) - 1

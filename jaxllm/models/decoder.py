@@ -162,14 +162,17 @@ class Transformer(nnx.Module):
                 continue
 
             def run(x: Array, layers: tuple, sides: tuple, stack: Stack = stack) -> tuple[Array, RouterSums | None]:
-                views = Views(self.config, mask._replace(segments=sides[1]), sides[0])
-                x, (_, sums) = self._scan(x, stack, layers, views)
+                positions, segments, memory, rows = sides
+                views = Views(self.config, mask._replace(segments=segments), positions)
+                drop = None if rows is None else self.drop._replace(rows=rows)
+                x, (_, sums) = self._scan(x, stack, layers, views, memory=memory, drop=drop)
                 return x, sums
 
+            sides = positions, mask.segments, memory, None if self.drop is None else self.drop.rows
             if stack is stacks[-1]:
-                x, sums = pipelined(run, x, layers, (positions, mask.segments), self.compute.pipeline)
+                x, sums = pipelined(run, x, layers, sides, self.compute.pipeline)
             else:
-                x = spread(run, x, layers, (positions, mask.segments))
+                x = spread(run, x, layers, sides)
         return x, sums
 
     def _layers(self, stack: Stack) -> Layers:
@@ -185,10 +188,10 @@ class Transformer(nnx.Module):
 
     def _scan(
         self, x: Array, stack: Stack, layers: Layers, views: Views, memory: Memory | None = None,
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None, drop: Drop | None = None,
     ) -> tuple[Array, tuple[LayerCache | None, RouterSums | None]]:  # fmt: skip
-        """Run blocks of one kind; `layers` are stacked."""
-        alike = self._traits(stack)[0]
+        """Run blocks of one kind; `layers` are stacked. `drop`: of some rows alone."""
+        alike, drop = self._traits(stack)[0], drop or self.drop
 
         def apply(x: Array, layer: Layers) -> tuple[Array, tuple]:
             block, own, cache, number = layer
@@ -196,8 +199,8 @@ class Transformer(nnx.Module):
                 block = jax.tree.map(
                     lambda z: jax.lax.bitcast_convert_type(z, self.packed) if z.dtype == jnp.uint16 else z, block
                 )
-            drop = None if self.drop is None else self.drop.at(number)
-            x, *rest = block(x, *views.of(own or alike), cache, positions, memory, drop)
+            place = None if drop is None else drop.at(number)
+            x, *rest = block(x, *views.of(own or alike), cache, positions, memory, place)
             return constrain(x, "batch", "stream", None), tuple(rest)
 
         if self.compute.remat != "none":

@@ -60,7 +60,7 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
     """Return what `run` over all layers [L, ...] makes of x: (x, sums stacked on L).
 
     Args:
-      sides: int arrays [B, T] of the same rows, given to every stage; None leaves are passed on.
+      sides: arrays [B, ...] of the same rows, given to every stage; None leaves are passed on.
     Raises:
       ValueError: layers or rows cannot be dealt out evenly.
     """
@@ -71,9 +71,7 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
     layers = jax.tree.map(lambda z: _deal(z, plan), layers)
     rows = constrain(_cut(x, plan), None, "stages", "batch", "stream", None)
     # Every stage needs those of every microbatch in its turn; they are small.
-    sides = jax.tree.map(
-        lambda z: constrain(rearrange(_cut(z, plan), "g s ... -> (g s) ..."), None, "batch", "length"), sides
-    )
+    sides = jax.tree.map(lambda z: constrain(rearrange(_cut(z, plan), "g s ... -> (g s) ..."), None, *_axes(z)), sides)
     stage = jnp.arange(number)
 
     def turn(carry: tuple[Array, Array], time: Int[Array, ""]) -> tuple[tuple, Any]:
@@ -81,7 +79,7 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
         # Stages that have no work yet, or no more, work on what is there; nobody takes what comes of it.
         group, deal, place = plan.unit(jnp.clip(time - stage, 0, plan.units - 1))
         own = jax.tree.map(lambda z: jax.vmap(lambda z, r: z[r], (1, 0))(z, deal), layers)
-        beside = jax.tree.map(lambda z: constrain(z[group * number + place], "stages", "batch", "length"), sides)
+        beside = jax.tree.map(lambda z: constrain(z[group * number + place], "stages", *_axes(z[0])), sides)
         outputs, sums = jax.vmap(run, spmd_axis_name="stage")(inputs, own, beside)
         return (rows, constrain(outputs, "stages", "batch", "stream", None)), sums
 
@@ -95,9 +93,9 @@ def pipelined(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any, confi
 
 def spread(run: Run, x: Float[Array, "B T D"], layers: Any, sides: Any) -> Array:
     """Return what `run` makes of x where every stage has all of `layers`, and takes its part of the rows."""
-    split = lambda z, *axes: constrain(rearrange(z, "(s b) ... -> s b ...", s=stages()), "stages", "batch", *axes)
-    sides = jax.tree.map(lambda z: split(z, "length"), sides)
-    x, _ = jax.vmap(run, (0, None, 0), spmd_axis_name="stage")(split(x, "stream", None), layers, sides)
+    split = lambda z, *axes: constrain(rearrange(z, "(s b) ... -> s b ...", s=stages()), "stages", *axes)
+    sides = jax.tree.map(lambda z: split(z, *_axes(z)), sides)
+    x, _ = jax.vmap(run, (0, None, 0), spmd_axis_name="stage")(split(x, "batch", "stream", None), layers, sides)
     return constrain(rearrange(x, "s b ... -> (s b) ..."), "rows", "stream", None)
 
 
@@ -115,6 +113,11 @@ def _exchange(rows: Array, passed: Array, time: Array, plan: Schedule) -> tuple[
     left = constrain(jnp.roll(left, -1, axis=0), "stages", "batch", "stream", None)
     rows = jax.lax.dynamic_update_index_in_dim(rows, left, group, 0)
     return rows, constrain(inputs, "stages", "batch", "stream", None)
+
+
+def _axes(x: Array) -> tuple[str | None, ...]:
+    """Return the logical axes of what goes with rows: [B], [B, T] or [B, T, D]."""
+    return ("batch", "length", None)[: x.ndim]
 
 
 def _row_parts() -> int:

@@ -60,7 +60,7 @@ def _arrange_slice(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> n
     for axis in ROW_AXES:
         outer[axis] = math.gcd(left, sizes[axis])
         left //= outer[axis]
-    if left > 1:  # a host has no room for a row: good for decoding, and training refuses it (recipe.check)
+    if left > 1:  # a host has no room for a row
         return found
     inner = tuple(size // outer[axis] for axis, size in sizes.items())
     build = functools.partial(mesh_utils.create_hybrid_device_mesh, process_is_granule=True)
@@ -72,6 +72,26 @@ def _try_whole_axes(build: Callable[..., np.ndarray], *arguments: Any) -> np.nda
         return build(*arguments)
     except NotImplementedError:  # no product of whole axes of the torus
         return build(*arguments, allow_split_physical_axes=True)
+
+
+@functools.lru_cache
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """Return (which part of a batch this process reads, number of parts); processes that share rows read the same.
+
+    Raises:
+      ValueError: processes share some of their rows and not others.
+    """
+    rows, parts = mesh.devices.reshape(batch_parts(mesh.shape), -1), defaultdict(list)
+    for number, devices in enumerate(rows):
+        for process in {device.process_index for device in devices}:
+            parts[process].append(number)
+    different = sorted({tuple(each) for each in parts.values()})
+    if len({len(each) for each in different}) > 1 or sum(map(len, different)) != len(rows):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: the parts of the batch that processes hold are {dict(parts)}, and two must have "
+            "the same or none in common; make mesh.context x mesh.tensor a divisor or a multiple of a process's devices"
+        )
+    return different.index(tuple(parts.get(jax.process_index(), different[0]))), len(different)
 
 
 def on_mesh_of(params: Any, function: Callable) -> Callable:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm.core.batch import Batch
+from jaxllm.sharding.mesh import reader
 from jaxllm.sharding.rules import named_sharding
 
 
@@ -52,10 +53,10 @@ class Feed:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """Join the rows [B / processes, ...] of every process to global arrays [B, ...], rows over the batch axes."""
+    """Join the rows [B / parts, ...] of every `reader` to global arrays [B, ...], rows over the batch axes."""
 
     def joined(local: "jax.typing.ArrayLike") -> jax.Array:
-        shape = (local.shape[0] * jax.process_count(), *local.shape[1:])
+        shape = (local.shape[0] * reader(mesh)[1], *local.shape[1:])
         return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), local, shape)
 
     return jax.tree.map(joined, batch)

@@ -26,6 +26,7 @@ from jaxllm.training.stop import leave
 
 DIRECTORY = "heartbeats"
 AGAIN = 75  # exit status where a process is missing: EX_TEMPFAIL of sysexits.h, "try again"
+DAY_MS = 24 * 3600 * 1000
 PERIODS = 5  # without a beat, where something has failed already and the question is only who
 
 
@@ -65,6 +66,11 @@ class Heartbeat:
         self._phase, self._step = phase, step
         if phase not in ("data", "step"):
             self._write()
+
+    def meet(self, name: str) -> None:
+        """Wait here for all processes, without a collective: Gloo gives up if one comes to it 30 s after another."""
+        if self._count > 1:
+            distributed.global_state.client.wait_at_barrier(self._key(name), DAY_MS)  # who is lost, is missed before
 
     def __enter__(self) -> "Heartbeat":
         self._directory.mkdir(exist_ok=True)
@@ -119,7 +125,7 @@ class Heartbeat:
                 verdict = self._get("missing") or found
                 break
         if verdict:
-            if self._process == 0 and self._thread is threading.current_thread():
+            if self._process == 0 and not self._cut_off:
                 time.sleep(2 * self._period_s)  # JAX aborts the others as soon as it is gone: let them read it before
             self._leaving.acquire()  # for good: one thread has the last word
             doing = f"{self._phase} of step {self._step}"

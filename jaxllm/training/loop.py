@@ -135,7 +135,7 @@ def _report(step: int, metrics: dict, batch: Batch, clock: _Clock, observer: Obs
 
 
 def _local_rows(x: jax.Array) -> np.ndarray:
-    """Return the rows of a global array that this process holds, each once and whole: mesh axes copy and cut them."""
+    """Return what this process holds of the rows of a global array, once: mesh axes copy and cut them."""
     parts = {tuple(cut.start or 0 for cut in shard.index): shard.data for shard in x.addressable_shards}
     starts = [sorted(set(along)) for along in zip(*parts, strict=True)]
     size = next(iter(parts.values())).shape

@@ -1,11 +1,13 @@
+import math
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.sharding.config import MeshConfig, axis_sizes
-from jaxllm.sharding.mesh import arrange
+from jaxllm.sharding.config import AXES, MeshConfig, axis_sizes
+from jaxllm.sharding.mesh import arrange, reader
 from jaxllm.sharding.rules import partition_spec
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -137,3 +139,23 @@ def test_where_a_host_has_no_room_a_row_goes_over_several():
 def test_slices_that_do_not_fit(config, devices, message):
     with pytest.raises(ValueError, match=message):
         arrange(config, devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "per_process", "expected"),
+    [({"data": 4}, 2, [(0, 2), (1, 2)]), ({"data": 2, "tensor": 2}, 1, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+     ({"tensor": 4}, 1, [(0, 1)] * 4), ({"fsdp": 2, "context": 2, "tensor": 2}, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+     ({"data": 3, "tensor": 2}, 3, None)],
+)  # fmt: skip
+def test_processes_that_share_rows_read_the_same(monkeypatch, sizes, per_process, expected):
+    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+    devices = [SimpleNamespace(process_index=number // per_process) for number in range(math.prod(shape.values()))]
+    found, mesh = [], SimpleNamespace(shape=shape, devices=np.array(devices).reshape([*shape.values()]))
+    for process in range(len(devices) // per_process) if expected else ():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(reader.__wrapped__(mesh))
+    if expected:
+        assert found == expected
+    else:
+        with pytest.raises(ValueError, match="the same or none in common"):
+            reader.__wrapped__(mesh)

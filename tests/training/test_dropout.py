@@ -11,7 +11,7 @@ from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.layers.config import LayerNorm, Learned, Plain, Sinusoids
 from jaxllm.layers.dropout import Drop
 from jaxllm.models.build import bind, graph, init_params
-from jaxllm.models.config import ComputeConfig, Latent, ModelConfig
+from jaxllm.models.config import ComputeConfig, Latent, ModelConfig, Pipeline
 from jaxllm.models.encoder_config import Classes, EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
@@ -30,7 +30,7 @@ STACK = POST.model_copy(update={"positions": Sinusoids(), "embed_norm": False})
 MODELS = {
     "decoder": PLAIN, "labels": EncoderConfig(stack=POST, head=Classes(labels=("a", "b"))),
     "pairs": Seq2SeqConfig(encoder=STACK, decoder=STACK),
-    "vae": PLAIN.model_copy(update={"latent": Latent(size=4, encoder_layers=1)}),
+    "vae": PLAIN.model_copy(update={"latent": Latent(size=4, encoder_layers=2)}),
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 32, (8, 12)).astype(np.int32)
 ONES = np.ones_like(TOKENS)
@@ -71,6 +71,22 @@ def test_every_kind_of_model_drops_the_same_in_any_part_of_a_batch(kind):
     parts = [loss(jax.tree.map(lambda x, part=part: x[part], batch(kind)), rows[part], 0.5) for part in
              (np.arange(0, 8, 2), np.arange(1, 8, 2))]  # fmt: skip
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "pairs", "vae"])
+def test_stages_drop_the_same_and_every_kind_of_model_has_the_gradient_of_one_device(kind):
+    params = jax.tree.map(lambda x: 6 * x, init_params(MODELS[kind], 0))
+    compute = CPU.model_copy(update={"pipeline": Pipeline(microbatches=2)})
+    step = StepConfig(dropout=Dropout(rate=0.3))
+
+    def gradient(mesh):
+        function = jax.jit(lambda p, b: gradient_sums(p, b, MODELS[kind], compute, step, 3)[:2])
+        with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.stage * mesh.data])):
+            return jax.device_get(function(params, batch(kind)))
+
+    found, expected = (gradient(MeshConfig(data=size, stage=size)) for size in (2, 1))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=max(2e-3, 1e-4 * np.abs(b).max()))
+    jax.tree.map(close, found, expected)
 
 
 def test_both_halves_and_all_layers_drop_by_themselves():

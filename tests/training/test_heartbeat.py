@@ -162,3 +162,12 @@ def test_a_single_process_beats(tmp_path):
         record = json.loads(path.read_text())
         assert record["beat"] > before and (record["phase"], record["step"]) == ("step", 4)
     assert json.loads(path.read_text())["phase"] == "done"
+
+
+def test_processes_meet_at_a_barrier_of_the_store_and_a_single_one_goes_on(beating, tmp_path, monkeypatch):
+    waited, several = [], beating(1)
+    monkeypatch.setattr(Store, "wait_at_barrier", lambda _, *what: waited.append(what), raising=False)
+    several.meet("compiled")
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    Heartbeat(tmp_path, 7, 0.2).meet("compiled")
+    assert waited == [("jaxllm/heartbeat/7/compiled", heartbeat.DAY_MS)]
