@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.data.text_pairs import PairTokenizer
-from jaxllm.data.text_pieces import Encoded, Text
+from jaxllm.data.tokenizers.text_pairs import PairTokenizer
+from jaxllm.data.tokenizers.text_pieces import Encoded, Text
 from jaxllm.inference.decode import padded
 from jaxllm.models.build import Params, token_rows
 from jaxllm.models.config import ComputeConfig

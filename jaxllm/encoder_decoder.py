@@ -13,8 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxllm.data.text_pairs import PairTokenizer
-from jaxllm.data.text_pieces import TextPieces
+from jaxllm.data.tokenizers.text_pairs import PairTokenizer
+from jaxllm.data.tokenizers.text_pieces import TextPieces
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.search import Search

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.core import files
 from jaxllm.core.command import command, parser
-from jaxllm.data.world_tasks import APPLICATIONS
+from jaxllm.data.world.tasks import APPLICATIONS
 
 if TYPE_CHECKING:
     from rich.console import Console

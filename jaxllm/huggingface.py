@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.gguf_file import GgufFile, is_gguf
-from jaxllm.data import gguf_tokens, text_pairs
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import PAIR_TEMPLATE
-from jaxllm.data.fast_export import to_json
-from jaxllm.data.no_tokenizer import NoTokenizer
-from jaxllm.data.pieces import SentencePieces
+from jaxllm.data.tokenizers import gguf_tokens, text_pairs
+from jaxllm.data.tokenizers import tokenizer as tokenizers
+from jaxllm.data.tokenizers.fast_export import to_json
+from jaxllm.data.tokenizers.no_tokenizer import NoTokenizer
+from jaxllm.data.tokenizers.pieces import SentencePieces
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.hf import gguf_config

@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int | None:
 
     from rich.console import Console
 
-    from jaxllm.data import describe, tokenizer
+    from jaxllm.data import describe
     from jaxllm.data.loader import Loader
+    from jaxllm.data.tokenizers import tokenizer
 
     loader = Loader(_data_config(arguments), arguments.split)
     samples = _samples(arguments, loader)

@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxllm import golden
 from jaxllm.core.tree import named_leaves
-from jaxllm.data import text_pairs
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.documents import Message
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers import text_pairs
+from jaxllm.data.tokenizers import tokenizer as tokenizers
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.layout import choose_layout
 from jaxllm.inference.sampling import Sampler

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from jaxllm.core.bucket import here
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import DataConfig, Loader
-from jaxllm.data.world_tasks import APPLICATIONS
+from jaxllm.data.tokenizers import tokenizer as tokenizers
+from jaxllm.data.world.tasks import APPLICATIONS
 from jaxllm.evaluation.applications import exercises
 from jaxllm.evaluation.likelihood import evaluate_loss
 from jaxllm.evaluation.pairs import evaluate_targets

@@ -18,8 +18,8 @@ from rich.markup import escape
 from jaxllm.core.batch import Batch
 from jaxllm.core.bucket import here, is_twin, named, origin, remove
 from jaxllm.core.wording import count
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
+from jaxllm.data.tokenizers import tokenizer as tokenizers
 from jaxllm.locate import look
 from jaxllm.models import accounting
 from jaxllm.recipe import FILE_NAME, Recipe, check

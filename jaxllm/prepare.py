@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm.core import config as configs
     from jaxllm.core import schema
     from jaxllm.data import prepare, report
-    from jaxllm.data.pieces_training import TokenizerConfig
+    from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.help:

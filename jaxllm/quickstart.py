@@ -12,7 +12,7 @@ from jaxllm.core import files
 from jaxllm.core.bucket import here, is_pushed, named
 from jaxllm.core.command import command, parser
 from jaxllm.core.wording import short
-from jaxllm.data.world_tasks import GUIDE
+from jaxllm.data.world.tasks import GUIDE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,10 +98,10 @@ def _heading(console: "Console", number: int, text: str) -> None:
 
 def _prepare(out: Path, smoke: bool) -> None:
     """Write the two datasets: raw text with a new tokenizer, and conversations in the same tokens."""
-    from jaxllm.data.pieces_training import TokenizerConfig
     from jaxllm.data.prepare import prepare
     from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
-    from jaxllm.data.sources import World
+    from jaxllm.data.reading.sources import World
+    from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
     text, chat = out / "data" / "pretrain", out / "data" / "instruct"
     n_documents, n_conversations = (SMOKE["documents"], SMOKE["conversations"]) if smoke else (DOCUMENTS, CONVERSATIONS)

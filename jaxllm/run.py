@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from jaxllm.core.bucket import here, named, push
 from jaxllm.core.wording import count, short
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.describe import segments
 from jaxllm.data.loader import DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
+from jaxllm.data.tokenizers import tokenizer as tokenizers
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.evaluation.likelihood import evaluate_loss

@@ -268,7 +268,7 @@ def converse(lm: "Model", arguments: argparse.Namespace, sampler: "Sampler") -> 
     """Hold a conversation with whoever types into standard input."""
     if lm.tokenizer.chat is None:
         raise ValueError(f"{arguments.model} has no chat template; continue texts with --prompt instead")
-    from jaxllm.data.world_tasks import GUIDE
+    from jaxllm.data.world.tasks import GUIDE
     from jaxllm.recipe import knows_world
 
     messages = _start(arguments)

@@ -13,7 +13,7 @@ from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.bucket import here, named
 from jaxllm.core.wording import count
-from jaxllm.data.no_tokenizer import NoTokenizer
+from jaxllm.data.tokenizers.no_tokenizer import NoTokenizer
 from jaxllm.inference.decode import Completion, Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream, cut

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 from jaxllm.inference.decode import Limits, Request, padded
 from jaxllm.inference.sampling import Sampler
 from jaxllm.models.build import Params, bind, graph

@@ -21,7 +21,7 @@ from jaxllm.convert import main as convert
 from jaxllm.core import bucket
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import World
+from jaxllm.data.reading.sources import World
 from jaxllm.preflight import preflight
 from jaxllm.recipe import load_recipe
 from jaxllm.wiring import train

@@ -17,9 +17,9 @@ import pytest
 
 from jaxllm.core import config as configs
 from jaxllm.core.schema import keys
-from jaxllm.data import sources
 from jaxllm.data.prepare_config import PrepareConfig
 from jaxllm.data.problems import Problems
+from jaxllm.data.reading import sources
 from jaxllm.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ import pytest
 import jaxllm
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.data import text_pairs
+from jaxllm.data.tokenizers import text_pairs
 from jaxllm.encoder import Encoder
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.layers.config import Gated, LayerNorm, Learned, Plain

@@ -16,7 +16,7 @@ from jaxllm import sample
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import map_named, named_leaves
 from jaxllm.data.loader import Loader
-from jaxllm.data.text_pieces import TextPieces
+from jaxllm.data.tokenizers.text_pieces import TextPieces
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.inference.sampling import Sampler
 from jaxllm.layers.config import LayerNorm, Learned, Plain, RelativeBias, Sinusoids

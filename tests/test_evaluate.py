@@ -10,7 +10,7 @@ import jaxllm
 from jaxllm import evaluate, measure
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens, text_tokens
-from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.data.tokenizers.tokenizer import byte_tokenizer
 from jaxllm.language_model import LanguageModel
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
@@ -147,8 +147,8 @@ def test_user_errors_are_one_line(model, flags, message, capsys):
 
 
 def test_another_tokenizer_is_refused(model, tmp_path, capsys):
-    from jaxllm.data import tokenizer
-    from jaxllm.data.pieces_training import TokenizerConfig
+    from jaxllm.data.tokenizers import tokenizer
+    from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
     other = tokenizer.train(TEXTS * 3, TokenizerConfig(vocab_size=300, character_coverage=1.0))
     with DatasetWriter(tmp_path / "d", other, "text") as writer:

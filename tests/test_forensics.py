@@ -10,7 +10,7 @@ import pytest
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import World
+from jaxllm.data.reading.sources import World
 from jaxllm.inspect import main as inspect
 from jaxllm.recipe import load_recipe
 from jaxllm.train import main as train

@@ -12,7 +12,7 @@ import jaxllm
 from jaxllm import huggingface
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import named_leaves
-from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.data.tokenizers.tokenizer import byte_tokenizer
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.huggingface import export
 from jaxllm.inference.sampling import Sampler

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.data.tokenizers.tokenizer import byte_tokenizer
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jaxllm import sample
-from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.data.tokenizers.tokenizer import byte_tokenizer
 from jaxllm.inference.sampling import Sampler
 from jaxllm.language_model import LanguageModel
 from jaxllm.models.build import init_params

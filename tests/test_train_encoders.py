@@ -16,7 +16,7 @@ from jaxllm.data.loader import Loader
 from jaxllm.data.objectives import HiddenTokens
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import RowFiles
+from jaxllm.data.reading.sources import RowFiles
 from jaxllm.evaluate import main as evaluate
 from jaxllm.inspect import main as inspect
 from jaxllm.locate import look

@@ -9,8 +9,8 @@ import pytest
 
 import jaxllm
 from jaxllm.core.tree import map_named, named_leaves
-from jaxllm.data import text_pairs
 from jaxllm.data.loader import Loader
+from jaxllm.data.tokenizers import text_pairs
 from jaxllm.encoder import Encoder
 from jaxllm.encoder_decoder import EncoderDecoder
 from jaxllm.evaluate import main as evaluate

@@ -11,8 +11,8 @@ import pytest
 import jaxllm
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
+from jaxllm.data.reading.sources import RowFiles
 from jaxllm.data.shards import Dataset
-from jaxllm.data.sources import RowFiles
 from jaxllm.evaluate import main as evaluate
 from jaxllm.inference.decode import Limits, Request
 from jaxllm.inference.sampling import Sampler

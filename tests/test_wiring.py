@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.loader import Loader
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import World
+from jaxllm.data.reading.sources import World
+from jaxllm.data.tokenizers import tokenizer as tokenizers
 from jaxllm.inspect import main as inspect
 from jaxllm.models import presets
 from jaxllm.recipe import Recipe, load_recipe

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from jaxllm.core import files
 from jaxllm.core.config import Config
-from jaxllm.data.dedup import DedupConfig, band_keys, group_pairs, join
+from jaxllm.data.cleaning.dedup import DedupConfig, band_keys, group_pairs, join
 from jaxllm.data.engine import Task
 from jaxllm.data.shard_writer import save_array
 

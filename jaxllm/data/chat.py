@@ -15,10 +15,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from jaxllm.data.documents import Message
-from jaxllm.data.fast_pieces import FastPieces
+from jaxllm.data.tokenizers.fast_pieces import FastPieces
 
 if TYPE_CHECKING:
-    from jaxllm.data.tokenizer import Tokenizer
+    from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 BOS, EOS = "<bos>", "<eos>"

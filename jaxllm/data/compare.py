@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxllm.data import sources, stages, tokenizer
-from jaxllm.data.clean import Cleaner
-from jaxllm.data.dedup import digest
-from jaxllm.data.ngrams import units
-from jaxllm.data.pieces_training import TokenizerConfig, sample
+from jaxllm.data import stages
+from jaxllm.data.cleaning.clean import Cleaner
+from jaxllm.data.cleaning.dedup import digest
+from jaxllm.data.cleaning.ngrams import units
 from jaxllm.data.problems import Problems
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.reading import sources
+from jaxllm.data.tokenizers import tokenizer
+from jaxllm.data.tokenizers.pieces_training import TokenizerConfig, sample
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console

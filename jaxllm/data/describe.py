@@ -11,7 +11,7 @@ from jaxllm.core.wording import count
 from jaxllm.data.loader import AnyBatch
 from jaxllm.data.packing import Plan
 from jaxllm.data.pairs import LabelPlan, PairPlan
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console

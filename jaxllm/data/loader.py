@@ -16,13 +16,13 @@ from pydantic import Field, model_validator
 from jaxllm.core import files
 from jaxllm.core.batch import Batch, LabelledTexts, TextPairs
 from jaxllm.core.config import Config
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.masking import MaskRule, mask_tokens
 from jaxllm.data.mixture import Mixture
 from jaxllm.data.objectives import HiddenTokens, NextToken, Objective
 from jaxllm.data.packing import PackingConfig
 from jaxllm.data.pairs import plan_of
 from jaxllm.data.shards import Dataset
+from jaxllm.data.tokenizers import tokenizer as tokenizers
 
 AnyBatch = Batch | TextPairs | LabelledTexts
 

@@ -13,7 +13,7 @@ from jaxllm.core.batch import LabelledTexts, TextPairs
 from jaxllm.data.objectives import HiddenTokens, Labels, Objective, Pairs
 from jaxllm.data.packing import PackingConfig, Plan, WholePlan, plan
 from jaxllm.data.shards import Dataset
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 
 class Sides:

@@ -17,19 +17,22 @@ from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.bucket import here
 from jaxllm.core.wording import count
-from jaxllm.data import beam, decontaminate, engine, report, sources, stages, tokenizer
+from jaxllm.data import beam, engine, report, stages
 from jaxllm.data.beam import BeamEngine
 from jaxllm.data.chat import template_of
-from jaxllm.data.clean import rewrite
+from jaxllm.data.cleaning import decontaminate
+from jaxllm.data.cleaning.clean import rewrite
 from jaxllm.data.engine import Work
 from jaxllm.data.packing import PackingConfig, plan
-from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare_config import ExistingTokenizer, PrepareConfig
+from jaxllm.data.reading import sources
 from jaxllm.data.repeats import Sign, Texts, Verdicts, decide, near_duplicates, repeated_ids
 from jaxllm.data.shard_writer import DatasetWriter, check_out, save_array, token_dtype
 from jaxllm.data.shards import SPLITS, Dataset
 from jaxllm.data.stages import Account, Clean, Encode, EncodedPart
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers import tokenizer
+from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxllm.core.config import Config
-from jaxllm.data import sources
 from jaxllm.data.beam import BeamEngine
-from jaxllm.data.clean import CleanConfig
-from jaxllm.data.decontaminate import DecontaminateConfig
-from jaxllm.data.dedup import DedupConfig
+from jaxllm.data.cleaning.clean import CleanConfig
+from jaxllm.data.cleaning.decontaminate import DecontaminateConfig
+from jaxllm.data.cleaning.dedup import DedupConfig
 from jaxllm.data.engine import LocalEngine
-from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.problems import Policy
+from jaxllm.data.reading import sources
 from jaxllm.data.shards import Kind
+from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
 
 class BytesTokenizer(Config):

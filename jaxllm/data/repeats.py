@@ -17,9 +17,10 @@ import numpy as np
 
 from jaxllm.core import files
 from jaxllm.core.wording import count
-from jaxllm.data import dedup, stages
-from jaxllm.data.clean import RuleCount
-from jaxllm.data.dedup import DedupConfig, digest, drop_paragraphs, paragraphs, repeated, signatures
+from jaxllm.data import stages
+from jaxllm.data.cleaning import dedup
+from jaxllm.data.cleaning.clean import RuleCount
+from jaxllm.data.cleaning.dedup import DedupConfig, digest, drop_paragraphs, paragraphs, repeated, signatures
 from jaxllm.data.documents import Conversation, Document
 from jaxllm.data.shard_writer import save_array
 

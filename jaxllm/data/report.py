@@ -14,7 +14,7 @@ from pydantic import Field
 from jaxllm.core import files, page
 from jaxllm.core.config import Record
 from jaxllm.core.wording import count
-from jaxllm.data.clean import RuleCount
+from jaxllm.data.cleaning.clean import RuleCount
 
 if TYPE_CHECKING:
     from rich.console import Console

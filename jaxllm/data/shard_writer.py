@@ -16,7 +16,7 @@ from jaxllm.core import files
 from jaxllm.core.bucket import here, is_pushed, named, push
 from jaxllm.core.wording import count
 from jaxllm.data.shards import SPLITS, VERSION, Kind, Manifest, ShardInfo, SplitInfo, crc32
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 NOTHING: Mapping = MappingProxyType({})
 # All that this module and `Tokenizer.save` write, by its path inside a dataset.

@@ -25,14 +25,16 @@ from pydantic import TypeAdapter
 
 from jaxllm import __version__
 from jaxllm.core import files
-from jaxllm.data import decontaminate, input_files, sources, tokenizer
 from jaxllm.data.chat import TemplateError, encode_chat
-from jaxllm.data.clean import CleanConfig, Cleaner, RuleCount
-from jaxllm.data.dedup import digest, repeated
+from jaxllm.data.cleaning import decontaminate
+from jaxllm.data.cleaning.clean import CleanConfig, Cleaner, RuleCount
+from jaxllm.data.cleaning.dedup import digest, repeated
 from jaxllm.data.documents import Conversation, Document, Message, provenance
 from jaxllm.data.problems import Policy, Problems
+from jaxllm.data.reading import input_files, sources
 from jaxllm.data.shard_writer import Encoded, Stored, chat_tokens, save_array, text_tokens
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers import tokenizer
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jaxllm.data import repeats

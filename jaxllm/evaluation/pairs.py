@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.data.pairs import Sides
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 
 def evaluate_targets(model: Any, sides: Sequence[Sides], tokenizer: Tokenizer, count: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Evaluation on the micro-world: held-out exercises of five applications and what counts as a right answer.
 
-Nothing here depends on what was generated for training: `data.world_words` keeps the held-out contents out of every
+Nothing here depends on what was generated for training: `data.world.words` keeps the held-out contents out of every
 document and conversation, whatever their number and seed.
 """
 
@@ -8,9 +8,9 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxllm.data.world_tasks import APPLICATIONS as APPLICATIONS
-from jaxllm.data.world_tasks import TASKS
-from jaxllm.data.world_words import LATE, NOVEL, SEEN, Pool
+from jaxllm.data.world.tasks import APPLICATIONS as APPLICATIONS
+from jaxllm.data.world.tasks import TASKS
+from jaxllm.data.world.words import LATE, NOVEL, SEEN, Pool
 
 Split = Literal["new_combinations", "pretrain_only", "novel"]
 _POOLS: dict[str, Pool] = {"new_combinations": SEEN, "pretrain_only": LATE, "novel": NOVEL}
@@ -73,7 +73,7 @@ def held_out(application: str, split: Split, count: int, seed: int) -> list[Exam
 def is_correct(example: Example, text: str) -> bool:
     """Say whether `text` answers the example: exactly, or for generation by any story about what was asked.
 
-    Surrounding white space does not count. A story must be one that `data.world_texts` can tell of the two people,
+    Surrounding white space does not count. A story must be one that `data.world.texts` can tell of the two people,
     the colour, the thing and the place of the prompt; the plot is free.
     """
     return text.strip() in (example.answer, *example.right)

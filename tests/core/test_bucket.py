@@ -11,7 +11,7 @@ from jaxllm.core import bucket, files
 from jaxllm.core.batch import Batch
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import World
+from jaxllm.data.reading.sources import World
 from jaxllm.training.config import MonitorConfig
 from jaxllm.training.run_log import Position, RunLog
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from jaxllm.data import tokenizer
-from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.shard_writer import DatasetWriter, Encoded, chat_tokens, text_tokens
+from jaxllm.data.tokenizers import tokenizer
+from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. 12 foxes, 345 dogs.\n\n    indented = True\n",

@@ -8,7 +8,7 @@ import pytest
 from jaxllm import prepare as command
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import PrepareConfig
-from jaxllm.data.sources import RowFiles
+from jaxllm.data.reading.sources import RowFiles
 
 pytest.importorskip("apache_beam")
 

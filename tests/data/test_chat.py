@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import ChatTemplate, Piece, TemplateError, encode_chat
 from jaxllm.data.documents import Message, parse_messages
-from jaxllm.data.tokenizer import Tokenizer
+from jaxllm.data.tokenizers import tokenizer as tokenizers
+from jaxllm.data.tokenizers.tokenizer import Tokenizer
 
 DIALOGUE = [
     Message("system", "S"),

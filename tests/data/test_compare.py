@@ -1,7 +1,8 @@
 import pytest
 
 from jaxllm import prepare
-from jaxllm.data import compare, tokenizer
+from jaxllm.data import compare
+from jaxllm.data.tokenizers import tokenizer
 
 EN = "the quick brown fox has 2024 reasons to jump over lazy dogs again"
 ZH = "狐狸有很多理由跳过懒狗，今天也是。"

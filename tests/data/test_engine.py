@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from jaxllm.data import engine, stages
-from jaxllm.data.clean import CleanConfig
+from jaxllm.data.cleaning.clean import CleanConfig
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
+from jaxllm.data.reading.sources import RowFiles, TextFiles, parts
 from jaxllm.data.shards import SPLITS, Dataset
-from jaxllm.data.sources import RowFiles, TextFiles, parts
 from jaxllm.data.stages import Clean, keep_first
 
 

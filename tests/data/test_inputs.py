@@ -11,9 +11,9 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
-from jaxllm.data import input_files
 from jaxllm.data.problems import Problems
-from jaxllm.data.sources import RowFiles, TextFiles, Tfds, WebPages, conversations, documents, parts
+from jaxllm.data.reading import input_files
+from jaxllm.data.reading.sources import RowFiles, TextFiles, Tfds, WebPages, conversations, documents, parts
 
 PAGE = "<html><head><title>t</title></head><body><main><p>{}</p></main></body></html>"
 
@@ -256,7 +256,7 @@ def test_tfds_without_tensorflow(tmp_path, monkeypatch):
 
     data = str(tmp_path / "data")
     Builder(data_dir=data, file_format="array_record").download_and_prepare()
-    monkeypatch.setattr("jaxllm.data.rows.EXAMPLES", 250)
+    monkeypatch.setattr("jaxllm.data.reading.rows.EXAMPLES", 250)
     source = Tfds(name="tiny_texts:1.0.0", data_dir=data)
     found = read(source)
     assert sorted(each.text for each in found) == sorted(f"doc {n} 你好" for n in range(600))

@@ -9,17 +9,17 @@ import pytest
 from rich.console import Console
 
 from jaxllm.data import describe, report
-from jaxllm.data import tokenizer as tokenizers
 from jaxllm.data.chat import ChatTemplate
-from jaxllm.data.clean import CleanConfig
+from jaxllm.data.cleaning.clean import CleanConfig
 from jaxllm.data.loader import DataConfig, Loader, Source
 from jaxllm.data.packing import PackingConfig, plan
-from jaxllm.data.pieces_training import TokenizerConfig
 from jaxllm.data.prepare import assign_splits, prepare
 from jaxllm.data.prepare_config import BytesTokenizer, ExistingTokenizer, PrepareConfig
+from jaxllm.data.reading.sources import RowFiles, TextFiles, World
 from jaxllm.data.shard_writer import Encoded
 from jaxllm.data.shards import Dataset
-from jaxllm.data.sources import RowFiles, TextFiles, World
+from jaxllm.data.tokenizers import tokenizer as tokenizers
+from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
 
 @pytest.fixture

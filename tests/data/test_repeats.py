@@ -8,7 +8,7 @@ import pytest
 
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import RowFiles
+from jaxllm.data.reading.sources import RowFiles
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "nrst"]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.data.tokenizers.tokenizer import byte_tokenizer
 from jaxllm.evaluation.applications import MAX_FAILURES, compare, evaluate_applications
 from jaxllm.evaluation.tasks import APPLICATIONS, held_out
 

@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-from jaxllm.data import world, world_tasks, world_texts
-from jaxllm.data.world_words import EN, LATE_WORDS, NOVEL_PEOPLE, SEEN, SERIES, ZH, Word
+from jaxllm.data.world import tasks as world_tasks
+from jaxllm.data.world import texts as world_texts
+from jaxllm.data.world import world
+from jaxllm.data.world.words import EN, LATE_WORDS, NOVEL_PEOPLE, SEEN, SERIES, ZH, Word
 from jaxllm.evaluation import tasks
 
 SPLITS = [(application, "new_combinations") for application in tasks.APPLICATIONS]

@@ -15,7 +15,7 @@ import jaxllm
 from jaxllm import huggingface
 from jaxllm.convert import main as convert
 from jaxllm.core.tree import named_leaves
-from jaxllm.data import tokenizer as tokenizers
+from jaxllm.data.tokenizers import tokenizer as tokenizers
 from jaxllm.hf.checkpoint import Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.weights import write_params

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jaxllm.data.clean import CleanConfig, Cleaner, rules
+from jaxllm.data.cleaning.clean import CleanConfig, Cleaner, rules
+from jaxllm.data.cleaning.language import identify
 from jaxllm.data.documents import Document
-from jaxllm.data.language import identify
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
-from jaxllm.data.sources import RowFiles
+from jaxllm.data.reading.sources import RowFiles
 
 PRESETS = ("c4", "gopher", "fineweb")
 MENU = "Home\nProducts\nAbout us\nContact\nSign in\nSearch\nCart (0)\nPrivacy policy\nEN | DE | FR\nShare\nFollow us\n"

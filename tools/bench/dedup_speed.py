@@ -27,9 +27,9 @@ from datasketch import MinHash, MinHashLSH
 from machine import busy_s, compare, describe, foreign_share, report, warn
 from scipy.sparse import csr_matrix
 
-from jaxllm.data import dedup
-from jaxllm.data.decontaminate import DecontaminateConfig, Evaluation
-from jaxllm.data.dedup import DedupConfig
+from jaxllm.data.cleaning import dedup
+from jaxllm.data.cleaning.decontaminate import DecontaminateConfig, Evaluation
+from jaxllm.data.cleaning.dedup import DedupConfig
 
 CONFIG = DedupConfig(near=True)
 UNIT = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3005-\u3007\u3040-\u30ff\u3400-\u9fff]+")

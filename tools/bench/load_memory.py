@@ -21,7 +21,7 @@ from machine import describe, report
 
 from jaxllm.core import files
 from jaxllm.core.tree import named_leaves
-from jaxllm.data.tokenizer import byte_tokenizer
+from jaxllm.data.tokenizers.tokenizer import byte_tokenizer
 from jaxllm.hf.checkpoint import Writer
 from jaxllm.hf.rows import sizes_of
 from jaxllm.hf.table import names, stacked, stored_shape

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from machine import busy_s, compare, describe, foreign_share, report, warn
 
-from jaxllm.data import tokenizer
-from jaxllm.data.pieces_training import TokenizerConfig
+from jaxllm.data.tokenizers import tokenizer
+from jaxllm.data.tokenizers.pieces_training import TokenizerConfig
 
 SETS = ("text/en/wikitext2_valid.txt", "text/zh/hongloumeng_400k.txt", "text/en/tinyshakespeare.txt")
 CORES = len(os.sched_getaffinity(0))
