@@ -1,8 +1,8 @@
 """A GGUF file: what it says of itself, and its tensors as bytes of the mapped file.
 
 Only the container. What keys and names mean for a model is told by `hf.gguf_config` and `hf.gguf_weights`, and for a
-tokenizer by `tokenizers.gguf_tokens`. Parsed here and not by `gguf.GGUFReader`, which makes three arrays for each string
-of a vocabulary: seconds and hundreds of megabytes before the first tensor; a test compares the two.
+tokenizer by `tokenizers.gguf_tokens`. Parsed here and not by `gguf.GGUFReader`, which makes three arrays for each
+string of a vocabulary: seconds and hundreds of megabytes before the first tensor; a test compares the two.
 
 Source: docs/gguf.md of ggml, versions 2 and 3.
 """
