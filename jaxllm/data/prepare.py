@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from jaxllm import __version__
 from jaxllm.core import config as configs
 from jaxllm.core import files
 from jaxllm.core.bucket import here
@@ -111,10 +112,10 @@ class _Job:
         if config.chat:
             against = against.model_copy(update={"action": "drop"})  # a conversation is never cut
         stamped = [sources.parts(each) for each in against.against]
-        [out] = self.work.keep("evaluation", [files.fingerprint(repr((against, config.clean, stamped)))])
+        [out] = self.work.keep("evaluation", [files.fingerprint(repr((__version__, against, config.clean, stamped)))])
         if not out.exists():
             with stages.result(out) as directory:
-                decontaminate.write(against, partial(rewrite, config=config.clean), directory)
+                decontaminate.write(against, partial(rewrite, config=config.clean, chat=config.chat), directory)
         self.notes += decontaminate.read(out).notes()
         return out
 

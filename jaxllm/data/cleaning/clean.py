@@ -106,9 +106,10 @@ def rules(config: CleanConfig, evaluation: "Evaluation | None" = None) -> dict[s
     return {name: rule for name, (wanted, rule) in known.items() if wanted}
 
 
-def rewrite(text: str, config: CleanConfig) -> str:
-    """Return `text` written as documents are when they are compared with evaluation texts."""
-    for rule in (rule for name, rule in rules(config).items() if name in _LETTERS):
+def rewrite(text: str, config: CleanConfig, *, chat: bool) -> str:
+    """Return `text` written as documents, or messages, are when they are compared with evaluation texts."""
+    names = _LETTERS - _RUNNING_TEXT if chat else _LETTERS
+    for rule in (rule for name, rule in rules(config).items() if name in names):
         text = rule(text)
     return text
 

@@ -191,9 +191,11 @@ def lines(content: BinaryIO, limit: int, *, cut: bool = False) -> Iterator[Line]
     """
     stream, offset, number = unpacked(content), getattr(content, "first", 0), getattr(content, "before", 0)
     rest = b""
-    while data := rest + stream.readline(limit + 1 - len(rest)):
+    while data := rest if rest.endswith(b"\n") else rest + stream.readline(limit + 1 - len(rest)):
         rest = b""
-        if cut and len(data) > limit and (stop := _stop(data, limit)):
+        # The last piece of a line is more than its end, which alone would be a line without text.
+        most = min(limit, max(0, len(data.rstrip(b"\r\n")) - 1))
+        if cut and len(data) > limit and (stop := _stop(data, most)):
             data, rest = data[:stop], data[stop:]
             yield number + 1, offset, stop, data
             offset += stop

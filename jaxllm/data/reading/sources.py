@@ -4,11 +4,12 @@ Everything is read as a stream and in a fixed order, so memory does not grow wit
 same. Lines end at "\\n" and nowhere else: real text holds U+2028 and U+0085, which `str.splitlines` would cut at.
 """
 
+import codecs
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxllm.core.config import Config
 from jaxllm.data.documents import Conversation, Document, Message, parse_messages
@@ -24,7 +25,7 @@ FIELDS = (
     "of two fields; default: as the row looks)"
 )
 LONGEST = "longest document or line that is read, in bytes; a longer one is a problem"
-CUT = "longest document, in bytes; a longer one is cut if it is UTF-8, at a line end or a space, and else a problem"
+CUT = "longest document, in bytes; a longer one is cut if it is UTF-8, at a line, a word or a character, else a problem"
 
 
 class Files(Config):
@@ -41,16 +42,20 @@ class Encoded(Files):
         "utf-8", description="of the files; several (utf-8,gb18030): of each document the first that it can be in"
     )
 
+    @field_validator("encoding")
+    @classmethod
+    def _named(cls, encoding: str) -> str:
+        try:
+            return ",".join(codecs.lookup(name).name for name in encoding.split(","))
+        except LookupError as error:
+            raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind not in ("text", "markdown", "jsonl") and self.encoding != "utf-8":
             raise ValueError(f"encoding={self.encoding}: --{self.kind} has no encoding of its own; leave it out")
         for name in self.encoding.split(","):
-            try:
-                newline = "\n".encode(name)
-            except LookupError as error:
-                raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
-            if newline != b"\n" and getattr(self, "split", "") != "file":
+            if "\n".encode(name) != b"\n" and getattr(self, "split", "") != "file":
                 raise ValueError(
                     f"encoding={name} cannot be cut at newlines; convert the file: iconv -f {name} -t utf-8"
                 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from jaxllm.core.extras import extra
 from jaxllm.data.documents import Document
-from jaxllm.data.problems import Problems
+from jaxllm.data.problems import BROKEN, Problems
 from jaxllm.data.reading.html import extract_text
 from jaxllm.data.reading.input_files import Line, lines, streams, unpacked
 
@@ -54,7 +54,7 @@ def read(part: "Part", problems: Problems) -> Iterator[Document]:
 def _plain(content: BinaryIO, source: "TextFiles", problems: Problems, file: str) -> Iterator[_Text]:
     """Files, paragraphs or lines; those of UTF-8 are cut at `max_bytes`, so that memory does not grow with them."""
     limit, cut = source.max_bytes, source.encoding == "utf-8"
-    longer = f"texts longer than max_bytes={limit:,} cut there, at a line end or a space"
+    longer = f"cuts in texts longer than max_bytes={limit:,}, where a line, a word or a character ends"
     found = lines(content, limit, cut=cut)
     if source.kind == "markdown":
         found = _without_front_matter(found)
@@ -68,24 +68,37 @@ def _plain(content: BinaryIO, source: "TextFiles", problems: Problems, file: str
                 yield _Text(f"line {number}", offset, size, data.rstrip(b"\r\n"))
         return
     wide = "\u3000".encode(source.encoding.split(",")[0], "ignore")  # the space of Chinese text
-    whole, held, first, size = source.split == "file", [], (1, 0), 0
-    for number, offset, size_bytes, data in chain(found, [(0, 0, 0, b"")]):
+    whole, held, first, size, begun = source.split == "file", [], (1, 0), 0, False
+    for number, offset, size_bytes, data in _ended(found):
         blank = not data.strip() or (data.startswith(wide) and not data.replace(wide, b"").strip())
         full = cut and size + size_bytes > limit and (whole or not blank)
         if full:
             problems.notes[longer] += 1
-        if whole and not (number or first[1]):
+        if whole and not (number or begun):
             yield _Text("whole file", None, size, b"".join(held))
         elif size and (full or not number or (blank and not whole)):
             text = b"".join(held)
             yield _Text(f"line {first[0]}", first[1], size, text if whole else text.rstrip(b"\r\n"))
-            held, size = [], 0
+            held, size, begun = [], 0, True
         if whole or not blank:
             first = first if size else (number, offset)
             size += size_bytes
             held.append(data)
             if size > limit:
                 held.clear()
+
+
+def _ended(found: Iterator[Line]) -> Iterator[Line]:
+    """Yield lines and an empty one of number 0 at their end, also where the file breaks: what came before is text."""
+    end, line = (0, 0, 0, b""), None
+    try:
+        for line in found:
+            yield line
+    except BROKEN:
+        if line:
+            yield end
+        raise
+    yield end
 
 
 def _without_front_matter(found: Iterator[Line]) -> Iterator[Line]:

@@ -53,7 +53,7 @@ class Task:
         return self.about == "fact"
 
     def draw(self, rng: random.Random, pool: Pool, held_out: bool) -> Exercise:
-        """Make one exercise of the pool's words; held_out as in `world_words.is_held_out`."""
+        """Make one exercise of the pool's words; held_out as in `words.is_held_out`."""
         if self.closed_book:
             words = fact_words(rng.choice(pool.things))
             return Exercise(*(template.format(**words) for template in rng.choice(self.ask)))

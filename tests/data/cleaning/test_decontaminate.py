@@ -1,6 +1,10 @@
 import pickle
 
+import pytest
+
+from jaxllm.data.cleaning.clean import CleanConfig, Cleaner, rewrite
 from jaxllm.data.cleaning.decontaminate import DecontaminateConfig, Evaluation
+from jaxllm.data.documents import Conversation, Document, Message
 
 EN = "Janet sells sixteen eggs a day at the farmers market and bakes muffins for all her friends"
 ZH = "小明有十六个鸡蛋，每天早上吃三个，剩下的都拿到市场上去卖。"
@@ -55,3 +59,16 @@ def test_overlaps_deep_in_a_long_text_and_after_pickling():
 
 def test_no_evaluation_text_meets_nothing():
     assert Evaluation([], CONFIG).leave(EN) == EN
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_tags_are_in_both_texts_or_in_neither(chat):
+    config = CleanConfig(tags=True)
+    tagged = " ".join(f"<b>{word}</b>" for word in EN.split())
+    cleaner = Cleaner(config, Evaluation([("web", rewrite(tagged, config, chat=chat))], DecontaminateConfig()))
+    messages = (Message("user", tagged), Message("assistant", "yes"))
+    if chat:
+        assert cleaner.conversation(Conversation(messages, "a", "b")) is None
+    else:
+        assert cleaner.document(Document(tagged, "a", "b")) is None
+    assert cleaner.counts["contaminated"].dropped == 1

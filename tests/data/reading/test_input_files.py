@@ -143,7 +143,7 @@ def test_stretches_of_a_file_have_its_groups_of_rows(tmp_path, kind):
     for field, content in ("body", b""), ("text", os.urandom(1000)):  # a column that is not there, a broken file
         with open(path, "ab") as file:
             file.write(content)
-        problems, wrong = Problems("skip"), RowFiles(kind="parquet", path=path, fields=field)
+        problems, wrong = Problems("skip"), RowFiles(kind=kind, path=path, fields=field)
         found = [document for part in cut(parts(wrong)[0], 1) for document in documents(part, problems)]
         assert not found and problems.count == 1  # as of a file that is not cut
 
@@ -275,15 +275,57 @@ def test_texts_that_are_too_long_are_cut_and_cost_no_memory(tmp_path, split):
     found = [(each, each.text.encode()) for each in documents(source, problems)]
     assert tracemalloc.get_traced_memory()[1] < 4_000_000
     tracemalloc.stop()
-    assert "".join(each.text for each, _ in found).replace("\n", "") == text.replace("\n", "")
+    joined, whole = (
+        ("".join(each.text for each, _ in found), text)
+        if split == "file"
+        else ("".join(each.text for each, _ in found).replace("\n", ""), text.replace("\n", ""))
+    )
+    assert joined == whole
     assert max(len(data) for _, data in found) <= 10_000 and len(found) >= 80
     assert all(data.endswith((b" ", "五".encode())) for each, data in found[1:-1])
     assert all(path.read_bytes()[each.offset :].startswith(data) for each, data in found)
     [note] = problems.notes
-    assert note == "texts longer than max_bytes=10,000 cut there, at a line end or a space"
+    assert note == "cuts in texts longer than max_bytes=10,000, where a line, a word or a character ends"
     assert problems.notes[note] == len(found) - (3 if split == "line" else 1)
     path.write_bytes(b"x" * 10 + b"\n")
     assert texts(TextFiles(path=str(path), split=split, max_bytes=11)) == ["x" * 10 + "\n" * (split == "file")]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("split", ["file", "paragraph", "line"])
+def test_cutting_knows_where_lines_end(tmp_path, split, newline):
+    path, rows = tmp_path / "a.txt", ["a" * 10, "bbb", "", "c c c c c c c", "四四四四", "d" * 25, "", "", "e"]
+    path.write_bytes(content := newline.join([*rows, ""]).encode())
+    begins = [0, *(at + 1 for at, byte in enumerate(content) if byte == 10)]
+    for most in range(5, 40):  # a character of Chinese and the end of its line
+        source = TextFiles(path=str(path), split=split, max_bytes=most)
+        found = read(source)
+        told = [(each.location, each.offset, each.text) for each in found]
+        if split == "file":
+            assert "".join(each.text for each in found).encode() == content
+        else:  # every line but the empty ones, in order
+            text = "".join(each.text for each in found)
+            assert text.replace("\r", "").replace("\n", "") == "".join(rows)
+        for each in found:
+            at = int(each.location.split(" ")[1]) - 1
+            assert begins[at] <= each.offset < begins[at + 1]  # the line it begins in
+            assert content[each.offset :].startswith(each.text.encode()) and len(each.text.encode()) <= most
+        if split == "line":
+            assert [row for row in rows if row and len((row + newline).encode()) <= most] == [
+                each.text for each in found if each.text in rows and len((each.text + newline).encode()) <= most
+            ]
+        for step in range(1, 60, 7) if split != "file" else ():
+            parted = [each for part in cut(parts(source)[0], step) for each in documents(part, Problems())]
+            assert [(each.location, each.offset, each.text) for each in parted] == told
+
+
+def test_a_file_that_breaks_keeps_what_came_before(tmp_path):
+    packed = gzip.compress("".join(f"{n * n % 7919} this is line {n}\n" for n in range(3000)).encode())
+    (tmp_path / "a.txt.gz").write_bytes(packed[: len(packed) // 2])
+    [kept] = skipped(TextFiles(path=f"{tmp_path}/a.txt.gz"), r"a\.txt\.gz: .*what follows cannot be read")
+    assert 1000 < kept.text.count("\n") < 2000
+    (tmp_path / "a.txt.gz").write_bytes(packed[:4])
+    assert not skipped(TextFiles(path=f"{tmp_path}/a.txt.gz"), r"a\.txt\.gz: .*what follows cannot be read")
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
