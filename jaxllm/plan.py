@@ -9,6 +9,7 @@ status is 1 if nothing fits.
 
 import argparse
 import os
+import re
 import sys
 
 from jaxllm.core import files
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parts = recipe.model, recipe.compute, recipe.optim, recipe.step, recipe.mesh
     job, devices = Job(*parts, data.batch_size, data.packing.seq_len), topologies.devices(place)
     if arguments.decode:
-        rows, slots = map(int, arguments.decode.split("x"))
+        rows, slots = arguments.decode
         plan = decoding.plan_decoding(recipe.model, recipe.compute.elsewhere(), place, rows, slots)
         decoding.show(plan, console)
         files.write_json(f"{out}/plan.json", plan.model_dump(mode="json"))
@@ -62,7 +63,9 @@ def main(argv: list[str] | None = None) -> int | None:
         console.print(f"{'the best' if arguments.search else 'the nearest that fits'}: {' '.join(changed)}")
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *changed])
     files.write_json(f"{out}/plan.json", [each.model_dump(mode="json") for _, each in found])
-    if found:
+    if not found:
+        console.print(f"no other layout was found that fits {place}; {search.least(job, place)}")
+    else:
         files.write_text(f"{out}/recipe.yaml", config.dump(recipe))
         console.print(f"written: {out}/recipe.yaml, {out}/plan.json")
     return 0 if found else 1
@@ -75,12 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", metavar="key=value", nargs="*", help="keys of the recipe to change")
     add("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5p:4x4x4, 2*v5e:16x16, h200:8")
     add("--search", action="store_true", help="try other meshes, rematerialisation and microbatches")
-    add("--decode", metavar="ROWSxTOKENS", help="plan decoding instead: rows at one time, tokens of each, as 8x4096")
+    said = "plan decoding instead: rows at one time, tokens of each, as 8x4096"
+    add("--decode", metavar="ROWSxTOKENS", type=_decoded, help=said)
     add("--tries", metavar="N", type=int, default=12, help="of a search, how many are compiled (default: 12)")
     cores = max(1, (os.cpu_count() or 1) // 2)
     add("--jobs", metavar="N", type=int, default=cores, help="compilations at one time (default: half of the cores)")
     add("--out", metavar="DIR", default="plan", help="for plan.json and recipe.yaml (default: plan)")
     return result
+
+
+def _decoded(text: str) -> tuple[int, int]:
+    """Read "8x4096", rows and tokens of each."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: write ROWSxTOKENS, rows at one time and tokens of each, as 8x4096")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -90,13 +90,18 @@ def on_mesh(job: Job, mesh: Mesh) -> Abstract:
     """Return state and batch of `job` on a mesh."""
     state = abstract_state(job.model, optimizer(job.optim), ema=job.step.ema_decay is not None)
     shardings = state_shardings(state, param_shardings(job.model, mesh), mesh, job.step.offload)
-    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     shape = (job.rows, job.seq_len)
     field = lambda name: jnp.float32 if name == "weights" else jnp.int32
     batch = Batch(*(
         jax.ShapeDtypeStruct(shape, field(name), sharding=batch_sharding(mesh, shape)) for name in Batch._fields
     ))  # fmt: skip
-    return Abstract(jax.tree.map(put, state, shardings), batch, mesh)
+    return Abstract(laid_out(state, shardings), batch, mesh)
+
+
+def laid_out(tree: Any, shardings: Any) -> Any:
+    """Return a tree of shapes with shardings."""
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(put, tree, shardings)
 
 
 def check_model(model: AnyConfig) -> None:

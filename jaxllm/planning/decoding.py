@@ -16,7 +16,7 @@ from jaxllm.inference.steps import Rows
 from jaxllm.models.build import STACKS, Params, abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.planning import memory, schedule, topology
-from jaxllm.planning.aot import Compiled, compile_lowered, platform, resolved
+from jaxllm.planning.aot import Compiled, compile_lowered, laid_out, platform, resolved
 from jaxllm.planning.network import Network
 from jaxllm.planning.report import BASIS, GIB
 from jaxllm.planning.topology import Topology
@@ -68,8 +68,7 @@ def plan_decoding(model: ModelConfig, compute: ComputeConfig, place: Topology, r
         inputs = params, number(rows, slots // 2), number(rows), asked, None
         traced = prefill.trace(*inputs, slots=slots, new_slots=slots // 2)
         begun = traced.lower(lowering_platforms=(platform(place),)).compile()
-        put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        state = jax.tree.map(put, traced.out_info, begun.output_shardings)
+        state = laid_out(traced.out_info, begun.output_shardings)
         lowered = step.trace(params, state).lower(lowering_platforms=(platform(place),))
     return _plan(place, mesh, compile_lowered(lowered, place, mesh, start), params, (rows, slots, state.cache))
 
@@ -83,8 +82,7 @@ def _held(model: ModelConfig, compute: ComputeConfig, mesh: Mesh) -> Params:
         name: dict.fromkeys(shapes[name], jax.tree.map(inner, part)) if name in STACKS else part
         for name, part in shardings.items()
     }
-    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(put, shapes, spread)
+    return laid_out(shapes, spread)
 
 
 def _plan(place: Topology, mesh: Mesh, compiled: Compiled, params: Params, cache: tuple) -> DecodePlan:

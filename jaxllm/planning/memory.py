@@ -9,6 +9,8 @@ from jaxllm.models import accounting
 from jaxllm.planning.aot import Abstract, Job
 from jaxllm.sharding.config import batch_parts
 
+EXACT = ("parameters", "optimizer", "moving average")  # categories of `expected` that are no estimates
+
 
 def of_device(tree: Any) -> float:
     """Return the bytes of a device's part of a tree of shapes with shardings."""

@@ -183,5 +183,5 @@ def sentences(plan: Plan) -> list[str]:
             "no times for GPUs, whose compiler estimates none; attention is planned as XLA computes it, not cuDNN, and "
             "what is offloaded as if it lay on the chip"
         )
-    said.append(f"{where} {plan.compile_seconds:.0f} s")
+    said.append(f"{where} {plan.compile_seconds:.0f} s" if plan.compile_seconds else "nothing was compiled for this")
     return said

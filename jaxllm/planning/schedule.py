@@ -203,11 +203,13 @@ class _Replay:
 
     @staticmethod
     def _attention(each: Instruction) -> float:
-        """Return the FLOPs of an attention kernel over [B, N, T, H], by its name; 0 of others."""
+        """Return the FLOPs of an attention kernel over [B, N, T, H] (one row: [N, T, H]), by its name; 0 of others."""
         products = next((count for name, count in PRODUCTS.items() if each.name.startswith(name)), 0)
-        rows = [sizes for kind, sizes in hlo.shapes(each.type) if kind == "bf16" and len(sizes) == 4]
-        keys = [sizes for _, sizes in hlo.shapes(each.attributes) if len(sizes) == 4]  # operands, in the constraints
+        rows, keys = (
+            [sizes for kind, sizes in hlo.shapes(text) if kind == "bf16" and len(sizes) in (3, 4)]
+            for text in (each.type, each.attributes)  # of the operands, in the constraints of their layouts
+        )
         if not (products and rows and len(keys) > 1):
             return 0.0
-        seen = keys[1][2] / 2 if keys[1][2] == rows[0][2] else keys[1][2]
+        seen = keys[1][-2] / 2 if keys[1][-2] == rows[0][-2] else keys[1][-2]
         return products * math.prod(rows[0]) * seen

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig
 from jaxllm.planning import memory, topology
-from jaxllm.planning.aot import Abstract, Job, abstract, compile_step
+from jaxllm.planning.aot import Abstract, Compiled, Job, abstract, compile_step
 from jaxllm.planning.network import Network
 from jaxllm.planning.report import Plan, line, plan_of
 from jaxllm.planning.topology import Topology
@@ -87,15 +87,11 @@ def _meshes(job: Job, count: int) -> Iterator[MeshConfig]:
     """Yield shapes of the mesh whose tensor axis divides the heads, and fsdp the width; other axes are as they are."""
     model, mesh = job.model, job.mesh
     count //= math.prod(max(getattr(mesh, axis), 1) for axis in AXES if axis not in TRIED)
-    for fsdp, tensor in itertools.product(_divisors(count), _divisors(count)):
+    for fsdp, tensor in itertools.product(range(1, count + 1), range(1, MAX_TENSOR + 1)):
         data, rest = divmod(count, fsdp * tensor)
         whole = model.kv_heads % tensor == 0 and model.d_ff % tensor == 0 and model.d_model % fsdp == 0
-        if not rest and whole and tensor <= MAX_TENSOR and job.rows % (data * fsdp) == 0:
+        if not rest and whole and job.rows % (data * fsdp) == 0:
             yield mesh.model_copy(update=dict(zip(TRIED, (data, fsdp, tensor), strict=True)))
-
-
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 def _microbatches(rows: int, mesh: MeshConfig) -> list[int]:
@@ -123,9 +119,8 @@ class _Speed:
         sizes = self.mesh.shape
         working = self.mesh.size * (1 - job.compute.pipeline.idle(sizes["stage"]))
         computing = self.flops * again / working / (BEST_SHARE * self.place.chip.peak)
-        gathers = 2 * self._over("all-gather", self.weights, "fsdp") + self._over(
-            "reduce-scatter", self.weights, "fsdp"
-        )
+        moved = ("all-gather", "all-gather", "reduce-scatter")
+        gathers = sum(self._over(op, self.weights, "fsdp") for op in moved)
         gathers += sum(self._over("all-reduce", 2 * self.weights / sizes["fsdp"], axis) for axis in ("data", "context"))
         width = 2.0 * job.model.d_model * job.rows * job.seq_len / batch_parts(sizes) / sizes["context"]
         reductions = (6 if job.compute.remat == "full" else 4) * job.model.n_layers
@@ -154,7 +149,25 @@ def group(mesh: Mesh, axis: str) -> list[int]:
 def make_plan(job: Job, place: Topology) -> Plan:
     """Compile one job; runs in a process of its own as well."""
     devices = topology.devices(place)
-    return plan_of(job, place, abstract(job, devices), compile_step(job, place, devices))
+    parts = abstract(job, devices)
+    sizes = memory.expected(job, parts, place.chip.kind)
+    state = sum(sizes.get(name, 0.0) for name in memory.EXACT)
+    hopeless = Compiled("", {}, 0.0, problem="the state alone is too large") if state > place.chip.hbm_bytes else None
+    return plan_of(job, place, parts, hopeless or compile_step(job, place, devices))
+
+
+def least(job: Job, place: Topology) -> str:
+    """Say how many chips of its kind hold the state of a job at least, which all of them share, and its gradients."""
+    chip, alone = place.chip, job._replace(mesh=MeshConfig(data=1))
+    sizes = memory.expected(alone, abstract(alone, topology.devices(place)[:1]), chip.kind)
+    size = sum(sizes.get(name, 0.0) for name in (*memory.EXACT, "gradients"))
+    count = math.ceil(size / chip.hbm_bytes)
+    slices = max(1, math.ceil(count / math.prod(chip.largest)))
+    shape = next((each for each in topology.shapes(chip) if math.prod(each) * slices >= count), chip.largest)
+    return (
+        f"state and gradients are {size / 2**30:,.0f} GiB in all, which take {count} chips of {place.name} at least, "
+        f"{place._replace(shape=shape, slices=slices)}, and activations more"
+    )
 
 
 def search(

@@ -12,7 +12,8 @@ _FUSED = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
 }
-OPTIONS = {"TPU v4": _WHOLE, "TPU v5": {**_WHOLE, **_FUSED}, "TPU v5 lite": {**_WHOLE, **_FUSED}, "TPU v6 lite": _WHOLE}
+_BOTH = {**_WHOLE, **_FUSED}
+OPTIONS = {"TPU v4": _WHOLE, "TPU v5": _BOTH, "TPU v5 lite": _BOTH, "TPU v6 lite": _BOTH}
 
 
 def compiler_options(device: jax.Device) -> dict[str, str]:

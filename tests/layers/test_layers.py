@@ -9,6 +9,7 @@ from jaxllm.layers.ffn import Ffn, Gated, Plain
 from jaxllm.layers.linear import Projection, param
 from jaxllm.layers.norms import LayerNorm, Norm, RMSNorm
 from jaxllm.layers.positions import rope_angles, rotate
+from jaxllm.sharding import shards
 
 X = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
 
@@ -41,6 +42,20 @@ def test_rope_scores_depend_on_distance_alone():
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
     np.testing.assert_allclose(score(0, 0), jnp.sum(q * k), rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [128, 32])  # all of a head, or the first part of it
+def test_rope_by_a_product_is_rope_and_its_gradient_too(width, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (2, 8, 3, 128), jnp.bfloat16)
+    angles = rope_angles(jnp.arange(16).reshape(2, 8) * 37, width, Rope())
+
+    def both(platform):
+        monkeypatch.setattr(shards, "platform", lambda: platform)
+        return jax.vjp(lambda x: rotate(x, angles), x)
+
+    (plain, back), (turned, back_turned) = both("cpu"), both("tpu")
+    np.testing.assert_array_equal(plain.astype(np.float32), turned.astype(np.float32))
+    np.testing.assert_array_equal(*(f(x)[0].astype(np.float32) for f in (back, back_turned)))
 
 
 def test_rope_literal_quarter_turn():

@@ -13,6 +13,7 @@ from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.planning import aot, memory, search, topology
 from jaxllm.planning.aot import Job
+from jaxllm.planning.report import sentences
 from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.training.config import AdamW, StepConfig
 
@@ -108,6 +109,23 @@ def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
     assert any("compute.remat=full" in each and "failed, RuntimeError: the compiler gave up" in each for each in said)
     with pytest.raises(ValueError, match="layouts are refused, the last because no rows"):
         search.search(JOB, NODE, refuse, 12, 1, said.append)
+
+
+def test_a_state_that_is_larger_than_the_memory_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(topology, "devices", lambda place: jax.devices()[:4])
+    monkeypatch.setattr(search, "compile_step", lambda *_: pytest.fail("compiled"))
+    size = 4 * accounting.param_count(MODEL)  # of parameters, and twice as much of AdamW
+    small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": 0.51 * size}))
+    found = search.make_plan(JOB, small)
+    assert not found.fits
+    assert "nothing was compiled for this" in sentences(found)
+    assert search.nearest(JOB, found, small, accept) == []
+    assert "take 8 chips of h100 at least, h100:8" in search.least(JOB, small)  # gradients too: four times the size
+
+
+def test_decoding_wants_rows_and_tokens(tmp_path, capsys):
+    assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2", "--decode", "8"]) == 2
+    assert "'8': write ROWSxTOKENS, rows at one time and tokens of each, as 8x4096" in capsys.readouterr().err
 
 
 def test_memory_by_category_is_that_of_the_shapes():
