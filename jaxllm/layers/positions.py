@@ -119,7 +119,8 @@ def _turn(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B
     half, whole = cos.shape[-1], x.shape[-1]
     swap = np.zeros((whole, whole), np.float32)
     swap[half : 2 * half, :half], swap[:half, half : 2 * half] = -np.eye(half), np.eye(half)
-    partner = jnp.einsum("btnh,hk->btnk", x, jnp.asarray(swap, x.dtype), preferred_element_type=jnp.float32)
+    exact = {"precision": "highest", "preferred_element_type": jnp.float32}  # or float32 goes by way of bfloat16
+    partner = jnp.einsum("btnh,hk->btnk", x, jnp.asarray(swap, x.dtype), **exact)
     wide = lambda x, rest: jnp.concatenate([x, x, jnp.full((*x.shape[:-1], whole - 2 * half), rest, x.dtype)], axis=-1)
     cos, sin = wide(cos, 1), wide(sin, 0)
     return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
