@@ -101,7 +101,7 @@ class EncoderDecoder(Trained):
           ValueError: no texts, a text that is too long, num_samples < 1 or more than a search finds, a search with a
             sampler that draws, or the checkpoint asks for what is not computed here.
         """
-        self._check_options(unknown)
+        self._check_options(self.generate, unknown)
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError("no texts; give at least one")
@@ -117,14 +117,13 @@ class EncoderDecoder(Trained):
         num_beams: int | None = None, stop: Sequence[str] = (), **unknown: Any,
     ) -> Iterator[str]:  # fmt: skip
         """Yield a target piece by piece; joined they are the text of `generate`. A search has all of it at its end."""
-        self._check_options(unknown)
+        self._check_options(self.stream, unknown)
         search, sampler = self._how(sampler, num_beams, None)
         if search.num_beams > 1:
             same = {"max_new_tokens": max_new_tokens, "sampler": sampler, "num_beams": num_beams, "stop": stop}
-            yield self.generate(text, **same)[0].text
-            return
+            return iter([self.generate(text, **same)[0].text])
         request = Request([self.config.start_token, *self.forced], source=self.encode(text))
-        yield from self._stream(request, sampler, self._limits(search, max_new_tokens, stop), stop)
+        return self._stream(request, sampler, self._limits(search, max_new_tokens, stop), stop)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a source, with its special tokens, of any length."""

@@ -33,13 +33,14 @@ def main(argv: list[str] | None = None) -> int | None:
     from rich.console import Console
 
     import jaxllm
-    from jaxllm import measure
     from jaxllm.evaluation.applications import evaluate_applications
     from jaxllm.locate import look
     from jaxllm.sharding import distributed
 
     distributed.start(distributed.PlatformConfig())
     config, found = look(arguments.model, encoders=tasks in ([], ["perplexity"]))  # refuses what continues no text
+    from jaxllm import measure
+
     tasks = tasks or measure.usual_tasks(arguments.model, config, TASKS)
     model = jaxllm.load(found)
     measure.check_lengths(arguments, model, tasks, splits)

@@ -102,7 +102,7 @@ class LanguageModel(Trained):
           ValueError: a prompt that is neither text nor messages nor ids, or has no token or too many; num_samples < 1
             or more than a search finds, an empty stop string, a search with a sampler that draws; a damaged model.
         """
-        self._check_options(unknown)
+        self._check_options(self.generate, unknown)
         one = isinstance(prompts, str | Mapping) or not hasattr(prompts, "__len__")
         one = one or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
         rows = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]
@@ -139,9 +139,9 @@ class LanguageModel(Trained):
 
         The pieces joined are the text of `generate` or `chat`; characters and stop strings are never split.
         """
-        self._check_options(unknown)
+        self._check_options(self.stream, unknown)
         limits = self._limits(max_new_tokens, stop)
-        yield from self._stream(Request(self.encode(prompt)), sampler, limits, stop)
+        return self._stream(Request(self.encode(prompt)), sampler, limits, stop)
 
     def nearest(self, text: str, count: int = 10) -> list[tuple[str, float]]:
         """Return the pieces whose embeddings point the same way as that of `text`, best first.

@@ -246,15 +246,16 @@ def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> st
     if stages == 1:
         unused = recipe.compute.pipeline != Pipeline()
         return "compute.pipeline is for mesh.stage, which is 1; leave one out or set the other" if unused else None
-    stack = model.stack if isinstance(model, EncoderConfig) else model
-    halves = [model.encoder, model.decoder] if isinstance(model, Seq2SeqConfig) else [stack]
-    depths = [len(half.stacks()[-1].layers) for half in halves]
-    depths += [model.latent.encoder_layers] if is_vae(model) else []
-    try:
-        for layers in depths:
+    stacks = {"model": model.stack if isinstance(model, EncoderConfig) else model}
+    if isinstance(model, Seq2SeqConfig):
+        stacks = {"model.encoder": model.encoder, "model.decoder": model.decoder}
+    depths = {name: len(stack.stacks()[-1].layers) for name, stack in stacks.items()}
+    depths |= {"model.latent": model.latent.encoder_layers} if is_vae(model) else {}
+    for name, layers in depths.items():
+        try:
             recipe.compute.pipeline.check(stages, layers, rows, batch_parts(sizes) // stages)
-    except ValueError as error:
-        return str(error)
+        except ValueError as error:
+            return f"{name}: {error}"
     return None
 
 

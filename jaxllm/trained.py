@@ -19,6 +19,7 @@ from jaxllm.inference.sampling import Sampler
 from jaxllm.inference.text import TextStream, cut
 from jaxllm.models.build import AnyConfig, Params, bind, check_vocabulary, graph
 from jaxllm.models.config import ComputeConfig
+from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.sharding.mesh import on_mesh_of
 
 MAX_SHOWN = 300  # characters of an answer, where it is shown as an object
@@ -74,20 +75,6 @@ class Trained:
         """Say what else there is to know of the model."""
         return ""
 
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The same model for token ids, if it writes text; made at the first use."""
-        return Decoder(self.config, self.params, self.compute, vocab_size=self._vocab_size)
-
-    def _check_options(self, unknown: Mapping[str, Any]) -> None:
-        """Raise TypeError for options that a method does not have; those of a sampler are given as one."""
-        if own := ", ".join(f"{name}={value!r}" for name, value in unknown.items() if name in Sampler.model_fields):
-            raise TypeError(f"{own.partition('=')[0]} is of the sampler; give sampler=jaxllm.Sampler({own})")
-        if unknown:
-            known = [name for name in inspect.signature(self.generate).parameters if name != "unknown"]
-            near = difflib.get_close_matches(next(iter(unknown)), known, n=1) or known
-            raise TypeError(f"unknown option {next(iter(unknown))!r}; did you mean {' or '.join(near)}?")
-
     def _program(self, function: Callable[..., Any], *static: str, **how: Any) -> Callable[..., Any]:
         """Return `function` of the model and arrays as one of parameters and arrays, compiled once for each shape.
 
@@ -97,6 +84,45 @@ class Trained:
         graphdef, _ = graph(self.config, self.compute, **how)
         run = lambda params, *rows, **options: function(bind(graphdef, params), *rows, **options)
         return on_mesh_of(self.params, jax.jit(run, static_argnames=static))
+
+    def _save(self, directory: str | Path, tokenizer: Any, **meta: Any) -> None:
+        """Write a run directory: recipe, tokenizer, and one checkpoint with `meta`.
+
+        Raises:
+          ValueError: the directory is not empty.
+        """
+        from jaxllm.data.loader import DataConfig, Source
+        from jaxllm.recipe import FILE_NAME, Recipe
+        from jaxllm.training.checkpoint import Checkpoints
+
+        directory = here(directory)
+        files.check_empty(directory)
+        tokenizer.save(directory / "tokenizer")
+        data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
+        recipe = Recipe(out=named(directory), model=self.config, data=data)
+        files.write_text(directory / FILE_NAME, configs.dump(recipe))
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(self.params, {"step": 0, **meta})
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The same model for token ids; made at the first use.
+
+        Raises:
+          TypeError: it writes no text.
+        """
+        if isinstance(self.config, EncoderConfig):
+            raise TypeError("an encoder writes no text: it has no decoder")
+        return Decoder(self.config, self.params, self.compute, vocab_size=self._vocab_size)
+
+    def _check_options(self, method: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+        """Raise TypeError for options that `method` does not have; those of a sampler are given as one."""
+        if own := ", ".join(f"{name}={value!r}" for name, value in unknown.items() if name in Sampler.model_fields):
+            raise TypeError(f"{own.partition('=')[0]} is of the sampler; give sampler=jaxllm.Sampler({own})")
+        if unknown:
+            known = [name for name in inspect.signature(method).parameters if name != "unknown"]
+            near = difflib.get_close_matches(next(iter(unknown)), known, n=1) or known
+            raise TypeError(f"unknown option {next(iter(unknown))!r}; did you mean {' or '.join(near)}?")
 
     def _text(self, stop: Sequence[str]) -> TextStream:
         """Return what makes text of arriving tokens."""
@@ -129,22 +155,3 @@ class Trained:
                 return
         if piece := text.flush():
             yield piece
-
-    def _save(self, directory: str | Path, tokenizer: Any, **meta: Any) -> None:
-        """Write a run directory: recipe, tokenizer, and one checkpoint with `meta`.
-
-        Raises:
-          ValueError: the directory is not empty.
-        """
-        from jaxllm.data.loader import DataConfig, Source
-        from jaxllm.recipe import FILE_NAME, Recipe
-        from jaxllm.training.checkpoint import Checkpoints
-
-        directory = here(directory)
-        files.check_empty(directory)
-        tokenizer.save(directory / "tokenizer")
-        data = DataConfig(sources=(Source(path="not-recorded"),))  # a recipe needs one; nothing reads it from here
-        recipe = Recipe(out=named(directory), model=self.config, data=data)
-        files.write_text(directory / FILE_NAME, configs.dump(recipe))
-        with Checkpoints(directory) as checkpoints:
-            checkpoints.save(self.params, {"step": 0, **meta})

@@ -222,6 +222,11 @@ def test_options_that_are_not_its_own_say_where_they_belong(lm, ask):
         list(getattr(lm, ask)("x", max_tokens=3))
 
 
+def test_a_stream_says_what_is_wrong_when_it_is_asked_for_and_not_when_it_is_read(lm):
+    with pytest.raises(TypeError, match=r"unknown option 'num_beams'; did you mean prompt or max_new_tokens"):
+        lm.stream("a", num_beams=2)
+
+
 def test_a_prompt_that_is_too_long_has_the_number_of_the_caller(lm):
     with pytest.raises(ValueError, match="prompt 1 has 201 tokens; the model takes 1 to 159"):
         lm.generate(["x", "y" * 200], num_samples=3)

@@ -190,7 +190,7 @@ STAGES = ("mesh.data=1", "mesh.stage=2")
 )
 def test_layers_and_rows_are_dealt_out_evenly_to_the_stages(overrides, devices, found):
     [problem] = problems(recipe("model.n_layers=4", *overrides), devices)
-    assert problem.startswith(found)
+    assert found in problem
 
 
 def test_a_pipeline_is_idle_while_it_fills_and_empties():

@@ -1,7 +1,7 @@
 """How probable a model finds text: nats per token, perplexity, and bits per byte, which compares across tokenizers.
 
-What sums the nats of a batch is given as a function (`training.step.eval_step` with its parameters), so that the loss
-here is the one that was trained.
+What sums the nats of a batch is given as a function (`training.objectives.eval_step` with its parameters), so that the
+loss here is the one that was trained.
 """
 
 import math
