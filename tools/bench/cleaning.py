@@ -84,13 +84,13 @@ def share(texts: list[tuple[str, str]], preset: str) -> dict[str, str]:
 
 
 def speed(work: Callable[[str], object], texts: list[str]) -> float:
-    """Return MB/s of UTF-8, the best of three."""
+    """Return MB/s of UTF-8 and of processor time, the best of three."""
     size, best = sum(len(text.encode()) for text in texts), 0.0
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         for text in texts:
             work(text)
-        best = max(best, size / 1e6 / (time.perf_counter() - start))
+        best = max(best, size / 1e6 / (time.process_time() - start))
     return best
 
 
@@ -120,7 +120,12 @@ def main() -> int:
             for kind, line in share(some, preset).items():
                 print(f"  {kind:16s} {line}")
     config = CleanConfig(
-        preset="fineweb", repair=True, tags=True, width=True, nfc=True, pii=("email", "phone", "ip", "key", "id")
+        preset="fineweb",
+        repair=True,
+        tags=True,
+        width=True,
+        nfc=True,
+        pii=("email", "phone", "ip", "key", "id", "card"),
     )
     work = dict(rules(config)) | {"language": identify}
     for preset in PRESETS:

@@ -41,7 +41,9 @@ class CleanConfig(Config):
     lines: LineConfig = Field(LineConfig(), description="lines to cut out of documents")
     trailing_space: bool = Field(True, description="remove spaces at line ends and blank lines around a text")
     min_chars: int = Field(1, ge=1, description="drop texts shorter than this (characters)")
-    pii: tuple[Kind, ...] = Field((), description="personal data to mask: email, phone, ip (public), key, id (China)")
+    pii: tuple[Kind, ...] = Field(
+        (), description="personal data to mask: email, phone, ip (public), key, id (China), card"
+    )
     languages: tuple[Annotated[str, AfterValidator(check_code)], ...] = Field(
         (), description="keep documents in these languages only: en, zh, ...; any = all, but know which"
     )
