@@ -102,6 +102,13 @@ def test_a_damaged_file_is_named(directory):
         Checkpoint(directory)
 
 
+def test_a_file_that_is_cut_after_it_was_opened_is_named(directory):
+    checkpoint, path = Checkpoint(directory), directory / SINGLE
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors ends early, before byte \d+; fetch it again"):
+        read_params(checkpoint, LLAMA.rows(CONFIG), CONFIG)
+
+
 def test_a_pickle_is_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(ValueError, match=r"only as pytorch_model\.bin, a pickle.*save_pretrained"):
