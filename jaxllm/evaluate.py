@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int | None:
     distributed.start(distributed.PlatformConfig())
     config, found = look(arguments.model, encoders=tasks in ([], ["perplexity"]))  # refuses what continues no text
     tasks = tasks or measure.usual_tasks(arguments.model, config, TASKS)
-    model = jaxllm.load(found)
+    model = jaxllm.load(found, text=True)
     measure.check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
