@@ -122,7 +122,10 @@ def _lines(values: dict[str, Any]) -> Iterator[str]:
             f"latent per text; {values['active_units']:.0f} active units, {values['accuracy']:.1%} of tokens right"
         )
     if "bleu" in values:
-        yield f"BLEU {values['bleu']:.1f} of {values['pairs']} targets, {values['correct']} right to the letter"
+        yield (
+            f"BLEU {values['bleu']:.1f} of {values['pairs']} targets, {values['correct']} right to the letter "
+            f"(sacrebleu {values['bleu_signature']})"
+        )
         for source, right, written in values["examples"]:
             yield f"\n  {source}\n  {written}\n  (right: {right})"
 
