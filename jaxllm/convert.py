@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     distributed.start(distributed.PlatformConfig())
     exact = ComputeConfig(dtype="float32")  # both sides alike, whatever the recipe or this machine would choose
-    lm = jaxllm.load(source, compute=exact)
+    lm = jaxllm.load(source, compute=exact, text=True)
     expected = golden.logits(lm)
     if is_huggingface(arguments.source):
         lm.save(arguments.target)

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from jaxllm import measure
 
     tasks = tasks or measure.usual_tasks(arguments.model, config, TASKS)
-    model = jaxllm.load(found)
+    model = jaxllm.load(found, text=True)
     measure.check_lengths(arguments, model, tasks, splits)
     results: dict[str, Any] = {"model": arguments.model}
     if "perplexity" in tasks:
@@ -123,7 +123,10 @@ def _lines(values: dict[str, Any]) -> Iterator[str]:
             f"latent per text; {values['active_units']:.0f} active units, {values['accuracy']:.1%} of tokens right"
         )
     if "bleu" in values:
-        yield f"BLEU {values['bleu']:.1f} of {values['pairs']} targets, {values['correct']} right to the letter"
+        yield (
+            f"BLEU {values['bleu']:.1f} of {values['pairs']} targets, {values['correct']} right to the letter "
+            f"(sacrebleu {values['bleu_signature']})"
+        )
         for source, right, written in values["examples"]:
             yield f"\n  {source}\n  {written}\n  (right: {right})"
 

@@ -80,7 +80,7 @@ def describe(model: str | Path, *, encoders: bool = False) -> Described:
 
 def load(
     model: str | Path | Described, *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
-    dtype: str | None = None,
+    dtype: str | None = None, text: bool = False,
 ) -> AnyLanguageModel:  # fmt: skip
     """Load a Hugging Face directory or a GGUF file, tensor by tensor straight to the devices.
 
@@ -90,6 +90,7 @@ def load(
       model: a path, or what `describe` has found there.
       dtype: of the parameters; None: as stored, and for what is quantised one that holds its values exactly: float32
         for a GGUF file, bfloat16 for MXFP4.
+      text: whether a tokenizer must be there, which is known before the weights are read.
     Raises:
       ValueError: the model cannot be computed exactly, or its files do not fit together.
     """
@@ -103,6 +104,8 @@ def load(
     except FileNotFoundError as error:
         ids = (raw.get("pad_token_id"), raw.get("bos_token_id"), ends[0] if ends else None)
         tokenizer = NoTokenizer(str(error), config.vocab_size, ids)
+        if text:
+            tokenizer.decode(())  # an error that says why
     shardings = None if mesh is None else param_shardings(config, mesh)
     params = read_params(family.open(tensors, config), family.rows(config), config, shardings, dtype)
     if isinstance(family, EncoderFamily):

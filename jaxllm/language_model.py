@@ -194,14 +194,16 @@ class LanguageModel(Trained):
 
 
 def load(
-    model: "str | Path | Described", *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None
-) -> "AnyLanguageModel | VAE":
+    model: "str | Path | Described", *, compute: ComputeConfig | None = None, mesh: jax.sharding.Mesh | None = None,
+    text: bool = False,
+) -> "AnyLanguageModel | VAE":  # fmt: skip
     """Load a run directory, one of its checkpoints (RUN/checkpoints/STEP), a directory whose run.json names the run, a
     Hugging Face directory, which may be that of an encoder, or a GGUF file.
 
     Args:
       model: a path, or what `locate.look` found there.
       mesh: devices to spread the parameters over, as in training; None: one device holds them all.
+      text: whether a model without a tokenizer, which answers ids alone, is an error before its weights are read.
     Raises:
       ValueError: it is none of these; the message says what was looked for.
     """
@@ -210,7 +212,7 @@ def load(
     if isinstance(model, tuple) or is_huggingface(model):
         from jaxllm import huggingface
 
-        return huggingface.load(model, compute=compute, mesh=mesh)
+        return huggingface.load(model, compute=compute, mesh=mesh, text=text)
     from jaxllm.recipe import FILE_NAME, load_recipe
     from jaxllm.training.checkpoint import load_params
     from jaxllm.training.state import param_shardings

@@ -101,7 +101,7 @@ def _load(arguments: argparse.Namespace) -> "tuple[Model, Sampler]":
     sampler = configs.load(Sampler, None, [f"{name}={value}" for name, value in given.items()])
     configs.load(Search, None, [f"{name}={value}" for name, value in _search(arguments).items()])  # refuses, if at all
     distributed.start(distributed.PlatformConfig())
-    lm = load(model, mesh=tensor_mesh(config))
+    lm = load(model, mesh=tensor_mesh(config), text=True)
     searches = _searches(arguments)
     if isinstance(config, Seq2SeqConfig):
         sampler = lm.sampler.model_copy(update={name: vars(sampler)[name] for name in given})

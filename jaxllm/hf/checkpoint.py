@@ -136,7 +136,8 @@ def _read(path: Path, shape: list[int], dtype: str, offset: int) -> np.ndarray:
     tensor = aligned(tuple(shape), np.dtype(dtype))
     with path.open("rb") as file:
         file.seek(offset)
-        file.readinto(tensor.reshape(-1).view(np.uint8))
+        if file.readinto(tensor.reshape(-1).view(np.uint8)) < tensor.nbytes:  # it was cut after it was opened
+            raise ValueError(f"{path} ends early, before byte {offset + tensor.nbytes}; fetch it again")
     return tensor
 
 

@@ -50,7 +50,7 @@ class Family(NamedTuple):
         for own in OWN.get(self.model_type, ()):
             found |= own.read(fields)
         width, heads = found["d_model"], found["n_heads"]
-        for field, absent in (("n_kv_heads", heads), ("head_dim", width // heads), ("d_ff", 4 * width)):
+        for field, absent in (("n_kv_heads", heads), ("head_dim", width // (heads or 1)), ("d_ff", 4 * width)):
             found[field] = absent if found.get(field) is None else found[field]
         if found.get("window.size") is None:
             found = {field: value for field, value in found.items() if not field.startswith("window.")}
@@ -118,12 +118,23 @@ def _write_biases(config: ModelConfig) -> dict[str, Any]:
 
 def _read_layers(fields: Fields, default: Callable[[int], bool]) -> Found:
     """Return which layers have the window, by layer_types or by the family's rule."""
-    n_layers = fields.take("num_hidden_layers")
-    kinds = fields.take("layer_types", [SLIDING if default(i) else FULL for i in range(n_layers)])
-    if unknown := set(kinds) - {SLIDING, FULL}:
+    kinds = _each_layer(fields, "layer_types", lambda i: SLIDING if default(i) else FULL)
+    if unknown := {str(kind) for kind in kinds} - {SLIDING, FULL}:
         fields.problems.append(f"layer_types has {', '.join(sorted(unknown))}: known are {SLIDING}, {FULL}")
     layers = tuple(kind == SLIDING for kind in kinds)
     return {"window.layers": _shortest(layers)} if any(layers) else {"window.size": None}
+
+
+def _each_layer(fields: Fields, key: str, default: Callable[[int], Any]) -> list[Any]:
+    """Return a list of something for each layer, which is the family's rule where the key is absent."""
+    n_layers = int(fields.need("num_hidden_layers"))
+    ruled = [default(i) for i in range(n_layers)]
+    given = fields.take(key, ruled)
+    if len(given) == n_layers:
+        return given
+    if fields.take("num_hidden_layers") == n_layers:  # else that is what is wrong
+        fields.problems.append(f"{key} has {len(given)} entries: must be as many as num_hidden_layers={n_layers}")
+    return ruled
 
 
 def _write_layers(config: ModelConfig) -> dict[str, Any]:
@@ -148,7 +159,7 @@ def _read_gemma(fields: Fields) -> Found:
     table = ACTIVATIONS | ({"gelu": "gelu_tanh"} if key == "hidden_act" else {})
     activation = fields.among(key, table, "gelu_pytorch_tanh")
     fields.take("hidden_act")
-    return {"ffn.activation": activation, "embed_scale": fields.take("hidden_size") ** 0.5}
+    return {"ffn.activation": activation, "embed_scale": fields.need("hidden_size") ** 0.5}
 
 
 def _write_scale(config: ModelConfig) -> dict[str, Any]:
@@ -157,7 +168,7 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gemma3(fields: Fields) -> Found:
-    every = fields.take("sliding_window_pattern", fields.take("_sliding_window_pattern", 6))
+    every = fields.need("sliding_window_pattern", fields.need("_sliding_window_pattern", 6))
     found = _read_layers(fields, lambda i: bool((i + 1) % every))
     nested, local_theta = fields.take("rope_parameters", {}), fields.take("rope_local_base_freq", 10_000.0)
     if FULL in nested:
@@ -167,7 +178,7 @@ def _read_gemma3(fields: Fields) -> Found:
         theta, local_theta = whole.pop("rope_theta", 1e6), local.pop("rope_theta", 10_000.0)
         if (kind := local.pop("rope_type", "default")) != "default":
             fields.problems.append(f"rope_parameters.{SLIDING}.rope_type={kind!r}: only 'default' is computed here")
-        scaling = read_scaling(whole, fields, fields.take("max_position_embeddings"))
+        scaling = read_scaling(whole, fields, fields.need("max_position_embeddings"))
         rope = {"positions.kind": "rope", "positions.theta": theta, "positions.scaling": scaling}
     else:
         rope = read_rope(fields, 1e6)
@@ -186,8 +197,8 @@ def _write_phi3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_smollm3(fields: Fields) -> Found:
-    n_layers, every = fields.take("num_hidden_layers"), fields.take("no_rope_layer_interval", 4)
-    rotated = fields.take("no_rope_layers", [int((i + 1) % every != 0) for i in range(n_layers)])
+    every = fields.need("no_rope_layer_interval", 4)
+    rotated = _each_layer(fields, "no_rope_layers", lambda i: int((i + 1) % every != 0))
     sliding = fields.take("use_sliding_window", False)
     skipped = _shortest(tuple(not each for each in rotated))
     return {"positions.skipped": skipped, **_read_layers(fields, lambda i: sliding and not rotated[i])}
@@ -266,7 +277,7 @@ SWITCH = Own(
 GEMMA = Own(
     _read_gemma, lambda config: dict.fromkeys(("hidden_act", "hidden_activation"), NAMES[config.ffn.activation])
 )
-SCALE = Own(lambda fields: {"score_scale": fields.take("query_pre_attn_scalar", 256) ** -0.5}, _write_scale)
+SCALE = Own(lambda fields: {"score_scale": fields.need("query_pre_attn_scalar", 256) ** -0.5}, _write_scale)
 EVERY_OTHER = Own(lambda fields: _read_layers(fields, lambda i: i % 2 == 0), _write_layers)
 OWN: Mapping[str, tuple[Own, ...]] = {
     "llama": (WHOLE_HEADS, BIASES), "qwen2": (LAST_LAYERS, SWITCH), "qwen3": (LAST_LAYERS, SWITCH),

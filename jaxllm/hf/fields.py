@@ -3,6 +3,7 @@
 The metadata of a GGUF file is read in the same way.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -78,14 +79,14 @@ class Fields:
         given = self.take(key, like=0)
         return given if key in self._raw else absent
 
-    def need(self, key: str) -> Any:
-        """Return a number that no family has a default for."""
-        if key not in self:
+    def need(self, key: str, absent: float | None = None) -> Any:
+        """Return a number above zero that must be there, unless a family has a default for it."""
+        if key not in self and absent is None:
             self.problems.append(f"{self._source} has no {key}; it is not complete")
-        elif (value := self.take(key, 1)) > 0:
+        elif 0 < (value := self.take(key, absent or 1)) < math.inf:
             return value
         else:
-            self.problems.append(f"{key}={value}: must be more than 0")
+            self.problems.append(f"{key}={value}: must be more than 0 and finite")
         return 1  # only to find what else is wrong
 
     def expect(self, key: str, wanted: Any) -> None:
@@ -119,7 +120,6 @@ class Fields:
                     self.problems.append(f"{key}={each['input']!r}: {each['msg'].replace('Input should', 'must')}")
                 elif not wrong:
                     self.problems.append(str(each["ctx"]["error"]))
-            self.problems = list(dict.fromkeys(self.problems))  # halves of one model say the same
         self.finish(name)
         return config
 
@@ -133,7 +133,8 @@ class Fields:
             key for key, value in self._raw.items()
             if key not in self._read | HARMLESS and value is not None and (key, value) not in MEANINGLESS
         )  # fmt: skip
-        problems = self.problems + [f"{key}={self._raw[key]!r}: unknown, and it may change the model" for key in unread]
+        problems = list(dict.fromkeys(self.problems))  # halves of one model say the same, and keys that are read twice
+        problems += [f"{key}={self._raw[key]!r}: unknown, and it may change the model" for key in unread]
         if problems:
             raise ValueError(
                 f"{name} cannot be read exactly:\n  " + "\n  ".join(problems) + f"\nRemove a key from {self._source} "

@@ -23,6 +23,12 @@ SCALINGS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         ("short_factor", "long_factor"),
     ),
 }  # fmt: skip
+NUMBERS = frozenset(
+    """
+    rope_theta partial_rotary_factor original_max_position_embeddings factor low_freq_factor high_freq_factor beta_fast
+    beta_slow attention_factor mscale mscale_all_dim
+    """.split()  # noqa: SIM905
+)
 
 
 def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> dict[str, Any]:
@@ -32,9 +38,7 @@ def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> di
       theta, fraction: what the family means by leaving them out; None: it always rotates whole heads.
     """
     now, before = fields.take("rope_parameters", {}), fields.take("rope_scaling", {})
-    found = {**(now or before)}
-    for key in [key for key, value in found.items() if isinstance(value, str) and key not in ("rope_type", "type")]:
-        fields.problems.append(f"rope_parameters.{key}={found.pop(key)!r}: must be a number")
+    found = _numbers(now or before, fields)
     found.setdefault("rope_theta", fields.take("rope_theta", fields.take("rotary_emb_base", theta)))
     partial = fields.take("partial_rotary_factor", fields.take("rotary_pct", fraction or 1.0))
     found.setdefault("partial_rotary_factor", partial)
@@ -43,9 +47,19 @@ def read_rope(fields: Fields, theta: float, fraction: float | None = None) -> di
     theta, share = found.pop("rope_theta"), found.pop("partial_rotary_factor")
     if fraction is None and share != 1.0:
         fields.problems.append(f"partial_rotary_factor={share}: transformers ignores it in this family")
-    scaling = read_scaling(found, fields, fields.take("max_position_embeddings", 0))
+    scaling = read_scaling(found, fields, fields.need("max_position_embeddings"))
     read = {"kind": "rope", "theta": theta, "fraction": share, "scaling": scaling}
     return {f"positions.{field}": value for field, value in read.items()}
+
+
+def _numbers(found: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """Return a rope dictionary without null, and without numbers that are none, which are problems."""
+    wrong = {
+        key: value for key, value in found.items()
+        if key in NUMBERS and value is not None and (isinstance(value, bool) or not isinstance(value, int | float))
+    }  # fmt: skip
+    fields.problems += [f"rope_parameters.{key}={value!r}: must be a number" for key, value in wrong.items()]
+    return {key: value for key, value in found.items() if value is not None and key not in wrong}
 
 
 def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> dict[str, Any] | None:
@@ -54,6 +68,7 @@ def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> dict[st
     Args:
       longest: max_position_embeddings.
     """
+    found = _numbers(found, fields)
     kind = found.pop("rope_type", found.pop("type", "default"))
     found.pop("type", None)
     original, known = found.pop(ORIGINAL, None), "longrope" if kind == "su" else kind
@@ -70,8 +85,7 @@ def read_scaling(found: dict[str, Any], fields: Fields, longest: int) -> dict[st
     if known in ("yarn", "longrope"):
         magnitude = (_yarn_magnitude if known == "yarn" else _longrope_magnitude)(found, values, longest)
         values["magnitude"] = magnitude if values["magnitude"] is None else values["magnitude"]
-    unknown = {key: value for key, value in found.items() if value is not None}
-    fields.problems += [f"rope_parameters.{key}={value!r}: unknown" for key, value in unknown.items()]
+    fields.problems += [f"rope_parameters.{key}={value!r}: unknown" for key, value in found.items()]
     if known == "default":
         return None
     return {"kind": known} | {field: value for field, value in values.items() if value is not None}

@@ -75,14 +75,17 @@ def read_params(
         here = sharding is None and jax.local_devices()[0].platform == "cpu"  # the memory of the device is this one
         if not stacked(row):
             whole = np.ascontiguousarray(get(tensors[0]).astype(wanted, copy=False))
-            return jax.device_put(whole, sharding, may_alias=(here and whole.flags.writeable) or None)  # no mapped file
+            if not whole.flags.writeable:  # of a mapped file, and a CPU takes it as its own memory, whatever may_alias
+                mapped, whole = whole, aligned(whole.shape, whole.dtype)
+                whole[...] = mapped
+            return jax.device_put(whole, sharding)
         indices = np.ndindex(leaf.shape[: stacked(row)])
         if here:
             whole = aligned(leaf.shape, np.dtype(wanted))
             threads = min(THREADS, largest // max(1, size_of(checkpoint.stored[tensors[0]])))
             with ThreadPoolExecutor(max(1, threads)) as pool:
                 list(pool.map(lambda index, theirs: _fill(whole[index], get(theirs)), indices, tensors))
-            return jax.device_put(whole, may_alias=True)
+            return jax.device_put(whole)
         stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, wanted), out_shardings=sharding)()
         for index, theirs in zip(indices, tensors, strict=True):
             part = get(theirs).astype(wanted)

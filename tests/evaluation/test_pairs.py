@@ -1,7 +1,11 @@
 """BLEU is sacrebleu's, by the words of the script, and says so."""
 
-import pytest
+from io import StringIO
 
+import pytest
+from rich.console import Console
+
+from jaxllm.evaluate import show
 from jaxllm.evaluation.pairs import bleu
 
 
@@ -19,3 +23,8 @@ def test_bleu(found, right, value, words):
     score, signature = bleu(found, right)
     assert score == pytest.approx(value)
     assert f"case:mixed|eff:no|tok:{words}|" in signature
+    values = {"nats_per_token": 1.0, "tokens": 9, "perplexity": 2.7, "bits_per_byte": 1.0, "examples": []}
+    values |= {"bleu": score, "bleu_signature": signature, "correct": 0, "pairs": len(right)}
+    console = Console(file=StringIO(), width=40)
+    show({"perplexity": values}, console)
+    assert f"0 right to the letter (sacrebleu {signature})\n" in console.file.getvalue()

@@ -102,6 +102,13 @@ def test_a_damaged_file_is_named(directory):
         Checkpoint(directory)
 
 
+def test_a_file_that_is_cut_after_it_was_opened_is_named(directory):
+    checkpoint, path = Checkpoint(directory), directory / SINGLE
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors ends early, before byte \d+; fetch it again"):
+        read_params(checkpoint, LLAMA.rows(CONFIG), CONFIG)
+
+
 def test_a_pickle_is_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(ValueError, match=r"only as pytorch_model\.bin, a pickle.*save_pretrained"):
@@ -185,3 +192,62 @@ def test_a_value_that_cannot_be_is_named_with_the_rule_and_the_rest_of_what_is_w
     assert message in said
     assert "new_thing=7: unknown" in said
     assert "pydantic" not in said
+
+
+# Every kind of wrong value, in every key; None is one that is left out.
+WRONG = (None, "64", True, [], [1], [["x"]], {}, {"a": 1}, -1, 0, 1.5, float("inf"), float("nan"))
+LISTS = ("layer_types", "no_rope_layers", "rope_parameters", "rope_scaling", "sliding_window_pattern")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_no_family_computes_with_what_is_missing_or_cannot_be(model_type):
+    family = FAMILIES[model_type]
+    needed = [key for key, (_, *absent) in family.words.keys.items() if not absent]
+    raw = {key: 128 if "heads" in key else 1024 for key in needed}
+    assert family.parse(raw, "DIR").n_layers > 0
+    for key in (*family.words.keys, *LISTS, "no_rope_layer_interval", "query_pre_attn_scalar"):
+        for value in WRONG:
+            try:
+                family.parse({**raw, "new_thing": 7, key: value}, "DIR")
+            except ValueError as error:  # and nothing else
+                said = str(error)
+            assert "new_thing=7: unknown" in said
+            if key in needed and value != 1.5:  # a key that another one replaces may be that
+                assert (f"no {key};" if value is None else f"{key}={value!r}: must be") in said
+    if needed:
+        with pytest.raises(ValueError, match="cannot be read exactly") as error:
+            family.parse({"hidden_size": "64"}, "DIR")
+        for key in set(needed) - {"hidden_size"}:
+            assert str(error.value).count(f"has no {key};") == 1
+        assert str(error.value).count("hidden_size='64': must be a number") == 1
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "message"),
+    [
+        ("phi3", LONGROPE, "config.json has no max_position_embeddings"),
+        ("phi3", {**LONGROPE, "factor": [1]}, "rope_parameters.factor=[1]: must be a number"),
+        ("llama", {"rope_type": "yarn", "factor": [1]}, "rope_parameters.factor=[1]: must be a number"),
+        (
+            "llama",
+            {"rope_type": "yarn", "factor": 2.0, "mscale": "1", "mscale_all_dim": True},
+            "mscale='1': must be a n",
+        ),
+        ("llama", {"rope_type": "yarn", "factor": None}, "rope_type='yarn' without factor"),
+        (
+            "gemma3_text",
+            {"full_attention": {"rope_type": "yarn", "factor": {}}},
+            "rope_parameters.factor={}: must be a",
+        ),
+    ],
+)
+def test_a_wrong_scaling_of_positions_is_named(model_type, rope, message):
+    raw = LLAMA.write(CONFIG) | {"rope_parameters": rope, "rope_scaling": None, "mlp_bias": None}
+    if "has no" in message:
+        del raw["max_position_embeddings"]
+    with pytest.raises(ValueError, match="cannot be read exactly") as error:
+        FAMILIES[model_type].parse(raw, "DIR")
+    assert message in str(error.value)

@@ -221,6 +221,19 @@ def test_stored_precision_is_kept_or_converted_and_sharded(tiny, tmp_path):
         np.testing.assert_array_equal(again[1], values.astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_becomes_of_the_file_after_loading_does_not_matter(tiny, tmp_path, devices):
+    path = changed(tiny, tmp_path, lambda keys: None)
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2]) if devices == 2 else None
+    params = named_leaves(huggingface.load(path, mesh=mesh).params)
+    before = {name: np.array(leaf) for name, leaf in params.items()}
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))  # in place, so that a mapping sees it
+    for name, leaf in params.items():
+        assert before[name].any()
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+
+
 def test_commands_read_a_file(tiny, tmp_path, capsys):
     path = str(tiny[1])
     assert sample([path, "--prompt", "hello", "--temperature", "0", "--max-new-tokens", "5"]) is None
