@@ -14,22 +14,32 @@ from jaxllm.data.loader import DataConfig, Loader
 from jaxllm.sharding.config import AXES
 from jaxllm.sharding.mesh import reader
 from jaxllm.training.feed import place
+from jaxllm.training.loop import local_part
 
 jax.config.update("jax_num_cpu_devices", 3)
 jax.distributed.initialize("127.0.0.1:" + sys.argv[2], 2, int(sys.argv[3]))
 config = DataConfig.of(sys.argv[1], 16, 12)
 whole = next(Loader(config))
-for order, tensor, held in (
-    ([0, 3, 4, 1, 5, 2], 1, [(0, 3, 5), (1, 2, 4)]),
-    ([0, 1, 2, 3, 4, 5], 2, [(0, 1), (1, 2)]),
-    ([5, 0, 1, 3, 2, 4], 2, [(0, 1, 2), (0, 1, 2)]),
+for order, context, tensor, held in (
+    ([0, 3, 4, 1, 5, 2], 1, 1, [(0, 3, 5), (1, 2, 4)]),
+    ([0, 1, 2, 3, 4, 5], 1, 2, [(0, 1), (1, 2)]),
+    ([3, 0, 1, 4, 5, 2], 2, 1, [(0, 1, 2), (0, 1, 2)]),
+    ([0, 3, 1, 4, 2, 5], 2, 1, [(0, 1, 2), (0, 1, 2)]),
 ):
-    devices = np.array(jax.devices())[order].reshape(1, 6 // tensor, 1, 1, 1, tensor)
+    devices = np.array(jax.devices())[order].reshape(1, 6 // context // tensor, 1, 1, context, tensor)
     mesh = Mesh(devices, AXES)
     parts, count = reader(mesh)
-    assert (parts, count) == (held[jax.process_index()], 6 // tensor)
+    assert (parts, count) == (held[jax.process_index()], 6 // context // tensor)
     local = next(Loader(config, "train", parts, count))
-    for field, all_rows in zip(place(local, mesh), whole, strict=True):
+    joined = place(local, mesh)
+    part = local_part(joined)
+    for name, field, all_rows in zip(whole._fields, joined, whole, strict=True):
+        rows, columns = part[f"{name}.rows"], part[f"{name}.columns"]
+        size = 12 // count
+        assert rows.tolist() == [size * n + row for n in parts for row in range(size)]
+        if order[0] == 0:  # what it holds of each of these rows lies at the same places
+            assert len(columns) == 16 // context
+            np.testing.assert_array_equal(part[name], all_rows[np.ix_(rows, columns)])
         assert field.shape == all_rows.shape
         for shard in field.addressable_shards:
             assert shard.data.shape[0] == 12 // count
