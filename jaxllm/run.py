@@ -99,12 +99,11 @@ class Run:
             _check_sources(of_run(model, {}, self.loader.tokenizer_dir, {}), self.recipe.monitor.prompts)
             return
         for number, prompt in enumerate(self.recipe.monitor.prompts):
-            asked = [{"role": "user", "content": prompt}]
-            vae = is_vae(model)
-            if self.is_chat and not vae:
+            if self.is_chat:  # no VAE
+                asked = [{"role": "user", "content": prompt}]
                 length = len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
             else:
-                length = (1 if vae else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
+                length = (1 if is_vae(model) else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
             if not 0 < length < longest:
                 raise ValueError(
                     f"monitor.prompts.{number} has {length} tokens; with room for an answer, model.max_seq_len="
