@@ -5,7 +5,7 @@ Here text (data, tokenizer, samples) and training meet.
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxllm.core.bucket import here, named, push
 from jaxllm.core.wording import count, short
 from jaxllm.data.chat import encode_chat
 from jaxllm.data.describe import segments
-from jaxllm.data.loader import DataExhausted, Loader
+from jaxllm.data.loader import AnyBatch, DataExhausted, Loader
 from jaxllm.data.shards import read_manifest
 from jaxllm.data.tokenizers import tokenizer as tokenizers
 from jaxllm.encoder import Encoder
@@ -56,6 +56,7 @@ class Run:
     Attributes:
       begin: where this process begins; known after `start`.
       kernel: what computes attention.
+      meet: waits for all processes, once for each name: before what is compiled at its first use has collectives.
     Raises:
       ValueError: a prompt, the data or the kernel cannot be used.
     """
@@ -73,6 +74,7 @@ class Run:
         self.tokens_per_step = recipe.data.batch_size * recipe.data.packing.seq_len
         self.begin = Position(0, 0, recipe.data.batch_size)
         self.val_loss: float | None = None  # the last one measured
+        self.meet: Callable[[str], None] = lambda name: None
         self._said: dict[str, Any] = {}  # by the model that this one starts from, see `SAID`
         if recipe.monitor.prompts:
             self._check_prompts()
@@ -82,6 +84,7 @@ class Run:
         self._validation = Loader(recipe.data, "validation", *reader(mesh)) if self._held_out else None
         texts = {} if self._validation is None else {"texts_per_row": self._validation.texts_per_row}
         self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute, **texts))
+        self._compiled_eval: Callable[[Any, Any], dict[str, Any]] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -96,12 +99,11 @@ class Run:
             _check_sources(of_run(model, {}, self.loader.tokenizer_dir, {}), self.recipe.monitor.prompts)
             return
         for number, prompt in enumerate(self.recipe.monitor.prompts):
-            asked = [{"role": "user", "content": prompt}]
-            vae = is_vae(model)
-            if self.is_chat and not vae:
+            if self.is_chat:  # no VAE
+                asked = [{"role": "user", "content": prompt}]
                 length = len(encode_chat(tokenizer, asked, add_generation_prompt=True)[0])
             else:
-                length = (1 if vae else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
+                length = (1 if is_vae(model) else len(tokenizer.prefix)) + len(tokenizer.encode(prompt))
             if not 0 < length < longest:
                 raise ValueError(
                     f"monitor.prompts.{number} has {length} tokens; with room for an answer, model.max_seq_len="
@@ -197,7 +199,14 @@ class Run:
         """Measure the validation loss over the whole split (or `monitor.evaluate_batches` batches of it)."""
         validation, model, params = self._validation, self.recipe.model, _best_params(state)
         validation.set_state({"sample": 0})
-        sums = lambda batch: self._eval(params, place(batch, self.mesh))
+
+        def sums(local: AnyBatch) -> dict[str, Any]:
+            batch = place(local, self.mesh)
+            if self._compiled_eval is None:
+                self._compiled_eval = self._eval.lower(params, batch).compile()
+                self.meet("evaluate")
+            return self._compiled_eval(params, batch)
+
         most = self.recipe.monitor.evaluate_batches
         found, all_sums = evaluate_loss(validation, sums, validation.bytes_per_token, most)
         values = {"val_loss": found.nats_per_token}
@@ -213,6 +222,7 @@ class Run:
         """Write down what the model answers to `monitor.prompts` now."""
         parts = self.recipe.model, _best_params(state), self.loader.tokenizer_dir
         model = of_run(*parts, {"chat": self.is_chat, **self._said}, compute=self.recipe.compute.elsewhere())
+        self.meet("sample")
         for prompt in self.recipe.monitor.prompts:
             self.log.sample(step, prompt, _said(model, prompt, self.recipe.monitor.sample_tokens))
 

@@ -85,7 +85,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
         Checkpoints(run_dir, recipe.checkpoint) as checkpoints,
         StopRequest(mesh, lambda: f"left without saving: {_kept(run_dir)}") as stop,
     ):
-        heart.background = lambda: checkpoints.writing
+        heart.background, run.meet = lambda: checkpoints.writing, heart.meet
         heart.enter("restore" if checkpoints.steps() else "start", 0)
         state = run.start(checkpoints)
         steps, done = total_steps(recipe, loader, run.begin.step, run.begin.sample), run.begin.step
@@ -144,7 +144,7 @@ def _train(run: Run, state: TrainState, steps: int, log: RunLog, stop: StopReque
             program = jitted.lower(state, batch, lr).compile()
             memory = memory_line(device_bytes(program))
             log.compiled(time.perf_counter() - start, f"memory per device, by the compiler: {memory}")
-            heart.meet("compiled")
+            heart.meet("compile")
             heart.enter("step", step)
         profile.before(step, state)
         state, metrics = program(state, batch, lr)

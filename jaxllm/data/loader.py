@@ -88,15 +88,16 @@ class DataConfig(Config):
 
 
 class Loader(Iterator[AnyBatch]):
-    """Iterator over host-local batches, NumPy arrays [batch_size / process_count, T].
+    """Iterator over host-local batches, NumPy arrays [batch_size * len(parts) / count, T].
 
     What a batch is follows from `config.objective`: pairs are `TextPairs`, texts with labels `LabelledTexts`.
 
-    Joining the batches of processes 0, 1, ... gives the global batch, the same for every process count. The last batch
-    of a finite order is filled up with rows of weight 0.
+    Part n of `count` is the n-th of so many equal pieces of the global batch, which is the same for every count. The
+    last batch of a finite order is filled up with rows of weight 0.
 
     Args:
       split: "train" (shuffled, repeated) or "validation" (stored order, one pass).
+      parts: those to read, in ascending order, as `sharding.mesh.reader` has them.
 
     Attributes:
       samples_per_epoch: rows that one pass over the first source takes, with the rows mixed in; for validation, all.
@@ -111,18 +112,18 @@ class Loader(Iterator[AnyBatch]):
         self,
         config: DataConfig,
         split: Literal["train", "validation"] = "train",
-        process_index: int = 0,
-        process_count: int = 1,
+        parts: Sequence[int] = (0,),
+        count: int = 1,
     ):
-        if config.batch_size % process_count:
+        size = config.batch_size
+        if size % count and len(parts) < count:  # who reads all parts needs no borders
             raise ValueError(
-                f"batch_size={config.batch_size} is not divisible by {process_count} processes; "
-                f"use a multiple of {process_count}, such as {-(-config.batch_size // process_count) * process_count}"
+                f"batch_size={size} is not divisible by {count} parts; use a multiple of {count}, such as "
+                f"{-(-size // count) * count}"
             )
         self.config = config
         self.split = split
-        self._local_rows = config.batch_size // process_count
-        self._first_row = process_index * self._local_rows
+        self._rows = [row for part in parts for row in range(part * size // count, (part + 1) * size // count)]
         self.sources = [source for source in config.sources if split == "train" or source.validate_on]
         self.datasets = [Dataset.open(source.path, split, config.verify) for source in self.sources]
         for dataset in self.datasets:
@@ -246,11 +247,9 @@ class Loader(Iterator[AnyBatch]):
         )
         size = self.config.batch_size
         count = 1 << 62 if self.n_samples is None else -(-(self.n_samples - start) // size)
-        first = start + self._first_row
 
         def batch(index: int) -> AnyBatch:
-            samples = range(first + index * size, first + index * size + self._local_rows)
-            rows = [self.row(sample) for sample in samples]
+            rows = [self.row(start + index * size + row) for row in self._rows]
             return type(rows[0])(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
         return iter(grain.MapDataset.range(count).map(batch).to_iter_dataset(options))

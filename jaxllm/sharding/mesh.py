@@ -75,23 +75,15 @@ def _try_whole_axes(build: Callable[..., np.ndarray], *arguments: Any) -> np.nda
 
 
 @functools.lru_cache
-def reader(mesh: Mesh) -> tuple[int, int]:
-    """Return (which part of a batch this process reads, number of parts); processes that share rows read the same.
+def reader(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Return (which parts of a batch this process holds, number of parts); several processes may hold the same ones.
 
-    Raises:
-      ValueError: processes share some of their rows and not others.
+    Part n of N is the n-th N-th of the rows. Those of a process need not follow one another: on a torus, its devices
+    are a block of the network and not of the rows.
     """
-    rows, parts = mesh.devices.reshape(batch_parts(mesh.shape), -1), defaultdict(list)
-    for number, devices in enumerate(rows):
-        for process in {device.process_index for device in devices}:
-            parts[process].append(number)
-    different = sorted({tuple(each) for each in parts.values()})
-    if len({len(each) for each in different}) > 1 or sum(map(len, different)) != len(rows):
-        raise ValueError(
-            f"mesh {dict(mesh.shape)}: the parts of the batch that processes hold are {dict(parts)}, and two must have "
-            "the same or none in common; make mesh.context x mesh.tensor a divisor or a multiple of a process's devices"
-        )
-    return different.index(tuple(parts.get(jax.process_index(), different[0]))), len(different)
+    rows, process = mesh.devices.reshape(batch_parts(mesh.shape), -1), jax.process_index()
+    held = (number for number, row in enumerate(rows) if any(device.process_index == process for device in row))
+    return tuple(held), len(rows)
 
 
 def on_mesh_of(params: Any, function: Callable) -> Callable:

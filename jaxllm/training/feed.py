@@ -53,10 +53,14 @@ class Feed:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """Join the rows [B / parts, ...] of every `reader` to global arrays [B, ...], rows over the batch axes."""
+    """Join the rows of the parts that each process has, see `reader`, to global arrays [B, ...], over the batch axes.
+
+    JAX lays the local rows on the devices in ascending order of the global ones, which is that of the parts.
+    """
+    parts, count = reader(mesh)
 
     def joined(local: "jax.typing.ArrayLike") -> jax.Array:
-        shape = (local.shape[0] * reader(mesh)[1], *local.shape[1:])
+        shape = (local.shape[0] * count // len(parts), *local.shape[1:])
         return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), local, shape)
 
     return jax.tree.map(joined, batch)

@@ -27,6 +27,7 @@ from jaxllm.training.stop import leave
 DIRECTORY = "heartbeats"
 AGAIN = 75  # exit status where a process is missing: EX_TEMPFAIL of sysexits.h, "try again"
 DAY_MS = 24 * 3600 * 1000
+WAIT, WAIT_S = "wait", 60.0  # the phase of who waits for others, and how often it says for whom
 PERIODS = 5  # without a beat, where something has failed already and the question is only who
 
 
@@ -50,6 +51,8 @@ class Heartbeat:
         self._last_words, self.background = last_words, str
         self._process, self._count = jax.process_index(), jax.process_count()
         self._phase, self._step, self._beats = "start", 0, 0
+        self._met: set[str] = set()
+        self._told = 0.0  # when it was last said who is waited for
         self._seen: dict[int, tuple[int, float]] = {}  # peer: its last beat, and when that was new
         self._cut_off = False  # from the store
         self._last: dict[int, dict] = {}  # peer: its last record
@@ -59,7 +62,7 @@ class Heartbeat:
         self._leaving = threading.Lock()
 
     def enter(self, phase: str, step: int) -> None:
-        """Say what comes now: start, restore, compile, data, step, save, evaluate or sample, for update `step`.
+        """Say what comes now: start, restore, compile, data, step, save, evaluate, sample or wait, for update `step`.
 
         The two that alternate with each update reach the file with the next beat, all others at once.
         """
@@ -68,9 +71,18 @@ class Heartbeat:
             self._write()
 
     def meet(self, name: str) -> None:
-        """Wait here for all processes, without a collective: Gloo gives up if one comes to it 30 s after another."""
-        if self._count > 1:
-            distributed.global_state.client.wait_at_barrier(self._key(name), DAY_MS)  # who is lost, is missed before
+        """Wait here, the first time for each `name`, for all processes: without a collective.
+
+        For Gloo gives up if one comes to it 30 s after another. Who is lost, is missed before the day is over; who does
+        something else, is named every minute.
+        """
+        if self._count == 1 or name in self._met:
+            return
+        self._met.add(name)
+        before, self._told = self._phase, time.monotonic()
+        self.enter(WAIT, self._step)
+        distributed.global_state.client.wait_at_barrier(self._key(name), DAY_MS)
+        self.enter(before, self._step)
 
     def __enter__(self) -> "Heartbeat":
         self._directory.mkdir(exist_ok=True)
@@ -98,6 +110,8 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._over.wait(self._period_s):
             self._write()
+            if self._phase == WAIT and time.monotonic() - self._told > WAIT_S:
+                self._name_the_late()
             if self._count > 1:
                 self._check({0, (self._process + 1) % self._count} - {self._process}, self._limit_s)
 
@@ -115,6 +129,24 @@ class Heartbeat:
             temporary = self._directory / f".process-{self._process}.tmp"
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
             temporary.replace(self._directory / f"process-{self._process}.json")
+
+    def _name_the_late(self) -> None:
+        """Say for whom all others wait, in the first process of these."""
+        self._told = time.monotonic()
+        records = {process: self._get(process) or {} for process in range(self._count)}
+        late = [process for process, record in records.items() if record.get("phase") != WAIT]
+        if late and self._process == next((process for process in records if process not in late), None):
+            those = "; ".join(" in ".join(self._describe(process, records[process])) for process in late[:4])
+            more = f"; and {len(late) - 4} more" * (len(late) > 4)
+            sys.stderr.write(f"waiting for {len(late)} of {self._count} processes: {those}{more}\n")
+            sys.stderr.flush()
+
+    def _describe(self, peer: int, record: dict) -> tuple[str, str]:
+        """Return who a process is, and what it does."""
+        place = f"pid {record['pid']} on {record['host']}" if record else "which never said where it is"
+        beside = record.get("beside", "")
+        doing = f"phase {record.get('phase', 'start')} of step {record.get('step', 0)}{f', {beside}' if beside else ''}"
+        return f"process {peer} of {self._count} ({place})", doing
 
     def _check(self, peers: Iterable[int], silence_s: float) -> None:
         """End this process if one of `peers` is missing, or another process says that one is."""
@@ -141,12 +173,10 @@ class Heartbeat:
         before, since = self._seen.get(peer, (-1, now))
         if beat != before:
             before, since = self._seen[peer] = beat, now
-        phase, beside = record.get("phase", "start"), record.get("beside", "")
+        phase = record.get("phase", "start")
         if phase == "done":
             return None
-        place = f"pid {record['pid']} on {record['host']}" if record else "which never said where it is"
-        name = f"process {peer} of {self._count} ({place})"
-        doing = f"phase {phase} of step {record.get('step', 0)}{f', {beside}' if beside else ''}"
+        name, doing = self._describe(peer, record)
         if phase.startswith("ended"):
             if now - since < PERIODS * self._period_s and not unreachable:
                 return None  # perhaps this process is about to end with the same error

@@ -48,13 +48,14 @@ class Observer(NamedTuple):
     Attributes:
       step: called with (step, metrics as floats or lists of them, seconds, seconds waited for data) once per step, in
         order.
-      skipped: called with (step, batch as NumPy, metrics) when an update was refused.
+      skipped: called with (step, what this process holds of the batch, see `local_part`, metrics) when an update was
+        refused.
       failed: called with (step, state, error) before an error of the data or `Diverged` ends the loop.
       phase: called with (phase, step) before the data is waited for, an update is dispatched, an action runs.
     """
 
     step: Callable[[int, dict[str, float], float, float], None]
-    skipped: Callable[[int, Batch, dict[str, float]], None]
+    skipped: Callable[[int, dict[str, np.ndarray], dict[str, float]], None]
     failed: Callable[[int, TrainState, Exception], None]
     phase: Callable[[str, int], None] = lambda phase, step: None
 
@@ -131,16 +132,30 @@ def _report(step: int, metrics: dict, batch: Batch, clock: _Clock, observer: Obs
     values = {key: value.tolist() for key, value in jax.device_get(metrics).items()}  # waits for this step to end
     observer.step(step, values, *clock.lap())
     if values["skipped"]:
-        observer.skipped(step, jax.tree.map(_local_rows, batch), values)
+        observer.skipped(step, local_part(batch), values)
 
 
-def _local_rows(x: jax.Array) -> np.ndarray:
-    """Return what this process holds of the rows of a global array, once: mesh axes copy and cut them."""
+def local_part(batch: Batch) -> dict[str, np.ndarray]:
+    """Return what this process holds of each field [B, ...], and where it lies in the whole.
+
+    `FIELD.rows` are the numbers of the rows in the batch and `FIELD.columns` the places in them, which processes share
+    where mesh.context goes over several. A place that only others hold is 0.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, field in batch._asdict().items():
+        found[name], *places = _local(field)
+        found |= {f"{name}.{along}": place for along, place in zip(("rows", "columns"), places, strict=False)}
+    return found
+
+
+def _local(x: jax.Array) -> tuple[np.ndarray, ...]:
+    """Return what this process holds of a global array, once, for mesh axes copy and cut it, and its indices."""
     parts = {tuple(cut.start or 0 for cut in shard.index): shard.data for shard in x.addressable_shards}
     starts = [sorted(set(along)) for along in zip(*parts, strict=True)]
     size = next(iter(parts.values())).shape
-    rows = np.empty([len(along) * length for along, length in zip(starts, size, strict=True)], x.dtype)
+    rows = np.zeros([len(along) * length for along, length in zip(starts, size, strict=True)], x.dtype)
     for start, part in parts.items():
         first = [along.index(at) * length for along, at, length in zip(starts, start, size, strict=True)]
         rows[tuple(slice(at, at + length) for at, length in zip(first, size, strict=True))] = part
-    return rows
+    places = ([at + n for at in along for n in range(length)] for along, length in zip(starts, size, strict=True))
+    return rows, *map(np.array, places)

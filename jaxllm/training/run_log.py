@@ -5,7 +5,7 @@ line on a terminal, one line per interval elsewhere.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxllm.core.batch import Batch
 from jaxllm.core.bucket import named, push
 from jaxllm.core.files import write_text
 from jaxllm.training.config import MonitorConfig
@@ -149,8 +148,8 @@ class RunLog:
         rate = f"{values['tokens_per_s']:,.0f} tok/s" + (f" MFU {values['mfu']:.1%}" if peak is not None else "")
         self._progress(step, f"loss {metrics['loss']:.4f}  {rate}")
 
-    def skipped(self, step: int, batch: Batch, metrics: dict[str, float]) -> None:
-        """Record a refused update and keep its batch for inspection.
+    def skipped(self, step: int, batch: Mapping[str, np.ndarray], metrics: dict[str, float]) -> None:
+        """Record a refused update and keep its batch, or what this process holds of it, for inspection.
 
         Raises:
           Diverged: more than `max_skipped` in a row.
@@ -158,8 +157,10 @@ class RunLog:
         self._skipped_in_a_row += 1
         path = self._run_dir / "skipped" / f"step-{step}-process-{jax.process_index()}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **batch._asdict())
+        np.savez_compressed(path, **batch)
         push(path)  # by each process, whose twin the first one does not see
+        if jax.process_count() > 1:  # each has its rows and columns
+            path = path.with_name(f"step-{step}-process-*.npz")
         facts = f"loss={metrics['loss']:.4g}, grad_norm={metrics['grad_norm']:.4g}"
         if self._writer is not None:
             self._write_documents("skipped", step)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxllm.core import bucket, files
-from jaxllm.core.batch import Batch
 from jaxllm.data.prepare import prepare
 from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.reading.sources import World
@@ -136,7 +135,7 @@ def test_another_process_pushes_the_batch_that_it_refuses(fs, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     place = {"begin": Position(0, 0, 1), "tokens_per_step": 1, "flops": (1.0, None)}
     log = RunLog(bucket.here("memory://b/run"), "train", MonitorConfig(), 9, **place)
-    log.skipped(3, Batch(*[np.zeros(1)] * len(Batch._fields)), {"loss": np.nan, "grad_norm": 1.0})
+    log.skipped(3, {"tokens": np.zeros(1)}, {"loss": np.nan, "grad_norm": 1.0})
     assert set(stored(fs)) == {"/b/run/skipped/step-3-process-1.npz"}
 
 

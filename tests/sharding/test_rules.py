@@ -1,4 +1,3 @@
-import math
 from types import SimpleNamespace
 
 import jax
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.sharding.config import AXES, MeshConfig, axis_sizes
+from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.sharding.mesh import arrange, reader
 from jaxllm.sharding.rules import partition_spec
 
@@ -141,21 +140,35 @@ def test_slices_that_do_not_fit(config, devices, message):
         arrange(config, devices)
 
 
+def of_a_process(number, config, devices):
+    """The parts that a process reads of a mesh of fake devices."""
+    shape, devices = axis_sizes(config, len(devices)), arrange(config, devices)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_index", lambda: number)
+        return reader.__wrapped__(SimpleNamespace(shape=shape, devices=devices))
+
+
 @pytest.mark.parametrize(
-    ("sizes", "per_process", "expected"),
-    [({"data": 4}, 2, [(0, 2), (1, 2)]), ({"data": 2, "tensor": 2}, 1, [(0, 2), (0, 2), (1, 2), (1, 2)]),
-     ({"tensor": 4}, 1, [(0, 1)] * 4), ({"fsdp": 2, "context": 2, "tensor": 2}, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
-     ({"data": 3, "tensor": 2}, 3, None)],
-)  # fmt: skip
-def test_processes_that_share_rows_read_the_same(monkeypatch, sizes, per_process, expected):
-    shape = {axis: sizes.get(axis, 1) for axis in AXES}
-    devices = [SimpleNamespace(process_index=number // per_process) for number in range(math.prod(shape.values()))]
-    found, mesh = [], SimpleNamespace(shape=shape, devices=np.array(devices).reshape([*shape.values()]))
-    for process in range(len(devices) // per_process) if expected else ():
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        found.append(reader.__wrapped__(mesh))
-    if expected:
-        assert found == expected
-    else:
-        with pytest.raises(ValueError, match="the same or none in common"):
-            reader.__wrapped__(mesh)
+    ("config", "per_process", "expected"),
+    [
+        (MeshConfig(data=4), 2, [(0, 1), (2, 3)]),
+        (MeshConfig(tensor=2), 1, [(0,), (0,), (1,), (1,)]),
+        (MeshConfig(data=1, tensor=4), 1, [(0,)] * 4),
+        (MeshConfig(fsdp=2, context=2, tensor=2, data=1), 2, [(0,), (0,), (1,), (1,)]),
+        (MeshConfig(tensor=2), 3, [(0, 1), (1, 2)]),
+    ],
+)
+def test_each_process_reads_the_parts_that_its_devices_hold(config, per_process, expected):
+    devices = [
+        SimpleNamespace(platform="cpu", process_index=number // per_process)
+        for number in range(len(expected) * per_process)
+    ]
+    parts = config.tensor * config.context
+    for process, each in enumerate(expected):
+        assert of_a_process(process, config, devices) == (each, len(devices) // parts)
+
+
+def test_the_parts_of_a_process_of_a_torus_do_not_follow_one_another():
+    found = [of_a_process(process, MeshConfig(data=1, fsdp=-1), chips(4, 4, 4)) for process in range(16)]
+    assert found[0] == ((0, 4, 16, 20), 64)
+    assert sorted(part for parts, _ in found for part in parts) == list(range(64))

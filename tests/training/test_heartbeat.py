@@ -1,6 +1,7 @@
 """What a process makes of the beats of its peers; whole runs are in tests/test_train.py."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -164,10 +165,30 @@ def test_a_single_process_beats(tmp_path):
     assert json.loads(path.read_text())["phase"] == "done"
 
 
-def test_processes_meet_at_a_barrier_of_the_store_and_a_single_one_goes_on(beating, tmp_path, monkeypatch):
-    waited, several = [], beating(1)
-    monkeypatch.setattr(Store, "wait_at_barrier", lambda _, *what: waited.append(what), raising=False)
-    several.meet("compiled")
+def test_processes_meet_once_at_a_barrier_of_the_store_and_the_late_are_named(beating, tmp_path, monkeypatch, capsys):
+    waited, one, two = [], beating(0), beating(1)
+    two.enter("compile", 3)
+
+    def wait_at_barrier(store, *what):
+        waited.append((what, json.loads(store["jaxllm/heartbeat/7/0"])["phase"]))
+        one._name_the_late()
+
+    monkeypatch.setattr(Store, "wait_at_barrier", wait_at_barrier, raising=False)
+    one.enter("evaluate", 3)
+    one.meet("evaluate")
+    one.meet("evaluate")
+    assert waited == [(("jaxllm/heartbeat/7/evaluate", heartbeat.DAY_MS), "wait")]
+    assert re.fullmatch(
+        r"waiting for 1 of 2 processes: process 1 of 2 \(pid \d+ on .*\) in phase compile of step 3\n",
+        capsys.readouterr().err,
+    )
+    assert json.loads(store()["jaxllm/heartbeat/7/0"])["phase"] == "evaluate"
+    one.enter("wait", 3)
+    two.enter("wait", 3)
+    one._name_the_late()  # nobody, in whoever waits
+    two.enter("compile", 3)
+    two._name_the_late()  # nor in who is late
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    Heartbeat(tmp_path, 7, 0.2).meet("compiled")
-    assert waited == [("jaxllm/heartbeat/7/compiled", heartbeat.DAY_MS)]
+    Heartbeat(tmp_path, 7, 0.2).meet("compile")
+    assert len(waited) == 1

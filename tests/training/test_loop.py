@@ -64,6 +64,8 @@ def test_too_many_skipped_steps_end_the_run_with_state_records_and_batch_kept(tm
     assert [step for step, _ in records(tmp_path)] == [1, 2, 3, 4]
     with np.load(tmp_path / "skipped" / "step-3-process-0.npz") as dumped:
         np.testing.assert_array_equal(dumped["tokens"], np.arange(16).reshape(8, 2) + 200)  # every row once, in order
+        assert dumped["tokens.rows"].tolist() == list(range(8))
+        assert dumped["tokens.columns"].tolist() == [0, 1]
 
 
 def test_a_skipped_step_between_good_ones_is_no_reason_to_stop(tmp_path):

@@ -28,7 +28,7 @@ from jaxllm.models import accounting
 from jaxllm.models.build import init_params
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding import distributed
-from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.mesh import make_mesh, reader
 from jaxllm.training.feed import place
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import init_state
@@ -68,7 +68,8 @@ def train(recipe: Recipe, steps: int) -> dict:
     jax.set_mesh(mesh)
     state, shardings = init_state(model, optimizer(recipe.optim), mesh, seed=0, ema=recipe.step.ema_decay is not None)
     step = compile_step(model, compute, recipe.optim, recipe.step, shardings)
-    rows, length = data.batch_size // jax.process_count(), data.packing.seq_len
+    parts, count = reader(mesh)
+    rows, length = data.batch_size * len(parts) // count, data.packing.seq_len
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
     ones, positions = np.ones((rows, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     local = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
