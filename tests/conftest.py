@@ -4,6 +4,7 @@ Environment variables, not `jax.config`: tests without arrays stay free of the i
 """
 
 import os
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -16,6 +17,13 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
     # Four times as fast again; only where it is known, because XLA aborts at a flag that it does not know.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices() -> None:
+    """Take the devices before the first run in this process, which would ask for as many as there are cores."""
+    if "jax" in sys.modules:
+        sys.modules["jax"].devices()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
