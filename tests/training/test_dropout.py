@@ -73,8 +73,8 @@ def test_every_kind_of_model_drops_the_same_in_any_part_of_a_batch(kind):
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["decoder", "labels", "pairs", "vae"])
-def test_stages_drop_the_same_and_every_kind_of_model_has_the_gradient_of_one_device(kind):
+@pytest.mark.parametrize("kind", ["decoder", "pairs"])
+def test_stages_drop_the_same_and_have_the_gradient_of_one_device(kind):
     params = jax.tree.map(lambda x: 6 * x, init_params(MODELS[kind], 0))
     compute = CPU.model_copy(update={"pipeline": Pipeline(microbatches=2)})
     step = StepConfig(dropout=Dropout(rate=0.3))

@@ -46,7 +46,8 @@ class Encoded(Files):
     @classmethod
     def _named(cls, encoding: str) -> str:
         try:
-            return ",".join(codecs.lookup(name).name for name in encoding.split(","))
+            names = encoding.split(",")
+            return ",".join("utf-8" if codecs.lookup(name).name == "utf-8" else name for name in names)
         except LookupError as error:
             raise ValueError(f"{error}; Python knows utf-8, gb18030, big5, latin-1, utf-16, ...") from error
 

@@ -145,7 +145,8 @@ def test_stretches_of_a_file_have_its_groups_of_rows(tmp_path, kind):
             file.write(content)
         problems, wrong = Problems("skip"), RowFiles(kind=kind, path=path, fields=field)
         found = [document for part in cut(parts(wrong)[0], 1) for document in documents(part, problems)]
-        assert not found and problems.count == 1  # as of a file that is not cut
+        each_row = kind == "arrayrecord" and field == "body"  # whose rows have fields of their own
+        assert not found and problems.count == (103 if each_row else 1)  # as of a file that is not cut
 
 
 def test_broken_archives(tmp_path):
@@ -385,7 +386,7 @@ def test_mixed_encodings(tmp_path):
     left = skipped(TextFiles(path=f"{tmp_path}/a.txt", split="line"), "not UTF-8 at byte offset 7")
     assert [each.text for each in left] == ["你好", "end"]
     problems = Problems()
-    several = TextFiles(path=f"{tmp_path}/a.txt", split="line", encoding="utf-8,gb18030,latin-1")
+    several = TextFiles(path=f"{tmp_path}/a.txt", split="line", encoding="UTF8,gb18030,latin-1")
     assert texts(several, problems) == ["你好", "你好", "café", "end"]
     assert problems.notes == {"documents in GB18030": 1, "documents in LATIN-1": 1}
     (tmp_path / "b.jsonl").write_bytes(lines(2).decode().encode("gbk"))
