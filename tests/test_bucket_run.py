@@ -190,6 +190,7 @@ def recipe(home: str, *overrides: str):
     return load_recipe("recipe.yaml", [out, data, *overrides])
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_elsewhere_and_is_the_one_that_never_left(objects, tmp_path, monkeypatch, capsys):
     world = {"inputs": (World(count=120),), "tokenizer": BytesTokenizer(), "validation": 10, "seq_len": 32}
     for home in ("gs://bucket", "local"):

@@ -89,6 +89,7 @@ def lines(run_dir: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.soak
 def test_kill_9_at_random_moments_changes_nothing(workspace):
     run_dir, file = workspace / "killed", recipe(workspace, "killed")
     generator, kills = random.Random(time.time_ns()), 0

@@ -154,7 +154,7 @@ def test_pairs_are_read_by_transformers_as_marian(pairs_run, tmp_path):
     assert again.generate([*WORDS]) == model.generate([*WORDS])
 
 
-@pytest.mark.parametrize("name", ["pairs", "masked", "labels"])
+@pytest.mark.parametrize("name", [pytest.param("pairs", marks=pytest.mark.soak), "masked", "labels"])
 def test_a_resumed_run_computes_what_an_undisturbed_one_does(name, masked_run):
     short = ["steps=4", "step.dropout.rate=0.1", "monitor.prompts=[]", "monitor.evaluate_every=2", "checkpoint.every=2"]
     train(load_recipe(f"{name}.yaml", [f"out={name}-straight", *short]))

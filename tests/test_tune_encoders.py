@@ -105,6 +105,7 @@ def test_labels_on_top_of_a_bert(head, tmp_path, capsys):
     assert theirs.config.id2label == {0: "Pet", 1: "Sci/Tech"}
 
 
+@pytest.mark.soak
 def test_pairs_on_top_of_a_bart(capsys):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -42,14 +42,17 @@ def forward(config=CONFIG):
 
 @pytest.mark.parametrize("config", [CONFIG, STRAIGHT], ids=["query_latent", "straight"])
 def test_cached_logits_equal_the_full_forward(config):
-    model = bind(graph(config, COMPUTE, stacked=False)[0], unstack(params(config)))
+    graphdef, values = graph(config, COMPUTE, stacked=False)[0], unstack(params(config))
+    model = bind(graphdef, values)
+    prefill = jax.jit(lambda values, *rows: bind(graphdef, values).prefill(*rows))
+    decode = jax.jit(lambda values, *rows: bind(graphdef, values).decode(*rows))
     positions, cache = np.arange(20)[None].repeat(2, 0), model.empty_cache(2, 32)
     assert {layer.keys.shape for layer in cache} == {(2, 32, LATENT.rank + LATENT.rotated)}
     assert len(jax.tree.leaves(cache)) == 3  # nothing else per token and layer
-    first, cache = model.prefill(TOKENS[:, :9], positions[:, :9], cache)
+    first, cache = prefill(values, TOKENS[:, :9], positions[:, :9], cache)
     parts = [first]
     for start, stop in ((9, 15), (15, 16), (16, 17), (17, 20)):  # several tokens at once, too
-        hidden, cache = model.decode(TOKENS[:, start:stop], positions[:, start:stop], cache)
+        hidden, cache = decode(values, TOKENS[:, start:stop], positions[:, start:stop], cache)
         parts.append(hidden)
     expected = forward(config)(params(config), TOKENS)
     np.testing.assert_allclose(model.logits(jnp.concatenate(parts, axis=1)), expected, atol=2e-5)

@@ -87,6 +87,7 @@ def test_sharded_equals_one_device(mesh, split, model):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
 
 
+@pytest.mark.soak
 def test_muon_and_a_moving_average_on_a_mesh_where_devices_share_all_experts():
     options = {"model": DEEPSEEK, "optim": Muon(), "step": StepConfig(ema_decay=0.5)}
     history, params, state = run(MeshConfig(data=1, fsdp=4, tensor=2), 8, **options)
