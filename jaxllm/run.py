@@ -47,7 +47,7 @@ from jaxllm.vae import VAE
 # Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
 # multiple of the estimate, with what glibc keeps of freed memory and without.
 PROCESS_BYTES, KEPT, IN_USE = 0.6e9, 4, 2
-SAID = ("imported", "stop_ids", "forced", "asked")  # the last three: how an encoder-decoder writes targets
+SAID = ("imported", "stop_ids", "forced", "asked")  # the last two: how an encoder-decoder writes targets
 
 
 class Run:
@@ -153,7 +153,7 @@ class Run:
             params, meta = model.params, vars(model)
         else:
             params, meta = load_params(run_dir, found, step=step, shardings=param_shardings(found, self.mesh))
-        names = SAID if isinstance(wanted, Seq2SeqConfig) else SAID[:1]
+        names = SAID if isinstance(wanted, Seq2SeqConfig) else SAID[:2]
         self._said = {name: meta[name] for name in names if name in meta}
         if isinstance(wanted, EncoderConfig) and wanted.head != found.head:  # a new one on top of what reads
             fresh = jax.jit(init_params, static_argnums=(0, 1), out_shardings=param_shardings(wanted, self.mesh))

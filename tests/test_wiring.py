@@ -18,6 +18,7 @@ from jaxllm.data.prepare_config import BytesTokenizer, PrepareConfig
 from jaxllm.data.reading.sources import World
 from jaxllm.data.tokenizers import tokenizer as tokenizers
 from jaxllm.inspect import main as inspect
+from jaxllm.language_model import LanguageModel
 from jaxllm.models import presets
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.run import Run
@@ -227,8 +228,11 @@ def test_tune_needs_conversations_and_train_says_that_it_has_them(workspace, cap
     for steps, notes in ((1, 1), (2, 0)):  # said once, and not again by a resumed run
         assert train_command([*flags, f"steps={steps}", "out=runs/three"]) == 0
         assert capsys.readouterr().out.count(note) == notes
-    assert tune_command([*flags, "start_from=runs/three", "out=runs/four"]) == 0
+    lm = jaxllm.load("runs/three")
+    LanguageModel(lm.config, lm.params, lm.tokenizer, stop_ids=(7,)).save("runs/stops")  # as a published one may
+    assert tune_command([*flags, "start_from=runs/stops", "out=runs/four"]) == 0
     assert note not in capsys.readouterr().out
+    assert jaxllm.load("runs/four").stop_ids == (lm.tokenizer.eos_id, 7)
 
 
 def test_length_in_samples_survives_another_batch_size(workspace):

@@ -47,6 +47,7 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+@cache
 def constants(count: int, start: int = 1) -> np.ndarray:
     """Return `count` fixed odd numbers, uint64, that look random."""
     return mix(np.arange(start, start + count, dtype=np.uint64) * np.uint64(_BASE)) | np.uint64(1)

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import os
 import pickle
@@ -25,30 +24,8 @@ from jaxllm.data.problems import Problems
 from jaxllm.data.reading.sources import RowFiles, TextFiles, cut, documents, parts
 
 
-def read(source, problems=None):
-    return list(documents(source, problems or Problems()))
-
-
-def texts(source, problems=None):
-    return [each.text for each in read(source, problems)]
-
-
-def skipped(source, match):
-    """The documents that are left, where the policy "error" stops with a message that matches, and "skip" counts it."""
-    with pytest.raises(ValueError, match=match):
-        read(source)
-    problems = Problems("skip")
-    left = read(source, problems)
-    assert problems.count >= 1
-    return left
-
-
-def lines(count):
-    return b"".join(json.dumps({"text": f"row {n} 你好", "id": f"x{n}"}).encode() + b"\n" for n in range(count))
-
-
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
-def test_compressed_files_are_known_by_their_content(tmp_path, compress):
+def test_compressed_files_are_known_by_their_content(tmp_path, compress, lines, read):
     (tmp_path / "a.jsonl").write_bytes(compress(lines(3)) + compress(lines(3)[: len(lines(1))]))
     found = read(RowFiles(path=str(tmp_path / "a.jsonl")))
     assert [each.text for each in found] == ["row 0 你好", "row 1 你好", "row 2 你好", "row 0 你好"]
@@ -57,7 +34,7 @@ def test_compressed_files_are_known_by_their_content(tmp_path, compress):
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
-def test_cut_compressed_files_give_what_is_whole(tmp_path, compress):
+def test_cut_compressed_files_give_what_is_whole(tmp_path, compress, lines, skipped):
     path, whole = tmp_path / "a.jsonl.gz", compress(os.urandom(70_000).hex().encode() + b"\n" + lines(20_000))
     for count, least in (20_000, 0), (100, 90 if compress in (gzip.compress, lzma.compress) else 0):  # others: blocks
         path.write_bytes(compress(lines(count))[:-30])
@@ -68,7 +45,7 @@ def test_cut_compressed_files_give_what_is_whole(tmp_path, compress):
     skipped(TextFiles(path=str(path)), r"a\.jsonl\.gz: .*what follows cannot be read")
 
 
-def test_members_of_archives(tmp_path):
+def test_members_of_archives(tmp_path, read):
     contents = {
         "a.txt": b"one", "sub/b.txt.gz": gzip.compress(b"two"), "c.bin": b"\xff", "./d.txt": b"", "e.BIN": b"",
         "__MACOSX/._a.txt": b"\xff", "README": b"x",
@@ -102,7 +79,7 @@ def test_members_of_archives(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["line", "paragraph", "jsonl"])
-def test_stretches_of_a_file_have_its_documents(tmp_path, split):
+def test_stretches_of_a_file_have_its_documents(tmp_path, split, lines, read):
     if split == "jsonl":
         (tmp_path / "a").write_bytes(b"\n" + lines(40) + b"{bad\n\n" + lines(3)[:-1])
         source = RowFiles(path=f"{tmp_path}/a")
@@ -122,7 +99,7 @@ def test_stretches_of_a_file_have_its_documents(tmp_path, split):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrayrecord"])
-def test_stretches_of_a_file_have_its_groups_of_rows(tmp_path, kind):
+def test_stretches_of_a_file_have_its_groups_of_rows(tmp_path, kind, read):
     path = f"{tmp_path}/a"
     if kind == "parquet":
         parquet.write_table(pa.table({"text": [f"row {n}" for n in range(103)]}), path, row_group_size=10)
@@ -149,7 +126,7 @@ def test_stretches_of_a_file_have_its_groups_of_rows(tmp_path, kind):
         assert not found and problems.count == (103 if each_row else 1)  # as of a file that is not cut
 
 
-def test_broken_archives(tmp_path):
+def test_broken_archives(tmp_path, skipped):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("a.txt", "b.txt", "c.txt"):
@@ -179,7 +156,7 @@ def test_broken_archives(tmp_path):
     )
 
 
-def test_directories_and_links(tmp_path):
+def test_directories_and_links(tmp_path, read, skipped, texts):
     for name in ("b.txt", "sub/a.txt", "sub/deep/c.txt.gz", ".git/d.txt", "e.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -197,7 +174,7 @@ def test_directories_and_links(tmp_path):
         read(TextFiles(path=f"{tmp_path}/s*.txt"))
 
 
-def test_remote_paths(tmp_path):
+def test_remote_paths(tmp_path, lines, read, texts):
     (tmp_path / "data" / "sub").mkdir(parents=True)
     (tmp_path / "data" / "a.jsonl").write_bytes(lines(2))
     (tmp_path / "data" / "sub" / "b.jsonl.gz").write_bytes(gzip.compress(lines(1)))
@@ -226,7 +203,7 @@ def _moved(bucket, directory):
     }
 
 
-def test_parts_are_picklable_and_say_the_same(tmp_path):
+def test_parts_are_picklable_and_say_the_same(tmp_path, lines, read):
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(2))
     source = RowFiles(path=f"{tmp_path}/*.jsonl")
@@ -235,7 +212,7 @@ def test_parts_are_picklable_and_say_the_same(tmp_path):
     assert [each for part in found for each in documents(part, Problems())] == read(source)
 
 
-def test_files_that_change_while_they_are_read(tmp_path):
+def test_files_that_change_while_they_are_read(tmp_path, lines):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(2) + b'{"text": "half')
     [part] = parts(RowFiles(path=str(path)))
@@ -250,7 +227,7 @@ def test_files_that_change_while_they_are_read(tmp_path):
     assert parts(RowFiles(path=os.devnull))[0].size is None  # no regular file: read to its end
 
 
-def test_long_lines_are_counted_and_cost_no_memory(tmp_path):
+def test_long_lines_are_counted_and_cost_no_memory(tmp_path, lines, skipped):
     path = tmp_path / "a.jsonl"
     with open(path, "wb") as file:
         file.write(lines(1) + b'{"text": "')
@@ -268,7 +245,7 @@ def test_long_lines_are_counted_and_cost_no_memory(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["file", "paragraph", "line"])
-def test_texts_that_are_too_long_are_cut_and_cost_no_memory(tmp_path, split):
+def test_texts_that_are_too_long_are_cut_and_cost_no_memory(tmp_path, split, texts):
     path, text = tmp_path / "a.txt", "one\ntwo " + "three 四 " * 60_000 + "五" * 60_000 + "\nsix\n"
     path.write_text(text, encoding="utf-8")
     source, problems = TextFiles(path=str(path), split=split, max_bytes=10_000), Problems()
@@ -290,7 +267,7 @@ def test_texts_that_are_too_long_are_cut_and_cost_no_memory(tmp_path, split):
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("split", ["file", "paragraph", "line"])
-def test_cutting_knows_where_lines_end(tmp_path, split, newline):
+def test_cutting_knows_where_lines_end(tmp_path, split, newline, read):
     path, rows = tmp_path / "a.txt", ["a" * 10, "bbb", "", "c c c c c c c", "四四四四", "d" * 25, "", "", "e"]
     path.write_bytes(content := newline.join([*rows, ""]).encode())
     begins = [0, *(at + 1 for at, byte in enumerate(content) if byte == 10)]
@@ -316,7 +293,7 @@ def test_cutting_knows_where_lines_end(tmp_path, split, newline):
             assert [(each.location, each.offset, each.text) for each in parted] == told
 
 
-def test_a_file_that_breaks_keeps_what_came_before(tmp_path):
+def test_a_file_that_breaks_keeps_what_came_before(tmp_path, skipped):
     packed = gzip.compress("".join(f"{n * n % 7919} this is line {n}\n" for n in range(3000)).encode())
     (tmp_path / "a.txt.gz").write_bytes(packed[: len(packed) // 2])
     [kept] = skipped(TextFiles(path=f"{tmp_path}/a.txt.gz"), r"a\.txt\.gz: .*what follows cannot be read")
@@ -344,7 +321,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         assert peak < 4_000_000 > native  # of 8 MB, of which a row group has 2.8 MB
 
 
-def test_nul_bytes_empty_files_and_equal_ids(tmp_path):
+def test_nul_bytes_empty_files_and_equal_ids(tmp_path, read):
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     (tmp_path / "b.txt").write_bytes(b"")
     found = read(TextFiles(path=f"{tmp_path}/*.txt"))
@@ -359,7 +336,7 @@ def test_nul_bytes_empty_files_and_equal_ids(tmp_path):
     assert [(each.text, each.id) for each in found] == [("one", "7"), ("two\0", "7"), ("", "u")]
 
 
-def test_what_is_no_unicode_in_names(tmp_path):
+def test_what_is_no_unicode_in_names(tmp_path, read):
     (tmp_path / "a.jsonl").write_bytes(b'{"id": "\\ud800x", "text": "one"}\n')
     assert [each.id for each in read(RowFiles(path=f"{tmp_path}/a.jsonl"))] == ["?x"]
     (tmp_path / "b\udcff.jsonl").write_bytes(b"")
@@ -368,14 +345,14 @@ def test_what_is_no_unicode_in_names(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "latin-1"])
-def test_a_line_of_wide_spaces_is_blank(tmp_path, encoding):
+def test_a_line_of_wide_spaces_is_blank(tmp_path, encoding, texts):
     wide = "" if encoding == "latin-1" else "\u3000\u3000"
     (tmp_path / "a.txt").write_bytes(f"one\n{wide}\ntwo ? \n?\n".encode(encoding))
     found = texts(TextFiles(path=f"{tmp_path}/a.txt", split="paragraph", encoding=encoding))
     assert found == ["one", "two ? \n?"]
 
 
-def test_mixed_encodings(tmp_path):
+def test_mixed_encodings(tmp_path, lines, skipped, texts):
     (tmp_path / "a.txt").write_bytes(
         "你好\n".encode() + "你好\n".encode("gb18030") + "café\n".encode("latin-1") + b"end\n"
     )

@@ -10,10 +10,6 @@ from jaxllm.data.reading.sources import PyDocs, RowFiles, TextFiles, World, conv
 SEPARATORS = "a\u2028b\u2029c\u0085d"
 
 
-def read(source, problems=None):
-    return list(documents(source, problems or Problems()))
-
-
 def rows(path, *values):
     path.write_bytes(
         b"".join((value if isinstance(value, bytes) else json.dumps(value).encode()) + b"\n" for value in values)
@@ -29,7 +25,7 @@ def rows(path, *values):
         ("line", [("one", "line 1", 0), ("two", "line 2", 4), ("three", "line 5", 10)]),
     ],
 )
-def test_splits(tmp_path, split, expected):
+def test_splits(tmp_path, split, expected, read):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\n\n\nthree\n")
     assert read(TextFiles(path=str(path), split=split)) == [
@@ -38,7 +34,7 @@ def test_splits(tmp_path, split, expected):
 
 
 @pytest.mark.parametrize("split", ["file", "paragraph", "line"])
-def test_only_newlines_end_a_line(tmp_path, split):
+def test_only_newlines_end_a_line(tmp_path, split, read):
     path = tmp_path / "a.txt"
     path.write_text(SEPARATORS, encoding="utf-8")
     assert [document.text for document in read(TextFiles(path=str(path), split=split))] == [SEPARATORS]
@@ -48,7 +44,7 @@ def test_only_newlines_end_a_line(tmp_path, split):
     assert [document.text for document in read(RowFiles(path=row))] == [SEPARATORS] * 2
 
 
-def test_globs_are_sorted_and_deep(tmp_path):
+def test_globs_are_sorted_and_deep(tmp_path, read):
     for name in ("b.txt", "sub/a.txt", "a.txt", "c.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -70,20 +66,20 @@ def test_globs_are_sorted_and_deep(tmp_path):
         read(RowFiles(path=str(tmp_path)))
 
 
-def test_windows_files(tmp_path):
+def test_windows_files(tmp_path, read):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
     assert [document.text for document in read(TextFiles(path=str(path), split="paragraph"))] == ["one", "two"]
 
 
-def test_ten_megabyte_line(tmp_path):
+def test_ten_megabyte_line(tmp_path, read):
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 10_000_000)
     for split in ("line", "paragraph", "file"):
         assert [len(document.text) for document in read(TextFiles(path=str(path), split=split))] == [10_000_000]
 
 
-def test_bad_bytes_name_file_and_offset(tmp_path):
+def test_bad_bytes_name_file_and_offset(tmp_path, read):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n\nbad \xff\xfe here\n\nfine")
     for split in ("file", "paragraph", "line"):
@@ -101,7 +97,7 @@ def test_bad_bytes_name_file_and_offset(tmp_path):
     assert replace.count == 1
 
 
-def test_utf16_is_named(tmp_path):
+def test_utf16_is_named(tmp_path, read):
     (tmp_path / "a.txt").write_text("one\n", encoding="utf-16")
     with pytest.raises(ValueError, match=r"a\.txt: UTF-16 by its first two bytes; convert it: iconv -f utf-16"):
         read(TextFiles(path=f"{tmp_path}/a.txt"))
@@ -119,7 +115,7 @@ def test_utf16_is_named(tmp_path):
         (b"[" * 100_000, r"a\.jsonl:2: JSON nested too deeply"),
     ],
 )
-def test_broken_rows_stop_or_are_counted(tmp_path, row, message):
+def test_broken_rows_stop_or_are_counted(tmp_path, row, message, read):
     path = rows(tmp_path / "a.jsonl", {"text": "one"}, row, b"", {"text": "three"})
     with pytest.raises(ValueError, match=message) as error:
         read(RowFiles(path=path))
@@ -140,7 +136,7 @@ def test_problem_examples_are_few():
     assert (problems.count, len(problems.examples)) == (100, 5)
 
 
-def test_named_field(tmp_path):
+def test_named_field(tmp_path, read):
     path = rows(tmp_path / "a.jsonl", {"body": "x", "text": "no"})
     assert [document.text for document in read(RowFiles(path=path, fields="body"))] == ["x"]
 
@@ -217,7 +213,7 @@ def test_text_files_have_no_conversations():
         list(conversations(TextFiles(path="a.txt"), Problems()))
 
 
-def test_world_is_repeatable():
+def test_world_is_repeatable(read):
     source = World(count=20, seed=3)
     assert len(read(source)) == 20
     assert read(source) == read(source)

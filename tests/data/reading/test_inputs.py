@@ -1,7 +1,6 @@
 """Inputs of every kind but lines of text and JSON, whole and broken."""
 
 import gzip
-import json
 import os
 import sys
 
@@ -18,29 +17,7 @@ from jaxllm.data.reading.sources import RowFiles, TextFiles, Tfds, WebPages, con
 PAGE = "<html><head><title>t</title></head><body><main><p>{}</p></main></body></html>"
 
 
-def read(source, problems=None):
-    return list(documents(source, problems or Problems()))
-
-
-def texts(source, problems=None):
-    return [each.text for each in read(source, problems)]
-
-
-def skipped(source, match):
-    """The documents that are left, where the policy "error" stops with a message that matches, and "skip" counts it."""
-    with pytest.raises(ValueError, match=match):
-        read(source)
-    problems = Problems("skip")
-    left = read(source, problems)
-    assert problems.count >= 1
-    return left
-
-
-def lines(count):
-    return b"".join(json.dumps({"text": f"row {n} 你好", "id": f"x{n}"}).encode() + b"\n" for n in range(count))
-
-
-def test_markdown_without_its_front_matter(tmp_path):
+def test_markdown_without_its_front_matter(tmp_path, read, texts):
     path = tmp_path / "a.md"
     path.write_bytes(b"---\ntitle: A\ntags:\n  - x\n---\n# A\n\ntext\n")
     assert texts(TextFiles(kind="markdown", path=str(tmp_path))) == ["# A\n\ntext\n"]
@@ -54,7 +31,7 @@ def test_markdown_without_its_front_matter(tmp_path):
         assert texts(TextFiles(kind="markdown", path=str(path))) == [plain.decode()]
 
 
-def test_pages(tmp_path):
+def test_pages(tmp_path, read, skipped):
     (tmp_path / "a.html").write_text(PAGE.format("café 你好"))
     (tmp_path / "b.htm").write_bytes(
         PAGE.replace("<title>", '<meta charset="gb2312"><title>').format("你好，世界").encode("gb2312")
@@ -98,7 +75,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
-def test_web_archives(tmp_path, pack):
+def test_web_archives(tmp_path, pack, read):
     path = tmp_path / "a.warc.gz"
     path.write_bytes(b"".join(map(pack, RECORDS)))
     problems = Problems()
@@ -110,7 +87,7 @@ def test_web_archives(tmp_path, pack):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_a_cut_web_archive_is_never_silent(tmp_path, pack):
+def test_a_cut_web_archive_is_never_silent(tmp_path, pack, texts):
     whole = [pack(record(n, PAGE.format(f"page {n}").encode())) for n in range(3)]
     content, ends = b"".join(whole), [len(b"".join(whole[:n])) for n in range(4)]
     for cut in range(1, len(content), 7):
@@ -123,7 +100,7 @@ def test_a_cut_web_archive_is_never_silent(tmp_path, pack):
         assert problems.count or len(found) == complete, cut
 
 
-def test_broken_records_of_web_archives(tmp_path):
+def test_broken_records_of_web_archives(tmp_path, skipped):
     path = tmp_path / "a.warc"
     path.write_bytes(RECORDS[1] + b"no record\r\n" + RECORDS[4])
     skipped(
@@ -139,7 +116,7 @@ def test_broken_records_of_web_archives(tmp_path):
     assert not skipped(WebPages(kind="warc", path=str(path), max_bytes=1000), r"a document of 1,001 bytes")
 
 
-def test_parquet(tmp_path):
+def test_parquet(tmp_path, read, skipped, texts):
     path = tmp_path / "a.parquet"
     table = pa.table({"text": [f"row {n}" for n in range(9)], "url": [f"u{n}" for n in range(9)], "other": [1] * 9})
     parquet.write_table(table, path, row_group_size=4, compression="none", use_dictionary=False)
@@ -175,7 +152,7 @@ def array_record(path, records):
     writer.close()
 
 
-def test_array_record(tmp_path):
+def test_array_record(tmp_path, lines, read, skipped):
     path = tmp_path / "a.array_record-00000-of-00001"
     array_record(path, [f"record {n} 你好".encode() for n in range(600)])
     found = read(RowFiles(kind="arrayrecord", path=str(tmp_path)))
@@ -198,7 +175,7 @@ def test_array_record(tmp_path):
     assert not skipped(RowFiles(kind="arrayrecord", path=str(path)), r"00001: Corrupted")
 
 
-def test_hugging_face_directories(tmp_path):
+def test_hugging_face_directories(tmp_path, read, skipped):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"text": [f"row {n}" for n in range(600)], "id": list(range(600))})
     table.save_to_disk(tmp_path / "one", num_shards=2)
@@ -245,7 +222,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 """
 
 
-def test_tfds_without_tensorflow(tmp_path, monkeypatch):
+def test_tfds_without_tensorflow(tmp_path, monkeypatch, read, skipped):
     package = tmp_path / "code" / "made_here" / "tiny_texts"
     package.mkdir(parents=True)
     for directory in (package, package.parent):
@@ -285,7 +262,7 @@ def test_problems_of_two_readers_add_up():
     assert (both.count, both.examples, both.notes) == (8, ["a0", "a1", "a2", "a3", "b0"], {"x": 3})
 
 
-def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
+def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch, read):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.txt").write_bytes(zstandard.compress(b"x"))
     with pytest.raises(ValueError, match=r"pyarrow is not installed; run: pip install 'jaxllm\[prep\]'"):
