@@ -45,11 +45,10 @@ def main(argv: list[str] | None = None) -> int | None:
         decoding.show(plan, console)
         files.write_json(f"{out}/plan.json", plan.model_dump(mode="json"))
         return 0 if plan.needed is not None else 1
-    hosts = 1 + max(device.process_index for device in devices)
 
     def contradictions(job: Job) -> None:
         own = recipe.model_copy(update={"mesh": job.mesh, "compute": job.compute, "step": job.step})
-        check(own, vocab_size=recipe.model.vocab_size, n_devices=len(devices), n_processes=hosts)
+        check(own, vocab_size=recipe.model.vocab_size, n_devices=len(devices))
 
     if arguments.search:
         found = search.search(job, place, contradictions, arguments.tries, arguments.jobs, console.print)

@@ -110,7 +110,7 @@ def _data(loader: Loader) -> str:
 
 
 def _recipe(recipe: Recipe, loader: Loader) -> str:
-    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count(), n_processes=jax.process_count())
+    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count())
     return f"{accounting.param_count(recipe.model):,} parameters; batch, accumulation, mesh and lengths agree"
 
 

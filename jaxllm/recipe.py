@@ -259,7 +259,7 @@ def _pipeline_problem(recipe: Recipe, sizes: Mapping[str, int], rows: int) -> st
     return None
 
 
-def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int = 1) -> None:
+def check(recipe: Recipe, *, vocab_size: int, n_devices: int) -> None:
     """Raise one error with every contradiction between the parts of `recipe`, before anything is compiled.
 
     Args:
@@ -269,7 +269,7 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
     experts = ffn if isinstance(ffn := getattr(model, "ffn", None), Experts) else None
     rows, rest = divmod(data.batch_size, recipe.step.accumulate)
     sizes = axis_sizes(recipe.mesh, n_devices)
-    parts, devices, block = batch_parts(sizes), n_devices // n_processes, sizes["context"] * sizes["tensor"]
+    parts = batch_parts(sizes)
     halves = [model.encoder, model.decoder] if isinstance(model, Seq2SeqConfig) else [model]
     longest = min(half.max_seq_len for half in halves)
     remedy = (
@@ -302,9 +302,6 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int, n_processes: int =
          f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
         (pipeline := _pipeline_problem(recipe, sizes, rows), pipeline),
         *_context_problems(recipe, sizes["context"]),
-        (n_processes > 1 and max(devices, block) % min(devices, block),
-         (f"mesh.context={sizes['context']} x mesh.tensor={sizes['tensor']} = {block} devices share rows, and "
-          f"processes have {devices} each: one must be a multiple of the other; change the mesh")),
         (monitor.prompts and monitor.sample_tokens >= model.max_seq_len and not isinstance(model, EncoderConfig),
          f"monitor.sample_tokens={monitor.sample_tokens} leaves no room for a prompt in {model.max_seq_len}"),
     ]  # fmt: skip

@@ -279,12 +279,10 @@ class Run:
                 f"MFU = {flops:.3g} model FLOPs of a step (6 N + attention, nothing recomputed; PaLM, appendix B) / "
                 f"seconds / {peak / 1e12:,.0f} TFLOP/s, the dense bfloat16 peak of all {jax.device_count()} devices"
             )
-        if jax.default_backend() == "cpu":
-            keys = ["step.offload"] * self.recipe.step.offload + ["compute.remat=offload"] * (
-                self.compute.remat == "offload"
-            )
-            if keys:
-                yield f"note: {' and '.join(keys)}: the memory of a CPU is the host's, so that nothing is saved here"
+        moved = {"step.offload": self.recipe.step.offload, "compute.remat=offload": self.compute.remat == "offload"}
+        keys = [key for key, on in moved.items() if on]
+        if keys and jax.default_backend() == "cpu":
+            yield f"note: {' and '.join(keys)}: the memory of a CPU is the host's, so that nothing is saved here"
 
     def memory(self) -> tuple[str, float]:
         """Estimate what lies on a device, in words and in bytes."""

@@ -76,7 +76,7 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
     distributed.start(recipe.platform, recipe.data.batch_size // recipe.step.accumulate)
     mesh = make_mesh(recipe.mesh)
     loader = Loader(recipe.data, "train", *reader(mesh))
-    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count(), n_processes=jax.process_count())
+    check(recipe, vocab_size=loader.vocab_size, n_devices=jax.device_count())
     run, run_dir = Run(recipe, loader, mesh), here(recipe.out)
     with (
         jax.set_mesh(mesh),

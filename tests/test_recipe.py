@@ -23,9 +23,9 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(None, [*TINY, *overrides])
 
 
-def problems(made: Recipe, n_devices: int = 1, n_processes: int = 1, vocab_size: int = 300) -> list[str]:
+def problems(made: Recipe, n_devices: int = 1, vocab_size: int = 300) -> list[str]:
     with pytest.raises(ValueError, match=r"^the recipe contradicts itself:\n") as error:
-        check(made, vocab_size=vocab_size, n_devices=n_devices, n_processes=n_processes)
+        check(made, vocab_size=vocab_size, n_devices=n_devices)
     return [line.strip() for line in str(error.value).splitlines()[1:]]
 
 
@@ -77,16 +77,8 @@ def test_microbatches_of_one_row_are_for_one_device_and_the_size_that_is_advised
     check(recipe("step.accumulate=24", "mesh.tensor=2"), vocab_size=300, n_devices=2)
 
 
-def test_processes_share_whole_rows_or_none():
-    for n_devices, n_processes, tensor in ((8, 2, 8), (8, 4, 4), (8, 2, 4), (8, 2, -1)):
-        made = recipe("mesh.data=1", "mesh.fsdp=-1" if tensor > 0 else "mesh.fsdp=1", f"mesh.tensor={tensor}")
-        check(made, vocab_size=300, n_devices=n_devices, n_processes=n_processes)
-    [problem] = problems(recipe("mesh.tensor=2"), 6, 2)
-    assert problem.startswith("mesh.context=1 x mesh.tensor=2 = 2 devices share rows, and processes have 3 each")
-
-
 def test_rows_are_shared_by_devices_in_two_chunks_each():
-    check(recipe("mesh.context=4"), vocab_size=300, n_devices=8, n_processes=2)
+    check(recipe("mesh.context=4"), vocab_size=300, n_devices=8)
     assert problems(recipe("mesh.context=3", "mesh.data=1", "data.packing.seq_len=32"), 3) == [
         "data.packing.seq_len=32 for mesh.context=3 must be a multiple of 6, or of 768 for the kernel of TPUs"
     ]
@@ -96,8 +88,8 @@ def test_rows_are_shared_by_devices_in_two_chunks_each():
 
 def test_all_contradictions_are_said_at_once():
     made = recipe("model.max_seq_len=16", "step.accumulate=7", "monitor.prompts=[a]", "mesh.data=2", "mesh.tensor=3")
-    assert [problem.split()[0] for problem in problems(made, 6, 3, vocab_size=301)] == [
-        "model.vocab_size=300", "data.packing.seq_len=32", "data.batch_size=24", "mesh.context=1",
+    assert [problem.split()[0] for problem in problems(made, 6, vocab_size=301)] == [
+        "model.vocab_size=300", "data.packing.seq_len=32", "data.batch_size=24",
         "monitor.sample_tokens=64",
     ]  # fmt: skip
 

@@ -5,6 +5,8 @@ import importlib.util
 import sys
 from typing import NamedTuple
 
+import jax
+
 from jaxllm.layers.config import KERNELS, Kernel
 
 MASKED_ROWS = 8192  # the longest rows that a written-out mask, [B, T, S], is made for: 128 MB in bfloat16
@@ -84,4 +86,5 @@ def _has_cudnn() -> bool:
 
 @functools.cache
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    if jax.process_index() == 0:
+        sys.stderr.write(f"{text}\n")

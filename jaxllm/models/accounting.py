@@ -10,6 +10,7 @@ from jaxllm.models.build import AnyConfig, abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import EncoderConfig
 from jaxllm.models.seq2seq_config import Seq2SeqConfig
+from jaxllm.models.views import layer_traits
 
 # Dense bfloat16 peak of one device, FLOP/s, by the start of JAX's device_kind; from the makers' data sheets.
 PEAK_FLOPS = {
@@ -58,16 +59,23 @@ def flops_per_token(config: AnyConfig, seq_len: int) -> float:
 
     6 N + 3 L T N_heads (H + U), with N the active parameters in matrix products (all but token and position tables), U
     the width of values (H, for most), and causal attention counted half (twice that is the full square, as encoders and
-    cross-attention have it). Of an encoder-decoder, a token is one of the source and one of the target.
+    cross-attention have it), of which a window of W tokens leaves 1 - (1 - W / T)^2. Of an encoder-decoder, a token is
+    one of the source and one of the target.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     lookups = ("position_embed/table", "type_embed/table", *["embed/table"] * (not config.tie_embeddings))
     multiplied = sum(size for name, size in _active(config).items() if not name.endswith(lookups))
     attention = sum(
-        3 * squares * half.depth * seq_len * half.n_heads * (half.head_width + half.value_width)
+        3 * squares * half.depth * seq_len * half.n_heads * (half.head_width + half.value_width) * _seen(half, seq_len)
         for half, squares in _halves(config)
     )
     return 6.0 * multiplied + attention
+
+
+def _seen(config: ModelConfig, seq_len: int) -> float:
+    """Return the share of what a token sees that windows leave of it, the mean over layers."""
+    hidden = max(0.0, 1.0 - config.window.size / seq_len) ** 2 if config.window else 0.0
+    return 1.0 - hidden * sum(layer.windowed for layer in layer_traits(config)) / config.n_layers
 
 
 def activation_bytes(config: AnyConfig, compute: ComputeConfig, rows: int, seq_len: int) -> dict[str, int]:

@@ -57,13 +57,16 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
     """
     import jax
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; by JAX's 0.75 no H200 has room for 7B
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if config.distributed:
+        # [] are all GPUs of a node: where Slurm has one process on each, JAX would take one GPU alone.
+        gpus = [] if os.environ.get("SLURM_NTASKS", "") == os.environ.get("SLURM_STEP_NUM_NODES") else None
         # JAX's own watch, whose message names nobody, comes after ours (training.heartbeat).
         jax.distributed.initialize(
-            config.coordinator, config.n_processes, config.process_index,
+            config.coordinator, config.n_processes, config.process_index, gpus,
             heartbeat_timeout_seconds=max(100, int(2 * config.silence_s)),
         )  # fmt: skip
     if _cpu_only():

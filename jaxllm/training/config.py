@@ -74,7 +74,7 @@ class Dropout(Config):
 class StepConfig(Config):
     """What an update does beside the optimizer."""
 
-    accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes nothing else")
+    accumulate: int = Field(1, ge=1, description="microbatches per step; divides memory, changes a balance loss alone")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition term (PaLM: 1e-4)")
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target that is spread over the vocabulary (Vaswani et al.: 0.1)"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.core.batch import Batch
+from jaxllm.layers.config import SlidingWindow
 from jaxllm.models import accounting, presets
 from jaxllm.models.build import init_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -95,6 +96,16 @@ def test_flops_of_7b_at_4k():
         accounting.flops_per_token(presets.get("llama2-7b"), 4096)
         == 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
     )
+
+
+def test_what_windows_hide_is_no_work():
+    wide, length = SMALL.explicit(), 256
+    windowed = wide.model_copy(update={"window": SlidingWindow(size=64, layers=(True, False))})
+    seen = sum(min(place + 1, 64) for place in range(length)) / sum(range(1, length + 1))
+    attention = lambda model: accounting.flops_per_token(model, length) - 6 * products
+    products = accounting.active_param_count(wide) - wide.vocab_size * wide.d_model
+    assert attention(windowed) / attention(wide) == pytest.approx((1 + seen) / 2, rel=0.01)
+    assert accounting.flops_per_token(windowed, 64) == accounting.flops_per_token(wide, 64)
 
 
 def test_remat_orders_the_activation_estimate():

@@ -68,3 +68,14 @@ def test_the_compiler_of_plans_is_no_tpu(monkeypatch, installed, devices, cpu):
         assert jax.config.jax_platforms == ("cpu" if installed == ["libtpu"] and cpu else None)
     finally:
         jax.config.update("jax_platforms", platforms)
+
+
+@pytest.mark.parametrize(("tasks", "nodes", "gpus"), [("4", "4", []), ("32", "4", None), (None, None, None)])
+def test_a_process_that_is_alone_on_its_node_has_all_gpus_of_it(monkeypatch, tasks, nodes, gpus):
+    for name, value in {"SLURM_NTASKS": tasks, "SLURM_STEP_NUM_NODES": nodes}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: asked.append(given[3]))
+    monkeypatch.setattr(distributed, "_cpu_only", lambda: False)
+    distributed.start(PlatformConfig(compile_cache=None, distributed=True))
+    assert asked == [gpus]

@@ -156,6 +156,7 @@ def of_a_process(number, config, devices):
         (MeshConfig(data=1, tensor=4), 1, [(0,)] * 4),
         (MeshConfig(fsdp=2, context=2, tensor=2, data=1), 2, [(0,), (0,), (1,), (1,)]),
         (MeshConfig(tensor=2), 3, [(0, 1), (1, 2)]),
+        (MeshConfig(context=3, tensor=2), 4, [(0,), (0, 1), (1,)]),
     ],
 )
 def test_each_process_reads_the_parts_that_its_devices_hold(config, per_process, expected):

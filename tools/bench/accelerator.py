@@ -1,11 +1,11 @@
 """The real training step and the real decoder of a recipe on the accelerators of this machine, on random tokens.
 
-    python tools/bench/accelerator.py train configs/llama2-7b/1xh200-pretrain.yaml data.batch_size=4 step.accumulate=2
+    python tools/bench/accelerator.py train configs/llama2-7b/1xh200-pretrain.yaml data.batch_size=4 step.accumulate=1
     python tools/bench/accelerator.py decode configs/llama2-7b/1xh200-pretrain.yaml
     python tools/bench/accelerator.py train configs/quickstart/pretrain.yaml       to try the script on a CPU
 
-`train` reports tokens/s, MFU and memory beside the estimate; `decode`, with bfloat16 weights and one row, the share of
-the memory bandwidth at which the weights are read. Both print one JSON object last.
+`train` reports tokens/s, MFU and memory, beside the estimate and the compiler's figure; `decode`, with bfloat16 weights
+and one row, the share of the memory bandwidth at which the weights are read. Both print one JSON object last.
 """
 
 import argparse
@@ -26,16 +26,21 @@ from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
 from jaxllm.models import accounting
 from jaxllm.models.build import init_params
+from jaxllm.planning.aot import Job, on_mesh
+from jaxllm.planning.memory import expected
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding import distributed
 from jaxllm.sharding.mesh import make_mesh, reader
 from jaxllm.training.feed import place
 from jaxllm.training.optim import optimizer
 from jaxllm.training.state import init_state
-from jaxllm.training.step import compile_step
+from jaxllm.training.step import compile_step, device_bytes
 
-# Bytes/s of the memory of one device, from the makers' data sheets.
-BANDWIDTH = {"NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12, "TPU v5p": 2.765e12, "TPU v6": 1.64e12, "TPU v5": 0.819e12}
+# Bytes/s of the memory of one device, by the start of its kind ("TPU v5" is a v5p), from the makers' data sheets.
+BANDWIDTH = {
+    "NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12, "TPU v4": 1.228e12, "TPU v5 lite": 0.819e12, "TPU v5": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+}  # fmt: skip
 LENGTHS = 32, 160  # new tokens of the two runs whose difference is timed
 
 
@@ -62,12 +67,13 @@ def main() -> int:
 
 
 def train(recipe: Recipe, steps: int) -> dict:
-    """Time `steps` updates, dispatched as the loop does, after one that compiles and one that warms up."""
+    """Time `steps` updates, dispatched as the loop does, after two that warm up."""
     model, data, mesh = recipe.model, recipe.data, make_mesh(recipe.mesh)
     compute = recipe.compute.resolve(jax.default_backend(), model.n_layers)
     jax.set_mesh(mesh)
-    state, shardings = init_state(model, optimizer(recipe.optim), mesh, seed=0, ema=recipe.step.ema_decay is not None)
-    step = compile_step(model, compute, recipe.optim, recipe.step, shardings)
+    state, shardings = init_state(
+        model, optimizer(recipe.optim), mesh, seed=0, ema=recipe.step.ema_decay is not None, offload=recipe.step.offload
+    )
     parts, count = reader(mesh)
     rows, length = data.batch_size * len(parts) // count, data.packing.seq_len
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (rows, length + 1), dtype=np.int32)
@@ -75,29 +81,32 @@ def train(recipe: Recipe, steps: int) -> dict:
     local = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, positions)
     batch = jax.tree.map(functools.partial(place, mesh=mesh), local)
     losses: list[float] = []
+    start, lr = time.perf_counter(), np.float32(1e-5)
+    step = compile_step(model, compute, recipe.optim, recipe.step, shardings).lower(state, batch, lr).compile()
+    compile_s = time.perf_counter() - start
 
     def run(count: int) -> float:
         nonlocal state
         start, metrics = time.perf_counter(), []
         for _ in range(count):
-            state, found = step(state, batch, 1e-5)
+            state, found = step(state, batch, lr)
             metrics.append(found["loss"])
         losses.extend(map(float, metrics))
         return time.perf_counter() - start
 
-    first_s, _ = run(1), run(1)
+    run(2)
     seconds = run(steps) / steps
     per_step = data.batch_size * length
     flops = accounting.flops_per_token(model, length) * per_step
     peak = accounting.peak_flops(jax.devices()[0].device_kind)
-    micro = max(1, data.batch_size // recipe.step.accumulate // jax.device_count())
-    estimate = {"state": sum(leaf.nbytes for leaf in jax.tree.leaves(state))}
-    estimate |= {"gradients": 4 * accounting.param_count(model)}
-    estimate |= accounting.activation_bytes(model, compute, micro, length)
+    job = Job(model, recipe.compute, recipe.optim, recipe.step, recipe.mesh, data.batch_size, length)
+    estimate = expected(job, on_mesh(job, mesh), jax.default_backend())
+    gb = lambda sizes: {name: size / 1e9 for name, size in sizes.items()}
     return {
-        "compile_and_first_step_s": first_s, "step_s": seconds, "tokens_per_s": per_step / seconds,
+        "compile_s": compile_s, "step_s": seconds, "tokens_per_s": per_step / seconds,
         "flops_per_token": flops / per_step, "mfu": peak and flops / seconds / peak / jax.device_count(),
-        "loss": [losses[0], losses[-1]], "estimated_on_one_device_gb": {k: v / 1e9 for k, v in estimate.items()},
+        "loss": [losses[0], losses[-1]], "estimated_on_one_device_gb": gb(estimate),
+        "by_the_compiler_gb": gb(device_bytes(step)),
     }  # fmt: skip
 
 
