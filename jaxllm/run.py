@@ -255,7 +255,7 @@ class Run:
             "step": step, "sample": sample, "fingerprints": self._fingerprints(), "chat": self.is_chat,
             "val_loss": self.val_loss, **self._said,
         }  # fmt: skip
-        self.checkpoints.save(state, meta, self.val_loss, fast=fast)
+        (self.checkpoints.fast if fast else self.checkpoints).save(state, meta, None if fast else self.val_loss)
 
     def save_once(self, step: int, state: TrainState) -> None:
         """Have a whole checkpoint of `step` on disk."""

@@ -55,14 +55,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True,
             best_fn=_val_loss, best_mode="min",  # or Orbax keeps the losses in memory alone, and a resume forgets them
-            create=not alone, **_alone() if alone else {},
         )  # fmt: skip
-        if alone:
-            self.directory.mkdir(parents=True, exist_ok=True)
         _drop_damaged_losses(self.directory)
-        handlers = _own_shards(options.multiprocessing_options) if alone else None
+        handlers = _only_here(options) if alone else None
+        if alone:  # which Orbax leaves to us
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._writing: int | None = None
+        self._less = "set checkpoint.fast.directory=none" if alone else "lower checkpoint.keep_last and keep_best"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -117,7 +117,7 @@ class Checkpoints:
             raise OSError(
                 f"checkpoint {self.directory / str(self._writing)} could not be written ({_reason(error)}); "
                 + (f"the newest complete one is of step {complete[-1]}" if complete else "there is no earlier one")
-                + "; make room on the disk, or lower checkpoint.keep_last and keep_best, and resume the run"
+                + f"; make room on the disk, or {self._less}, and resume the run"
             ) from error
 
     def delete(self, step: int) -> None:
@@ -192,26 +192,18 @@ class Checkpoints:
         return place
 
 
-def _alone() -> dict[str, Any]:
-    """Return the options of a manager for this process alone; its directories are not announced to the others."""
+def _only_here(options: ocp.CheckpointManagerOptions) -> dict[str, ocp.CheckpointHandler]:
+    """Have a manager wait for no other process, and return what writes the shards that this one has, each once."""
     me = jax.process_index()
-    return {
-        "multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}),
-        "async_options": ocp.AsyncOptions(create_directories_asynchronously=False),
-    }
-
-
-def _own_shards(processes: ocp.options.MultiprocessingOptions) -> dict[str, ocp.CheckpointHandler]:
-    """Return what writes, of each item, the shards that this process has, each of them once."""
-    arrays = ocp.type_handlers.ArrayHandler(
-        primary_host=processes.primary_host, replica_id=None, use_replica_parallel=False
-    )
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    options.multiprocessing_options, options.create = alone, False
+    # That these are made is announced under keys that all processes share.
+    options.async_options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    arrays = ocp.type_handlers.ArrayHandler(primary_host=me, replica_id=None, use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    make = lambda: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, type_handler_registry=registry)
-    return {
-        "params": make(), "ema": make(), "rest": make(),
-        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
-    }  # fmt: skip
+    tree = lambda: ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, type_handler_registry=registry)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    return {"params": tree(), "ema": tree(), "rest": tree(), "meta": meta}
 
 
 def _val_loss(metrics: Mapping[str, float]) -> float:

@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.core import files
-from jaxllm.models.build import Params
 from jaxllm.training.checkpoint import Checkpoints, note, target
 from jaxllm.training.config import CheckpointConfig
 from jaxllm.training.state import TrainState
@@ -35,17 +35,21 @@ class Tiers(Checkpoints):
 
     Args:
       launch: a number that all processes of this launch share.
+
+    Attributes:
+      fast: those of this process, or None.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, launch: int):
         super().__init__(run_dir, config)
-        self._file, self._launch = run_dir / LINE, launch
-        self._fast: Checkpoints | None = None
+        self._file, self._launch, line = run_dir / LINE, launch, 0
+        self.fast: Checkpoints | None = None
         self._newer: list[int] = []  # steps of fast checkpoints to go on from
         if config.fast.directory is None:
             self._file.unlink(missing_ok=True)  # or a later launch would go on from before this one
             return
-        self._home, line = home(run_dir, config.fast.directory), 0
+        mark = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]  # other runs may have this name
+        self._home = Path(config.fast.directory).expanduser().resolve() / f"{run_dir.resolve().name}-{mark}"
         with suppress(FileNotFoundError, ValueError):
             line = int(self._file.read_text(encoding="utf-8"))
         if line := int(multihost_utils.broadcast_one_to_all(np.int32(line))):
@@ -59,26 +63,17 @@ class Tiers(Checkpoints):
         """Whether there is something to go on from."""
         return bool(self._newer or self.steps())
 
-    def save(
-        self, state: TrainState | Params, meta: dict[str, Any], val_loss: float | None = None, *, fast: bool = False
-    ) -> None:
-        """As `Checkpoints.save`, or into the fast tier."""
-        if fast:
-            self._fast.save(state, meta)
-        else:
-            super().save(state, meta, val_loss)
-
     def restore(
         self, abstract: TrainState, shardings: TrainState, same: Mapping[str, Any] | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         """As `Checkpoints.restore`, from the fast tier if that is newer and every process finds there what it needs."""
         for step in reversed(self._newer):
-            state, meta, reason = self._fast.read(step, target(abstract, shardings), same or {})
+            state, meta, reason = self.fast.read(step, target(abstract, shardings), same or {})
             if not reason:
                 note(f"step {step} is of the fast checkpoints in {self._home}")
-                for later in self._fast.steps():  # which not all processes have
+                for later in self.fast.steps():  # which not all processes have
                     if later > step:
-                        self._fast.delete(later)
+                        self.fast.delete(later)
                 return state, meta
             note(f"the fast checkpoint of step {step} is of no use to these processes and this mesh ({reason})")
         if self._newer:
@@ -88,8 +83,8 @@ class Tiers(Checkpoints):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        if self._fast is not None:
-            self._fast.__exit__(*exception)
+        if self.fast is not None:
+            self.fast.__exit__(*exception)
             if exception[0] is None:  # the run directory has all of it
                 self._file.unlink(missing_ok=True)
                 self._sweep(0)
@@ -101,15 +96,15 @@ class Tiers(Checkpoints):
         self._open(self._launch)
 
     def _open(self, line: int) -> None:
-        if self._fast is not None:
-            self._fast.__exit__()
+        if self.fast is not None:
+            self.fast.__exit__()
         self._sweep(line)
         place = self._home / f"process-{jax.process_index()}" / str(line)
-        self._fast = Checkpoints(place, CheckpointConfig(keep_last=KEPT, keep_best=0), alone=True)
+        self.fast = Checkpoints(place, CheckpointConfig(keep_last=KEPT, keep_best=0), alone=True)
 
     def _sweep(self, line: int) -> None:
         """Remove what this process has of other lines, and its part of what processes have that are no more."""
-        for path in self._home.glob("process-*/*"):
+        for path in map(Path, glob(f"{self._home}/process-*/*")):  # which bears that others remove theirs
             owner = int(path.parent.name.removeprefix("process-")) % jax.process_count()
             if owner == jax.process_index() and path.name != str(line):
                 shutil.rmtree(path, ignore_errors=True)
@@ -120,17 +115,11 @@ class Tiers(Checkpoints):
     def _agreed(self) -> list[int]:
         """Return the steps after the newest checkpoint of which every process has a fast one, ascending."""
         newest = max(self.steps(), default=0)
-        own = [step for step in self._fast.steps() if step > newest][-_MOST:]
+        own = [step for step in self.fast.steps() if step > newest][-_MOST:]
         told = multihost_utils.process_allgather(np.array(own + [0] * (_MOST - len(own)), np.int32))
-        having = [{*row} - {0} for row in np.reshape(told, (-1, _MOST)).tolist()]
-        without = [process for process, steps in enumerate(having) if not steps]
-        if without:
-            names = ", ".join(map(str, without[:8])) + ", ..." * (len(without) > 8)
-            note(f"no fast checkpoint after step {newest} for process {names} of {len(having)} in {self._home}")
-        return sorted(set.intersection(*having))
-
-
-def home(run_dir: Path, directory: str) -> Path:
-    """Return where the fast checkpoints of a run are on each host; runs of one name have each its own."""
-    mark = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
-    return Path(directory).expanduser().resolve() / f"{run_dir.resolve().name}-{mark}"
+        found = sorted(set.intersection(*map(set, told.tolist())) - {0})
+        if not found:
+            without = [process for process, steps in enumerate(told) if not steps.any()]
+            why = f"process {', '.join(map(str, without))} has none" if without else "each process has others"
+            note(f"no fast checkpoint in {self._home} is used: {why} after step {newest}")
+        return found
