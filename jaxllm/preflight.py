@@ -4,6 +4,7 @@ Each check is a line: what was looked at and what was found, or what is wrong an
 """
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ from jaxllm.sharding import distributed
 from jaxllm.sharding.mesh import make_mesh
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.optim import optimizer
-from jaxllm.training.state import TrainState, abstract_state
+from jaxllm.training.state import TrainState, abstract_state, param_shardings, state_shardings
+from jaxllm.training.tiers import KEPT
 from jaxllm.wiring import check_home, total_steps
 
 N_ROWS = 64  # of the order of training that are looked at, from its beginning
@@ -77,6 +79,8 @@ def preflight(recipe: Recipe) -> Iterator[Finding]:
     yield _finding("memory", lambda: _memory(run))
     yield _finding("disk", lambda: _disk(run_dir, recipe, state))
     yield _finding("checkpoint", lambda: _write(run_dir))
+    if recipe.checkpoint.fast.directory is not None:
+        yield _finding("fast checkpoints", lambda: _fast(Path(recipe.checkpoint.fast.directory), run, state))
 
 
 def report(recipe: Recipe) -> int:
@@ -186,6 +190,22 @@ def _disk(run_dir: Path, recipe: Recipe, state: TrainState) -> str:
     if (kept + 1) * one > free:
         raise ValueError(f"{text}: lower checkpoint.keep_last or keep_best, or set `out` to a larger disk")
     return text
+
+
+def _fast(place: Path, run: Run, state: TrainState) -> str:
+    """Room for what this process holds of the fast checkpoints, on this host."""
+    places = state_shardings(state, param_shardings(run.recipe.model, run.mesh), run.mesh)
+    held = lambda leaf, sharding: (
+        leaf.dtype.itemsize
+        * math.prod(sharding.shard_shape(leaf.shape))
+        * len({str(part) for part in sharding.addressable_devices_indices_map(leaf.shape).values()})
+    )
+    one = sum(jax.tree.leaves(jax.tree.map(held, state, places)))
+    free = shutil.disk_usage(_existing(place)).free
+    text = f"{KEPT} of {one / 1e9:.3g} GB of each process and one in writing, {free / 1e9:.1f} GB free"
+    if (KEPT + 1) * one > free:
+        raise ValueError(f"{text}: set checkpoint.fast.directory to a larger disk, or none")
+    return f"{text}; {_write(place)}"
 
 
 def _write(run_dir: Path) -> str:

@@ -33,7 +33,7 @@ from jaxllm.planning.aot import Job, on_mesh
 from jaxllm.planning.memory import expected
 from jaxllm.recipe import Recipe, load_recipe
 from jaxllm.sharding.mesh import reader
-from jaxllm.training.checkpoint import Checkpoints, load_params
+from jaxllm.training.checkpoint import load_params
 from jaxllm.training.feed import place
 from jaxllm.training.loop import Action, Diverged
 from jaxllm.training.metrics import read
@@ -42,6 +42,7 @@ from jaxllm.training.optim import optimizer
 from jaxllm.training.run_log import Position, RunLog
 from jaxllm.training.schedules import warmup_steps
 from jaxllm.training.state import TrainState, init_state, param_shardings
+from jaxllm.training.tiers import Tiers
 from jaxllm.vae import VAE
 
 # Of a process on a CPU at most, as measured (docs/results.md): bytes of Python, JAX and compiled programs, and a
@@ -110,10 +111,10 @@ class Run:
                     f"{longest} takes 1 to {longest - 1}: {prompt[:60]!r}"
                 )
 
-    def start(self, checkpoints: Checkpoints) -> TrainState:
+    def start(self, checkpoints: Tiers) -> TrainState:
         """Return the state to go on from: restored if there is a checkpoint, else new."""
         recipe, self.checkpoints = self.recipe, checkpoints
-        resumes, params = bool(checkpoints.steps()), None
+        resumes, params = checkpoints.resumes, None
         if recipe.start_from is not None and not resumes:
             params = self._starting_params()
         state, self.shardings = init_state(
@@ -126,6 +127,8 @@ class Run:
             try:
                 state, meta = checkpoints.restore(abstract, self.shardings, self._fingerprints())
             except ValueError as error:
+                if not checkpoints.resumes:  # nothing but the fast tier, and that of no use
+                    return self.start(checkpoints)
                 before, now = (each.data.model_dump() for each in (load_recipe(self.run_dir), recipe))
                 changed = [f"data.{key}" for key in ("sources", "packing", "seed") if before[key] != now[key]]
                 hint = f" (not as in its recipe: {', '.join(changed)})" if changed else ""
@@ -182,7 +185,10 @@ class Run:
             log.say("no validation split: the data has no held-out documents, so no validation loss is measured")
         if monitor.prompts:
             actions.append(Action(monitor.sample_every, self.write_samples, "sample"))
-        return [*actions, Action(self.recipe.checkpoint.every, self.save)]
+        every, fast = self.recipe.checkpoint.every, self.recipe.checkpoint.fast
+        if fast.directory is not None:
+            actions.append(Action(fast.every, functools.partial(self.save, fast=True)))
+        return [*actions, Action(every, self.save)]
 
     def catch_up(self, actions: list[Action], state: TrainState, steps: int) -> None:
         """Evaluate and sample at the step of the checkpoint, where a stop had no time for it."""
@@ -190,9 +196,9 @@ class Run:
         metrics, samples = (read(self.run_dir / f"{name}.jsonl") for name in ("metrics", "samples"))
         evaluated = any("val_loss" in record and record["step"] == step for record in metrics)
         sampled = any(record["step"] == step for record in samples)
-        done = [*[self.evaluate] * evaluated, *[self.write_samples] * sampled, self.save]
+        done = [*[self.evaluate] * evaluated, *[self.write_samples] * sampled]
         for action in actions:
-            if step and action.due(step, steps) and action.run not in done:
+            if step and action.phase != "save" and action.due(step, steps) and action.run not in done:
                 action.run(step, state)
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -239,7 +245,7 @@ class Run:
                     **segment.origin, "tokens": segment.n_tokens, "text": text,
                 }  # fmt: skip
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, fast: bool = False) -> None:
         """Start writing a checkpoint; the lines that it covers are on disk, and in the bucket, before it is."""
         if jax.process_index() == 0:
             push(self.run_dir)
@@ -249,7 +255,7 @@ class Run:
             "step": step, "sample": sample, "fingerprints": self._fingerprints(), "chat": self.is_chat,
             "val_loss": self.val_loss, **self._said,
         }  # fmt: skip
-        self.checkpoints.save(state, meta, self.val_loss)
+        (self.checkpoints.fast if fast else self.checkpoints).save(state, meta, None if fast else self.val_loss)
 
     def save_once(self, step: int, state: TrainState) -> None:
         """Have a whole checkpoint of `step` on disk."""

@@ -28,7 +28,6 @@ from jaxllm.run import Run
 from jaxllm.sharding import distributed
 from jaxllm.sharding.mesh import make_mesh, reader
 from jaxllm.training import heartbeat, lock
-from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.feed import Feed
 from jaxllm.training.heartbeat import Heartbeat
 from jaxllm.training.loop import Observer, run_loop
@@ -38,6 +37,7 @@ from jaxllm.training.schedules import learning_rate
 from jaxllm.training.state import TrainState
 from jaxllm.training.step import compile_step, device_bytes
 from jaxllm.training.stop import StopRequest
+from jaxllm.training.tiers import Tiers
 
 # What a resumed run may not change: these decide what was computed so far. Everything else (steps, batch size, mesh,
 # intervals) may be set anew.
@@ -82,11 +82,11 @@ def train(recipe: Recipe, *, name: str = "train", goes_on: bool = True) -> RunRe
         jax.set_mesh(mesh),
         _claimed(run_dir, recipe, loader) as launch,
         Heartbeat(run_dir, launch, recipe.platform.silence_s, lambda: _kept(run_dir)) as heart,
-        Checkpoints(run_dir, recipe.checkpoint) as checkpoints,
+        Tiers(run_dir, recipe.checkpoint, launch) as checkpoints,
         StopRequest(mesh, lambda: f"left without saving: {_kept(run_dir)}") as stop,
     ):
         heart.background, run.meet = lambda: checkpoints.writing, heart.meet
-        heart.enter("restore" if checkpoints.steps() else "start", 0)
+        heart.enter("restore" if checkpoints.resumes else "start", 0)
         state = run.start(checkpoints)
         steps, done = total_steps(recipe, loader, run.begin.step, run.begin.sample), run.begin.step
         if steps < done:

@@ -280,7 +280,8 @@ def test_two_processes_compute_what_one_does_also_when_one_is_killed_and_one_sto
     whole = two_processes(recipe(workspace, "two-undisturbed"))
     outputs = finish(whole)
     assert [process.returncode for process in whole] == [0, 0], outputs
-    processes = two_processes(file, "platform.silence_s=5")
+    fast = f"checkpoint.fast={{directory: {workspace / 'memory'}, every: 1}}"
+    processes = two_processes(file, "platform.silence_s=5", fast)
     until(processes, run_dir, 6)
     processes[1].kill()
     processes[1].wait()

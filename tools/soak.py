@@ -34,11 +34,12 @@ model: {{preset: tiny, n_layers: 1, d_model: 32, n_heads: 2, d_ff: 48, vocab_siz
 data: {{sources: [{{path: {data}}}], packing: {{seq_len: 32}}, batch_size: 8}}
 optim: {{lr: 1e-2, schedule: {{kind: cosine, warmup: 4}}}}
 step: {{ema_decay: 0.9}}
-checkpoint: {{every: {every}}}
+checkpoint: {{every: {every}, fast: {{directory: {fast}, every: 2}}}}
 monitor: {{log_every: 1, evaluate_every: 40}}
 platform: {{cpu_devices: 2, compile_cache: {cache}, silence_s: 20}}
 compute: {{layers: scan}}
 """
+FROM_FAST = "is of the fast checkpoints"
 # A training process that dies as soon as its heartbeat file says that it is in a phase.
 DIES = """
 import os, signal, sys, time
@@ -62,8 +63,8 @@ sys.exit(main(arguments))
 class Workplace:
     """A directory with a dataset, a compile cache and runs."""
 
-    def __init__(self, directory: Path, steps: int, every: int):
-        self.directory, self.steps, self.every = directory, steps, every
+    def __init__(self, directory: Path, steps: int, every: int, fast: str):
+        self.directory, self.steps, self.every, self.fast = directory, steps, every, fast
         if not (directory / "data").exists():
             prepare = ["jaxllm.prepare", "--world", 300, "--tokenizer", "bytes", "--validation", 10]
             finish([python("-m", *prepare, "--out", directory / "data")])
@@ -72,7 +73,7 @@ class Workplace:
         """Start all processes of a run, of which those in `dies` end themselves in (phase, step)."""
         file = self.directory / f"{name}.yaml"
         places = {"run": self.directory / name, "data": self.directory / "data", "cache": self.directory / "cache"}
-        file.write_text(RECIPE.format(**places, steps=self.steps, every=self.every))
+        file.write_text(RECIPE.format(**places, steps=self.steps, every=self.every, fast=self.fast))
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
@@ -142,7 +143,7 @@ def kills(place: Workplace, n_kills: int, n_processes: int, seed: int) -> None:
     """Kill one or all processes at random moments, `n_kills` times, in as many runs as it takes."""
     generator, start = random.Random(seed), time.monotonic()
     finish(place.launch("undisturbed", n_processes))
-    done, run, phases, ends = 0, 0, collections.Counter(), collections.Counter()
+    done, run, phases, ends, from_fast = 0, 0, collections.Counter(), collections.Counter(), 0
     while done < n_kills:
         run += 1
         name, here = f"run-{run}", 0
@@ -167,6 +168,7 @@ def kills(place: Workplace, n_kills: int, n_processes: int, seed: int) -> None:
             phases[place.phase(name, alive[0])] += 1
             killed_s = time.monotonic()
             for index, output in enumerate(finish(processes, (-signal.SIGKILL, 0, 75, 134))):
+                from_fast += FROM_FAST in output
                 if index not in alive:
                     named = any(f"process {victim} of" in output for victim in alive)
                     ends[f"status {processes[index].returncode}, {'named' if named else 'not named'}"] += 1
@@ -174,13 +176,14 @@ def kills(place: Workplace, n_kills: int, n_processes: int, seed: int) -> None:
                 f"kill {done}: {name}, processes {alive}, all ended {time.monotonic() - killed_s:.1f} s later",
                 flush=True,
             )
-        finish(processes)
+        from_fast += any(FROM_FAST in output for output in finish(processes))
         if found := place.differences("undisturbed", name):
             sys.exit(f"{name} differs after {here} kills: {found}")
         print(f"{name}: {here} kills, the same metrics.jsonl and parameters as undisturbed", flush=True)
         shutil.rmtree(place.directory / name)
     print(f"{done} kills in {run} runs of {place.steps} steps of {n_processes} processes: nothing differs")
     print(f"{time.monotonic() - start:.0f} s, seed {seed}; phases: {dict(phases)}; survivors: {dict(ends)}")
+    print(f"launches that went on from the fast tier: {from_fast}")
 
 
 def phases(place: Workplace, n_processes: int) -> None:
@@ -249,11 +252,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--fast", default="none", help="directory of a fast tier, used every 2 steps (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="directory to work in (default: a temporary one)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="jaxllm-soak-") as temporary:
-        place = Workplace(flags.out or Path(temporary), flags.steps, flags.every)
+        place = Workplace(flags.out or Path(temporary), flags.steps, flags.every, flags.fast)
         match flags.what:
             case "kills":
                 kills(place, flags.kills, flags.processes, flags.seed)

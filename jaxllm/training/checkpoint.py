@@ -36,9 +36,13 @@ _WRITE_ERRORS = (ValueError, OSError, KeyError)  # what Orbax raises for files t
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; use as a context manager, so that pending writes end and errors surface."""
+    """The checkpoints of one run directory; use as a context manager, so that pending writes end and errors surface.
 
-    def __init__(self, run_dir: str | Path, config: CheckpointConfig | None = None):
+    Args:
+      alone: `run_dir` is of this process, which writes and reads what it holds of a state, and waits for no other.
+    """
+
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig | None = None, *, alone: bool = False):
         config = CheckpointConfig() if config is None else config
         # A relative directory would fail only later, in the background writer.
         self.directory = origin(run_dir) / "checkpoints"
@@ -53,8 +57,12 @@ class Checkpoints:
             best_fn=_val_loss, best_mode="min",  # or Orbax keeps the losses in memory alone, and a resume forgets them
         )  # fmt: skip
         _drop_damaged_losses(self.directory)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = _only_here(options) if alone else None
+        if alone:  # which Orbax leaves to us
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         self._writing: int | None = None
+        self._less = "set checkpoint.fast.directory=none" if alone else "lower checkpoint.keep_last and keep_best"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -78,10 +86,10 @@ class Checkpoints:
         """
         items = _items(state) if isinstance(state, TrainState) else {"params": state}
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        saves = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        self.wait()  # so that an error is said of the checkpoint that it belongs to
         sums = {name: _bit_sums(tree) for name, tree in items.items()}
         args = ocp.args.Composite(meta=ocp.args.JsonSave({**meta, "bit_sums": sums}), **saves)
-        self.wait()  # so that an error is said of the checkpoint that it belongs to
         self._writing = meta["step"]
         with self._write_errors():
             self._manager.save(self._writing, args=args, metrics=metrics, force=True)
@@ -109,8 +117,12 @@ class Checkpoints:
             raise OSError(
                 f"checkpoint {self.directory / str(self._writing)} could not be written ({_reason(error)}); "
                 + (f"the newest complete one is of step {complete[-1]}" if complete else "there is no earlier one")
-                + "; make room on the disk, or lower checkpoint.keep_last and keep_best, and resume the run"
+                + f"; make room on the disk, or {self._less}, and resume the run"
             ) from error
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint."""
+        self._manager.delete(step)
 
     def meta(self, step: int) -> dict[str, Any]:
         """Return the JSON of checkpoint `step`."""
@@ -130,32 +142,40 @@ class Checkpoints:
         """
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
-            state, meta, reason = self._read(step, _target(abstract, shardings), same or {})
-            if _any_process(bool(reason)):
-                failures[step] = reason or "another process cannot read it"
+            state, meta, reason = self.read(step, target(abstract, shardings), same or {})
+            if reason:
+                failures[step] = reason
                 continue
             for damaged, why in failures.items():
                 place = self._set_aside(damaged)
-                _note(f"the checkpoint of step {damaged} is damaged ({why}), and now in {place}; step {step} is used")
+                note(f"the checkpoint of step {damaged} is damaged ({why}), and now in {place}; step {step} is used")
             return state, meta
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in failures.items())
         raise ValueError(f"no readable checkpoint in {self.directory}: {reasons or 'it is empty'}")
 
-    def _read(self, step: int, target: TrainState, same: Mapping[str, Any]) -> tuple[TrainState | None, dict, str]:
-        """Return (state, meta, "") of one checkpoint, or the reason why it cannot be read."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()}
+    def read(self, step: int, target: TrainState, same: Mapping[str, Any]) -> tuple[TrainState | None, dict, str]:
+        """Return (state, meta, "") of one checkpoint, or the reason why not all processes can read it.
+
+        Raises:
+          ValueError: as `restore`, of what must be the same.
+        """
+        items = {name: _restore_args(tree) for name, tree in _items(target).items()}
+        meta, changed, restored, reason = {}, [], {}, ""
         try:
             meta = self.meta(step)
             changed = _changed(meta.get("fingerprints", {}), same)
             restored = {} if changed else self._manager.restore(step, args=ocp.args.Composite(**items))
-            _check_bits(restored, meta)
         except Exception as error:  # catch-all: Orbax raises a bare Exception for an array cut short
-            return None, {}, _damage(error)
+            reason = _damage(error)
         if changed:  # the user's error, and never a reason to take an older checkpoint
             raise ValueError(
                 f"{self.directory / str(step)} was trained with {' and '.join(changed)}; restore the old one, or start "
                 "a new run with `out` and `start_from`"
             )
+        if not _any_process(bool(reason)):  # or one would wait in the sums for another
+            reason = _other_bits(restored, meta)
+        if _any_process(bool(reason)):
+            return None, {}, reason or "another process cannot read it"
         return TrainState(params=restored["params"], ema=restored.get("ema"), **restored["rest"]), meta, ""
 
     def _set_aside(self, step: int) -> Path:
@@ -172,6 +192,20 @@ class Checkpoints:
         return place
 
 
+def _only_here(options: ocp.CheckpointManagerOptions) -> dict[str, ocp.CheckpointHandler]:
+    """Have a manager wait for no other process, and return what writes the shards that this one has, each once."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    options.multiprocessing_options, options.create = alone, False
+    # That these are made is announced under keys that all processes share.
+    options.async_options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    arrays = ocp.type_handlers.ArrayHandler(primary_host=me, replica_id=None, use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    tree = lambda: ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, type_handler_registry=registry)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    return {"params": tree(), "ema": tree(), "rest": tree(), "meta": meta}
+
+
 def _val_loss(metrics: Mapping[str, float]) -> float:
     return metrics["val_loss"]
 
@@ -182,7 +216,7 @@ def _drop_damaged_losses(directory: Path) -> None:
         try:
             json.loads(path.read_text(encoding="utf-8"))["val_loss"]
         except (ValueError, KeyError, TypeError):
-            _note(f"{path} is damaged and is dropped: this checkpoint no longer counts among the best")
+            note(f"{path} is damaged and is dropped: this checkpoint no longer counts among the best")
             remove(path.parent)
 
 
@@ -191,11 +225,15 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"another {key} ({before[key]}, now {now[key]})" for key in now if before.get(key, now[key]) != now[key]]
 
 
-def _target(abstract: Any, shardings: Any) -> Any:
+def target(abstract: Any, shardings: Any) -> Any:
     """Return the tree of shapes with their places, as Orbax wants it."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
+
+
+def _restore_args(target: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
 def _any_process(value: bool) -> bool:
@@ -205,11 +243,8 @@ def _any_process(value: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
 
 
-class _OtherBits(ValueError):
-    """An array is not what was written."""
-
-
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Say something once, on stderr."""
     if jax.process_index() == 0:
         sys.stderr.write(f"note: {text}\n")
 
@@ -219,7 +254,7 @@ def _damage(error: Exception) -> str:
     log.debug("a checkpoint cannot be read", exc_info=error)
     if "tree structures do not match" in str(error):
         return "its arrays are not those of this model and optimizer"
-    return str(error) if isinstance(error, _OtherBits) else "a file of it is missing, cut short or changed"
+    return "a file of it is missing, cut short or changed"
 
 
 def _reason(error: Exception) -> str:
@@ -245,12 +280,12 @@ def _sums_of(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.sum(bits(leaf).astype(jnp.uint32), dtype=jnp.uint32) for leaf in leaves])
 
 
-def _check_bits(restored: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    """Raise _OtherBits for items that are not what was written; Orbax's files have no checksums."""
+def _other_bits(restored: Mapping[str, Any], meta: dict[str, Any]) -> str:
+    """Name the items that are not what was written, or return ""; Orbax's files have no checksums."""
     sums = meta.pop("bit_sums", {})
-    for name, tree in restored.items():
-        if name in sums and _bit_sums(tree) != sums[name]:
-            raise _OtherBits(f"the bits of {name} are not those that were written: a file was damaged or changed")
+    other = [name for name, tree in restored.items() if name in sums and _bit_sums(tree) != sums[name]]
+    names = " and ".join(other)
+    return f"the bits of {names} are not those that were written: a file was damaged or changed" if other else ""
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -282,19 +317,20 @@ def load_params(
             hint = f"it has steps {steps}" if steps else "there is none yet"
             raise ValueError(f"{directory} has no checkpoint{'' if step is None else f' {step}'}; {hint}")
         step = steps[-1] if step is None else step
-        target = abstract_params(model)
+        shapes = abstract_params(model)
         if shardings is None:
-            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), target)
-        target = _target(target, shardings)
+            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
         item = "ema" if (directory / str(step) / "ema").exists() else "params"
-        args = {item: ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
+        args = {item: _restore_args(target(shapes, shardings)), "meta": ocp.args.JsonRestore()}
         try:
             restored = manager.restore(step, args=ocp.args.Composite(**args))
-            _check_bits({item: restored[item]}, restored["meta"])
-        except Exception as error:  # catch-all: as in `Checkpoints.restore`
+            reason = _other_bits({item: restored[item]}, restored["meta"])
+        except Exception as error:  # catch-all: as in `Checkpoints.read`
+            reason = _damage(error)
+        if reason:
             before = [each for each in steps if each < step]
             raise ValueError(
-                f"{directory / str(step)} cannot be read ({_damage(error)}); "
+                f"{directory / str(step)} cannot be read ({reason}); "
                 + (f"use the one before: {directory / str(before[-1])}" if before else "there is no earlier one")
-            ) from error
+            )
         return restored[item], restored["meta"]

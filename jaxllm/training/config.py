@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from jaxllm.core.bucket import is_url
 from jaxllm.core.config import Config
 from jaxllm.training.schedules import Cosine, ScheduleConfig
 
@@ -97,14 +98,33 @@ class StepConfig(Config):
     )
 
 
+class FastConfig(Config):
+    """Checkpoints that each host keeps for itself, beside the others: for crashes that it survives."""
+
+    directory: str | None = Field(
+        None, description="where, on every host, such as /dev/shm/jaxllm (its memory holds up to three); none = off"
+    )
+    every: int = Field(50, ge=1, description="steps between them; removed when the run ends in order")
+
+
 class CheckpointConfig(Config):
     """When checkpoints are written and which are kept."""
 
     every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
+    fast: FastConfig = Field(FastConfig(), description="a second tier, saved more often")
     keep_last: int = Field(2, ge=1, description="most recent checkpoints to keep")
     keep_best: int = Field(
         1, ge=0, description="checkpoints of lowest validation loss (the last one before the save) to keep besides"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        where, every = self.fast.directory, self.fast.every
+        if where is not None and is_url(where):
+            raise ValueError(f"fast.directory={where} is in a bucket; give a directory that each host has for itself")
+        if where is not None and every >= self.every:
+            raise ValueError(f"fast.every={every} must be less than every={self.every}, or nothing there is ever newer")
+        return self
 
 
 class MonitorConfig(Config):
