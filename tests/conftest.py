@@ -3,8 +3,10 @@
 Environment variables, not `jax.config`: tests without arrays stay free of the import, and subprocesses inherit them.
 """
 
+import gc
 import os
 import sys
+import tempfile
 from importlib.metadata import version
 
 import pytest
@@ -17,6 +19,15 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
     # Four times as fast again; only where it is known, because XLA aborts at a flag that it does not know.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+
+gc.set_threshold(100_000)  # tracing makes objects by the million, hardly any of them garbage: a twelfth of the time
+
+# Half of the programs of a run were compiled before: by another test, worker or process. Never those of an earlier run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="jaxllm-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session", autouse=True)

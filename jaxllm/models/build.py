@@ -1,5 +1,6 @@
 """Any model from its configuration: structure, parameters and their axes. Which class it is, is decided here alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -69,8 +70,9 @@ def token_rows(tokens: Any, vocab_size: int, longest: int) -> Int[Array, "B T"]:
     return jnp.asarray(tokens, jnp.int32)
 
 
+@functools.cache
 def graph(config: AnyConfig, compute: ComputeConfig, **how: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return (graph definition, abstract parameters with their logical axes); allocates nothing.
+    """Return (graph definition, abstract parameters with their logical axes), not to be changed; allocates nothing.
 
     Args:
       how: stacked=False: the blocks that write text are cut into layers (`unstack`), for decoding.
@@ -104,7 +106,7 @@ def logical_axes(config: AnyConfig) -> dict[str, Any]:
 
 def abstract_params(config: AnyConfig) -> Params:
     """Return ShapeDtypeStructs of the parameters without allocating them."""
-    return jax.eval_shape(lambda: init_params(config, 0))
+    return nnx.to_pure_dict(graph(config, ComputeConfig())[1])
 
 
 def attention_kernel(config: AnyConfig, compute: ComputeConfig, platform: str, length: int, parts: int = 1) -> Kernel:
