@@ -207,7 +207,12 @@ def _mix(
       choice: counted from the first expert of `kernels`.
       some: `choice` may name experts that `kernels` does not have.
     """
-    number, top_k = kernels.up.shape[0], choice.shape[-1]
+    number = kernels.up.shape[0]
+    if some and number < choice.shape[-1]:  # fewer rows: a token chooses each expert that is here once at most
+        here = choice[..., None] == jnp.arange(number)[None, None, None]
+        weights = jnp.sum(weights[..., None] * here, axis=-2)
+        choice = jnp.where(jnp.any(here, axis=-2), jnp.arange(number)[None, None], number)
+    top_k = choice.shape[-1]
     owner = choice.reshape(-1)
     if some:
         owner = jnp.where((owner >= 0) & (owner < number), owner, number)  # sorted to the end, in no group

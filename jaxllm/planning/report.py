@@ -19,8 +19,6 @@ _STATE = "which more chips share with a larger mesh.fsdp"
 LESS = dict.fromkeys((*memory.EXACT, "gradients"), _STATE) | {
     "activations": "which compute.remat and a larger step.accumulate make less, and chips share with mesh.context",
     "logits": "which a smaller compute.loss_chunk makes less",
-    "temporary": "which a larger step.accumulate makes less",
-    "batch": "which a larger step.accumulate makes less",
 }
 BASIS = "model estimate: the compiler's cycles and schedule replayed, collectives by link bandwidth; no chip was timed"
 
@@ -214,10 +212,11 @@ def sentences(plan: Plan) -> list[str]:
 
 def _too_large(plan: Plan) -> str:
     largest = max(plan.memory, key=plan.memory.get)
+    cure = LESS.get(largest, "which a larger step.accumulate makes less")
     rows = count(plan.rows // plan.accumulate // batch_parts(plan.mesh), "row")
     holders = count(plan.mesh["context"] * plan.mesh["tensor"], "chip")
     return (
         f"  by the shapes {sum(plan.memory.values()):.2f} GiB, most of them for {largest} "
-        f"({plan.memory[largest]:.2f} GiB), {LESS[largest]}; {holders} at a time work on {rows} of {plan.seq_len:,} "
-        f"tokens, remat={plan.remat}"
+        f"({plan.memory[largest]:.2f} GiB), {cure}; {holders} at a time work on {rows} of {plan.seq_len:,} tokens, "
+        f"remat={plan.remat}"
     )
