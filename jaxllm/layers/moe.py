@@ -20,6 +20,7 @@ from jaxllm.layers.config import ClampedGate, Experts, Gated, Groups
 from jaxllm.layers.ffn import ACTIVATIONS, Ffn
 from jaxllm.layers.grouped import grouped_product
 from jaxllm.layers.linear import PRODUCT, constant, param
+from jaxllm.sharding import shards
 from jaxllm.sharding.rules import partition_spec
 
 
@@ -170,8 +171,9 @@ def apply_experts(
     out = partition_spec(("batch", "stream", None), x.shape, mesh.shape)
     scatters = parts is not None and out[1] != rows[1] and parts in jax.tree.leaves(out[1])
     out = out if scatters else rows
-    # JAX cannot type what varies over devices under a vmap that is split over them (a pipeline); one more sum, then.
-    typed = mesh.shape.get("stage", 1) == 1
+    # JAX cannot type what varies over devices under a vmap that is split over them (a pipeline), nor in its kernels for
+    # TPUs; one more sum, then, where devices share the width of experts.
+    typed = mesh.shape.get("stage", 1) == 1 and shards.platform() != "tpu"
 
     def local(x: Array, choice: Array, weights: Array, kernels: Kernels) -> Array:
         if gathers:
@@ -205,7 +207,12 @@ def _mix(
       choice: counted from the first expert of `kernels`.
       some: `choice` may name experts that `kernels` does not have.
     """
-    number, top_k = kernels.up.shape[0], choice.shape[-1]
+    number = kernels.up.shape[0]
+    if some and number < choice.shape[-1]:  # fewer rows: a token chooses each expert that is here once at most
+        here = choice[..., None] == jnp.arange(number)[None, None, None]
+        weights = jnp.sum(weights[..., None] * here, axis=-2)
+        choice = jnp.where(jnp.any(here, axis=-2), jnp.arange(number)[None, None], number)
+    top_k = choice.shape[-1]
     owner = choice.reshape(-1)
     if some:
         owner = jnp.where((owner >= 0) & (owner < number), owner, number)  # sorted to the end, in no group

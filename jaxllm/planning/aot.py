@@ -173,9 +173,14 @@ def _compile(lowered: jax.stages.Lowered, options: dict[str, str] | None) -> Com
 
 
 class Shortage(NamedTuple):
-    """Of a program that does not fit, in bytes; and its largest buffers, (bytes, what they are)."""
+    """Of a program that does not fit, in bytes; and its largest buffers, (bytes, what they are).
+
+    Attributes:
+      needed: 0 = not said. beside: it is what the program needs beside its arguments.
+    """
 
     needed: float
+    beside: bool
     available: float
     buffers: list[tuple[float, str]]
 
@@ -183,14 +188,19 @@ class Shortage(NamedTuple):
 def shortage(problem: str) -> Shortage:
     """Read what the compiler says about memory that is not there.
 
-    Example: "... temporaries (47.70G) exceeds available HBM (15.75G)." -> 47.7 GiB needed, 15.75 GiB available
+    Example: "... temporaries (47.70G) exceeds available HBM (15.75G)." -> 47.7 GiB beside its arguments, of 15.75
     """
     size = r"([\d.]+)([KMGT]?)"
     pairs = (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm")
     found = next((match for pair in pairs if (match := re.search(pair, problem))), None)
     needed, available = (0.0, 0.0) if found is None else (_bytes(*found.groups()[:2]), _bytes(*found.groups()[2:]))
     buffers = re.findall(rf"Size: {size}\w*\s+(?:Operator: op_name=\"([^\"]*)\"|)[^\n]*\s*Shape: (\S+)", problem)
-    return Shortage(needed, available, [(_bytes(n, unit), f"{shape} {op}".strip()) for n, unit, op, shape in buffers])
+    return Shortage(
+        needed,
+        "temporaries" in problem,
+        available,
+        [(_bytes(n, unit), f"{shape} {op}".strip()) for n, unit, op, shape in buffers],
+    )
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -35,10 +35,15 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-    """Computations by name, each in the order of its schedule; `entry` is where the program begins."""
+    """Computations by name, each in the order of its schedule; `entry` is where the program begins.
+
+    Attributes:
+      partitions: how many devices run it (of several slices: those of one, each of which runs the like); 0 = not said.
+    """
 
     computations: dict[str, list[Instruction]]
     entry: str
+    partitions: int
 
 
 def read(text: str) -> Module:
@@ -59,7 +64,8 @@ def read(text: str) -> Module:
             current.append(found)
     if not entry:
         raise ValueError(f"no ENTRY in the text of an HLO module of {len(text)} characters")
-    return Module(computations, entry)
+    said = re.search(r"num_partitions=(\d+)", text[: text.index("\n")])
+    return Module(computations, entry, int(said[1]) if said else 0)
 
 
 def _joined(text: str) -> Iterator[str]:

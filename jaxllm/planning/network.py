@@ -58,14 +58,29 @@ class Network(NamedTuple):
         inside = len(group) // slices
         bandwidth, steps = self.ring(group)
         if op == "collective-permute":
-            return given / (chip.dcn_bandwidth if slices > 1 else chip.link_bandwidth) + HOP_S
+            return self.between(op, given, given, slices) or given / chip.link_bandwidth + HOP_S
         size, passes = {
             "all-gather": (result, 1), "reduce-scatter": (given, 1), "all-reduce": (given, 2),
         }.get(op, (given * len(group), 0.25))  # fmt: skip
         time = passes * (size * (inside - 1) / inside / bandwidth + steps * HOP_S)
-        if slices > 1:  # each chip carries its part of the slice's share to the others
-            time += passes * size / inside * (slices - 1) / slices / chip.dcn_bandwidth
-        return time
+        return time + self.between(op, given / inside, result / inside, slices)
+
+    def between(self, op: str, given: float, result: float, slices: int) -> float:
+        """Return the time of a collective between as many slices, of which each chip carries its part.
+
+        It is what a chip must receive over the data centre's network at least, at its share of the host's bandwidth;
+        latency, some tens of microseconds, is not counted.
+        """
+        if slices == 1:
+            return 0.0
+        size = {"all-gather": result, "all-reduce": 2 * given}.get(op, given)
+        return size * (1 if op == "collective-permute" else (slices - 1) / slices) / self.topology.chip.dcn_bandwidth
+
+    def inside(self, partitions: int) -> "Network":
+        """Return the network of a program of so many partitions: all of this one, or one slice."""
+        if partitions in (0, len(self.places)):
+            return self
+        return self._replace(places=[place for place in self.places if place[0] == self.places[0][0]])
 
     def of_instruction(self, instruction: Instruction, given: float) -> float:
         """Return the time of a collective instruction that reads `given` bytes."""

@@ -11,13 +11,25 @@ from jaxllm.planning import memory, schedule
 from jaxllm.planning.aot import Abstract, Compiled, Job, shortage
 from jaxllm.planning.network import Network
 from jaxllm.planning.topology import Topology
+from jaxllm.sharding.config import batch_parts
 
 GIB = 2**30
+# What takes less of each kind of memory.
+_STATE = "which more chips share with a larger mesh.fsdp"
+LESS = dict.fromkeys((*memory.EXACT, "gradients"), _STATE) | {
+    "activations": "which compute.remat and a larger step.accumulate make less, and chips share with mesh.context",
+    "logits": "which a smaller compute.loss_chunk makes less",
+}
 BASIS = "model estimate: the compiler's cycles and schedule replayed, collectives by link bandwidth; no chip was timed"
 
 
 class Time(Record):
-    """A model estimate of a step, seconds; what its basis is, `basis` says."""
+    """A model estimate of a step, seconds; what its basis is, `basis` says.
+
+    Attributes:
+      grouped: share of the rows of grouped products that are counted, those that a balanced router sends to the experts
+        of a chip.
+    """
 
     basis: str = BASIS
     step: float
@@ -27,6 +39,7 @@ class Time(Record):
     waiting: float
     collectives: float
     exposed: float
+    grouped: float
     mfu: float
     tokens_per_second_per_chip: float
     formula: str = "6 N + 3 L T N_heads (H + U) FLOPs per token, causal attention counted half; dense bfloat16 peak"
@@ -37,7 +50,8 @@ class Plan(Record):
     """What is known of a training step on a topology.
 
     Attributes:
-      memory: GiB of a device by category; the sum is `needed`, the compiler's figure (None: it gave none).
+      memory: GiB of a device by category; where it fits, the sum is `needed`, the compiler's figure (None: it gave
+        none).
       buffers: the largest, (GiB, what), where it does not fit.
       time: None where it does not fit, or for GPUs, whose compiler estimates nothing.
     """
@@ -68,14 +82,17 @@ def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -
     if compiled.problem:
         short_of = shortage(compiled.problem)
         available, buffers = short_of.available or available, short_of.buffers
+        held = sum(sizes.get(name, 0.0) for name in (*memory.EXACT, "batch")) if short_of.beside else 0.0
+        needed = held + short_of.needed if short_of.needed else None
     else:
         needed = compiled.total
         sizes = memory.by_category(sizes, needed)
     if compiled.text and chip.kind == "gpu":
         traffic = schedule.count(compiled.text, topology.size)
     elif compiled.text:
-        found = schedule.estimate(compiled.text, Network.of(topology, list(parts.mesh.devices.flat)))
-        time, traffic = _time(job, topology, found), found.collectives
+        grouped, network = _grouped(job, parts), Network.of(topology, list(parts.mesh.devices.flat))
+        found = schedule.estimate(compiled.text, network, grouped)
+        time, traffic = _time(job, topology, found, grouped), found.collectives
     return Plan(
         topology=str(topology), devices=topology.size, mesh=dict(parts.mesh.shape), remat=job.compute.remat,
         accumulate=job.step.accumulate, rows=job.rows, seq_len=job.seq_len,
@@ -88,13 +105,18 @@ def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -
     )  # fmt: skip
 
 
-def _time(job: Job, topology: Topology, found: schedule.Estimate) -> Time:
+def _grouped(job: Job, parts: Abstract) -> float:
+    holders, experts = parts.mesh.shape["expert"], getattr(job.model.ffn, "number", 1)
+    return 1 / holders if experts % holders == 0 else 1.0
+
+
+def _time(job: Job, topology: Topology, found: schedule.Estimate, grouped: float) -> Time:
     tokens = job.rows * job.seq_len
     flops = accounting.flops_per_token(job.model, job.seq_len) * tokens
     per_chip = 1 / found.seconds / topology.size
     return Time(
         step=found.seconds, computing=found.computing, kernels=found.kernels, guessed=found.guessed,
-        waiting=found.waiting, collectives=found.communicating, exposed=found.exposed,
+        waiting=found.waiting, collectives=found.communicating, exposed=found.exposed, grouped=grouped,
         mfu=flops * per_chip / topology.chip.peak, tokens_per_second_per_chip=tokens * per_chip,
         peak=topology.chip.peak,
     )  # fmt: skip
@@ -156,15 +178,11 @@ def sentences(plan: Plan) -> list[str]:
     """Say in words what the plan found."""
     said = []
     where = "an earlier plan's compilation, which took" if plan.cached else "compiled in"
-    if plan.needed is not None:
-        verb = "fits" if plan.fits else "does not fit"
-        said.append(f"it {verb}: {plan.needed:.2f} GiB by the compiler's figure, of {plan.available:.2f} GiB")
-    else:
-        largest = max(plan.memory, key=plan.memory.get)
-        said.append(
-            f"it does not fit into {plan.available:.2f} GiB; by the shapes alone {sum(plan.memory.values()):.2f} GiB "
-            f"are needed, most of them for {largest} ({plan.memory[largest]:.2f} GiB)"
-        )
+    verb = "fits" if plan.fits else "does not fit"
+    needed = "more" if plan.needed is None else f"{plan.needed:.2f} GiB by the compiler's figure"
+    said.append(f"it {verb}: {needed}, of {plan.available:.2f} GiB")
+    if not plan.fits:
+        said.append(_too_large(plan))
         said += [f"  {size:.2f} GiB: {what}" for size, what in plan.buffers]
     if plan.time is not None:
         time = plan.time
@@ -178,6 +196,11 @@ def sentences(plan: Plan) -> list[str]:
             f"are exposed, waiting for copies {time.waiting:.3f} s"
         )
         said.append(f"  MFU counts {time.formula}")
+        if time.grouped < 1:
+            said.append(
+                f"  products of experts are counted for a balanced router, which sends a chip {time.grouped:.3g} of "
+                "the rows that it holds room for; the busiest chip of a router that is not takes longer"
+            )
     elif plan.fits:
         said.append(
             "no times for GPUs, whose compiler estimates none; attention is planned as XLA computes it, not cuDNN, and "
@@ -185,3 +208,15 @@ def sentences(plan: Plan) -> list[str]:
         )
     said.append(f"{where} {plan.compile_seconds:.0f} s" if plan.compile_seconds else "nothing was compiled for this")
     return said
+
+
+def _too_large(plan: Plan) -> str:
+    largest = max(plan.memory, key=plan.memory.get)
+    cure = LESS.get(largest, "which a larger step.accumulate makes less")
+    rows = count(plan.rows // plan.accumulate // batch_parts(plan.mesh), "row")
+    holders = count(plan.mesh["context"] * plan.mesh["tensor"], "chip")
+    return (
+        f"  by the shapes {sum(plan.memory.values()):.2f} GiB, most of them for {largest} "
+        f"({plan.memory[largest]:.2f} GiB), {cure}; {holders} at a time work on {rows} of {plan.seq_len:,} tokens, "
+        f"remat={plan.remat}"
+    )

@@ -19,6 +19,8 @@ from jaxllm.planning.network import COLLECTIVES, Network, group_of
 # a head (products of the pass), half of the square being hidden. All are taken to reach this share of the peak.
 KERNEL_SHARE = 0.5
 PRODUCTS = {"splash_mha_fwd": 4, "splash_mha_dq": 6, "splash_mha_dkv": 8}
+GROUPED = ("ragged-dot-none", "gmm", "tgmm")  # names of the kernels of grouped products
+RENDEZVOUS = r'_xla_host_transfer_rendezvous="([^"]+)"'  # what a host hands over between slices
 FUSED_START, FUSED_DONE = "async-collective-start", "async-collective-done"  # fusions; what lies between carries it on
 FREE = frozenset({
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all",
@@ -68,9 +70,14 @@ class Estimate(NamedTuple):
         return sum(each.seconds for each in self.collectives)
 
 
-def estimate(text: str, network: Network) -> Estimate:
-    """Replay the text of a module that was compiled for the chips of `network`."""
-    replay = _Replay(hlo.read(text), network)
+def estimate(text: str, network: Network, grouped: float = 1.0) -> Estimate:
+    """Replay the text of a module that was compiled for the chips of `network`.
+
+    Args:
+      grouped: share of the rows of a grouped product that are in a group of the chip, which alone its kernel computes.
+    """
+    module = hlo.read(text)
+    replay = _Replay(module, network.inside(module.partitions), grouped)
     seconds = replay.run(replay.module.entry, 1)
     spent = (replay.spent[key] for key in ("computing", "kernels", "guessed", "waiting"))
     return Estimate(seconds, *spent, _listed(replay.collectives))
@@ -106,8 +113,8 @@ def _listed(found: dict[tuple[str, int], list]) -> list[Collective]:
 class _Replay:
     """The clock, and what was spent on what. `times` multiplies what is inside of loops."""
 
-    def __init__(self, module: Module, network: Network):
-        self.module, self.network, self.chip = module, network, network.topology.chip
+    def __init__(self, module: Module, network: Network, grouped: float):
+        self.module, self.network, self.chip, self.grouped = module, network, network.topology.chip, grouped
         self.spent: dict[str, float] = collections.defaultdict(float)
         self.collectives: dict[tuple[str, int], list] = {}
 
@@ -126,12 +133,18 @@ class _Replay:
                 now += max((self.run(branch, times) for branch in branches), default=0.0)
             elif each.op == "call":
                 now += self.run(each.attribute(r"to_apply=%?([\w.\-]+)"), times)
+            elif each.op in ("send", "recv"):
+                if each.op == "send":  # what comes back is waited for by its name, where it is received
+                    queue, seconds, key = self._sent(each, given, times)
+                    free[queue] = max(now, free[queue]) + seconds
+                    ready[each.attribute(RENDEZVOUS)] = free[queue], key
             elif each.op.endswith("-start") or each.name.startswith(FUSED_START):
                 queue, seconds, key = self._started(each, table, given, times)
                 free[queue] = max(now, free[queue]) + seconds
                 ready[each.name] = free[queue], key
             elif each.op.endswith(("-done", "-update")) or each.name.startswith(FUSED_DONE):
                 source = each.operands[0] if each.op != "fusion" else each.name.replace(FUSED_DONE, FUSED_START)
+                source = table[source].attribute(RENDEZVOUS) if each.op == "recv-done" else source
                 until, key = ready[each.name] = ready.get(source, (now, None))
                 if not each.op.endswith("-update"):
                     self._waited(max(0.0, until - now) * times, key)
@@ -151,6 +164,13 @@ class _Replay:
         seconds = self.network.of_instruction(inner, given)
         return "links", seconds, self._count(inner, given, seconds, times)
 
+    def _sent(self, each: Instruction, given: float, times: int) -> tuple[str, float, tuple]:
+        """Return the like of what a chip sends to its partners in other slices, through the hosts."""
+        op = each.attribute(r'transfer_type="(\w+)"').lower().replace("_", "-")
+        slices = self.network.topology.slices
+        seconds = self.network.between(op, given, given * slices, slices)
+        return "slices", seconds, self._tally((f"{op} between slices", slices), given, seconds, times)
+
     def _collective(self, each: Instruction) -> Instruction | None:
         """Return the collective that an instruction is, or wraps."""
         if each.op.removesuffix("-start") in COLLECTIVES:
@@ -163,6 +183,9 @@ class _Replay:
 
     def _count(self, each: Instruction, given: float, seconds: float, times: int) -> tuple[str, int]:
         key = each.op.removesuffix("-start"), len(group_of(each, len(self.network.places)))
+        return self._tally(key, given, seconds, times)
+
+    def _tally(self, key: tuple[str, int], given: float, seconds: float, times: int) -> tuple[str, int]:
         count, total, spent, exposed = self.collectives.get(key, (0, 0.0, 0.0, 0.0))
         self.collectives[key] = [count + times, total + given * times, spent + seconds * times, exposed]
         return key
@@ -199,7 +222,8 @@ class _Replay:
         if each.attribute(r'custom_call_target="([^"]+)"') != "tpu_custom_call":
             return None, 0.0  # markers of the compiler: buffers, bounds of indices
         flops = float(each.attribute(r'"flops":"?([\d.e+]+)') or 0) or self._attention(each)
-        return "kernels", max(moved, flops / (KERNEL_SHARE * self.chip.peak))
+        share = self.grouped if each.name.startswith(GROUPED) else 1.0  # of all rows, which the kernel tells
+        return "kernels", share * max(moved, flops / (KERNEL_SHARE * self.chip.peak))
 
     @staticmethod
     def _attention(each: Instruction) -> float:
@@ -211,5 +235,4 @@ class _Replay:
         )
         if not (products and rows and len(keys) > 1):
             return 0.0
-        seen = keys[1][-2] / 2 if keys[1][-2] == rows[0][-2] else keys[1][-2]
-        return products * math.prod(rows[0]) * seen
+        return products * math.prod(rows[0]) * keys[1][-2] / 2  # as of shares of rows, which all see equally much

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.layers.grouped import MAX_BLOCK, grouped_product
+from jaxllm.layers.grouped import MAX_BLOCK, grouped_product, tpu_gradients
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 2, 4], [0, 0, 9, 0], [1, 1, 1, 1], [MAX_BLOCK * 5, 7, 0, MAX_BLOCK]], ids=str)
@@ -26,6 +26,20 @@ def test_each_row_meets_the_matrix_of_its_group(sizes, rest):
     gradient = np.zeros_like(kernels)
     np.add.at(gradient, owner, np.einsum("rd,rf->rdf", x[inside], dy[inside]))
     np.testing.assert_allclose(dkernels, gradient, atol=2e-4)
+
+
+@pytest.mark.parametrize("sizes", [[300, 0, 212, 100], [0, 0, 0, 40], [5, 0, 0, 0]], ids=str)
+def test_the_gradients_of_the_kernels_for_tpus(sizes):
+    generator = np.random.default_rng(0)
+    owner = np.repeat(np.arange(4), sizes)
+    x, dy = generator.normal(size=(700, 8)).astype(np.float32), generator.normal(size=(700, 6)).astype(np.float32)
+    kernels, inside = generator.normal(size=(4, 8, 6)).astype(np.float32), np.arange(700) < len(owner)
+    x[~inside], dy[~inside] = np.nan, np.nan  # of no group: never read
+    arrays = tuple(jnp.asarray(each) for each in (x, kernels, np.asarray(sizes, np.int32)))
+    dx, dkernels, _ = tpu_gradients(arrays, jnp.asarray(dy), interpret=True)
+    np.testing.assert_allclose(np.asarray(dx)[inside], np.einsum("rf,rdf->rd", dy[inside], kernels[owner]), atol=1e-4)
+    expected = [x[inside][owner == expert].T @ dy[inside][owner == expert] for expert in range(4)]
+    np.testing.assert_allclose(dkernels, expected, atol=1e-3)
 
 
 def test_no_product_is_of_all_rows_with_all_matrices():

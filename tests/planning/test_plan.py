@@ -11,9 +11,8 @@ import pytest
 from jaxllm import plan
 from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig, ModelConfig
-from jaxllm.planning import aot, memory, search, topology
-from jaxllm.planning.aot import Job
-from jaxllm.planning.report import sentences
+from jaxllm.planning import aot, memory, report, search, topology
+from jaxllm.planning.aot import Compiled, Job
 from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.training.config import AdamW, StepConfig
 
@@ -118,7 +117,7 @@ def test_a_state_that_is_larger_than_the_memory_is_not_compiled(monkeypatch):
     small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": 0.51 * size}))
     found = search.make_plan(JOB, small)
     assert not found.fits
-    assert "nothing was compiled for this" in sentences(found)
+    assert "nothing was compiled for this" in report.sentences(found)
     assert search.nearest(JOB, found, small, accept) == []
     assert "take 8 chips of h100 at least, h100:8" in search.least(JOB, small)  # gradients too: four times the size
 
@@ -172,8 +171,22 @@ def test_what_the_compiler_says_about_memory(problem, needed, available, buffers
     found = aot.shortage(problem)
     assert (found.needed / 2**30, found.available / 2**30) == pytest.approx((needed, available))
     assert len(found.buffers) == buffers
+    assert found.beside == (problem == SHORT)
     if buffers:
         assert found.buffers[0] == (4 * 2**30, "f32[32768,32000]{1,0:T(8,128)} jit(train_step)/loss")
+
+
+def test_what_is_too_large_is_said():
+    parts = aot.abstract(JOB, jax.devices()[:4])
+    sizes = memory.expected(JOB, parts, "gpu")
+    found = report.plan_of(JOB, NODE, parts, Compiled("", {}, 1.0, problem=SHORT))
+    held = sum(sizes[name] for name in ("parameters", "optimizer", "batch"))
+    assert found.needed == pytest.approx(47.7 + held / 2**30)
+    first, second, *_ = report.sentences(found)
+    assert first.startswith("it does not fit: 47.70 GiB by the compiler's figure, of 15.75 GiB")
+    assert "most of them for activations" in second
+    assert "compute.remat and a larger step.accumulate make less" in second
+    assert "1 chip at a time work on 16 rows of 128 tokens, remat=none" in second
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

@@ -7,6 +7,7 @@ from jaxllm.planning.network import HOP_S, Network, group_of
 
 PLACES = [(0, (x, y, z)) for x in range(4) for y in range(4) for z in range(4)]
 NETWORK = Network(topology.parse("v5p:4x4x4"), PLACES)
+SLOW = Network(topology.parse("2*v5p:2x2x1"), [(s, (x, y, 0)) for s in (0, 1) for x in (0, 1) for y in (0, 1)])
 CLOCK, HBM, LINK = 1.75e9, 2765e9, 90e9
 # Ten times: a product of 1750 cycles beside a gather of 64 times 1 MB, then what is left of the gather.
 LOOP = """HloModule step, is_scheduled=true
@@ -61,6 +62,38 @@ def test_the_time_of_a_schedule():
         assert kinds == {("all-gather", 64): (10, 1e7), ("all-reduce", 4): (1, 1e6)}
 
 
+# A program of one of two slices: a product of 7 ms while 50 MB are summed between them, a kernel for groups of rows.
+SLICES = """HloModule step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (p: f32[12500000]) -> f32[12500000] {
+  %p = f32[12500000]{0} parameter(0)
+  %here = f32[12500000]{0} all-reduce(%p), replica_groups={}, to_apply=%add
+  %after = token[] after-all()
+  %send = (f32[12500000]{0}, u32[], token[]) send(%here, %after), \
+frontend_attributes={_xla_host_transfer_rendezvous="sum_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[12500000]{0}, u32[], token[]) recv(%after), frontend_attributes={_xla_host_transfer_rendezvous="sum_0"}
+  %product = f32[4]{0} fusion(%p), kind=kOutput, calls=%f, backend_config={"estimated_cycles":"12250000"}
+  %sent = token[] send-done(%send)
+  %got = (f32[12500000]{0}, token[]) recv-done(%recv)
+  %ragged-dot-none.1 = bf16[8,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", \
+backend_config={"flops":"459000000000"}
+  ROOT %sum = f32[12500000]{0} get-tuple-element(%got), index=0
+}
+"""
+
+
+def test_sums_between_slices_and_rows_that_a_balanced_router_sends():
+    found = schedule.estimate(SLICES, SLOW, grouped=0.25)
+    here = 2 * (50e6 * 3 / 4 / (2 * LINK) + 2 * HOP_S)  # among the four of a slice, on two lines
+    between, kernel = 2 * 50e6 / 2 / 6.25e9, 459e9 / (0.5 * 459e12) / 4
+    assert found.kernels == pytest.approx(kernel)
+    assert found.seconds == pytest.approx(here + max(between, 7e-3) + kernel)
+    assert {(each.kind, each.group): (each.bytes, each.exposed) for each in found.collectives} == {
+        ("all-reduce", 4): (50e6, pytest.approx(here)),
+        ("all-reduce between slices", 2): (50e6, pytest.approx(between - 7e-3)),
+    }
+
+
 @pytest.mark.parametrize(
     ("groups", "first"),
     [("{{0,1},{2,3}}", [0, 1]), ("[2,2]<=[2,2]T(1,0)", [0, 2]), ("mesh['x'=2,'y'=2] {'x'}", [0, 2]),
@@ -72,8 +105,7 @@ def test_groups_in_all_notations(groups, first):
 
 
 def test_slices_meet_over_the_slow_network():
-    both = Network(topology.parse("2*v5p:2x2x1"), [(s, (x, y, 0)) for s in (0, 1) for x in (0, 1) for y in (0, 1)])
-    one, two = (both.seconds("all-reduce", 8e6, 8e6, group) for group in ([0, 1, 2, 3], list(range(8))))
+    one, two = (SLOW.seconds("all-reduce", 8e6, 8e6, group) for group in ([0, 1, 2, 3], list(range(8))))
     assert two - one == pytest.approx(2 * 8e6 / 4 / 2 / 6.25e9)  # a quarter of it each, half of which is the other's
 
 

@@ -1,6 +1,7 @@
 """Updates of a model with experts: the same on every mesh, and what routers add to loss and metrics."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxllm.core.batch import Batch
 from jaxllm.core.tree import named_leaves
 from jaxllm.inference.decode import Decoder, Limits, Request
 from jaxllm.inference.sampling import Sampler
+from jaxllm.layers import moe
 from jaxllm.layers.config import ClampedGate, Experts, Groups, LatentAttention, Rope
 from jaxllm.models.balance import move_biases
 from jaxllm.models.build import init_params
@@ -84,6 +86,14 @@ def test_sharded_equals_one_device(mesh, split, model):
     for found, wanted in zip(history, expected, strict=True):
         for key in wanted:
             assert found[key] == pytest.approx(wanted[key], rel=2e-5), key
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
+
+
+def test_a_mesh_of_tpus_whose_kernels_do_not_say_what_varies(monkeypatch):
+    monkeypatch.setattr(moe, "shards", SimpleNamespace(platform=lambda: "tpu"))
+    history, params, _ = run.__wrapped__(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), 8)
+    expected, expected_params, _ = run()
+    assert history[1]["loss"] == pytest.approx(expected[1]["loss"], rel=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), params, expected_params)
 
 
