@@ -270,6 +270,7 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int) -> None:
     rows, rest = divmod(data.batch_size, recipe.step.accumulate)
     sizes = axis_sizes(recipe.mesh, n_devices)
     parts = batch_parts(sizes)
+    fewer = [number for number in range(1, recipe.step.accumulate) if data.batch_size % (number * parts) == 0]
     halves = [model.encoder, model.decoder] if isinstance(model, Seq2SeqConfig) else [model]
     longest = min(half.max_seq_len for half in halves)
     remedy = (
@@ -299,7 +300,8 @@ def check(recipe: Recipe, *, vocab_size: int, n_devices: int) -> None:
         (rest, f"data.batch_size={data.batch_size} is not divisible by step.accumulate={recipe.step.accumulate}"),
         (rows % parts and not rest,
          (f"data.batch_size / step.accumulate = {rows} rows is not divisible by {' x '.join(ROW_AXES)} = {parts} "
-         f"devices; use data.batch_size={-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
+         f"devices; use {f'step.accumulate={fewer[-1]}, ' if fewer else ''}data.batch_size="
+          f"{-(-rows // parts) * parts * recipe.step.accumulate}, or another mesh")),
         (pipeline := _pipeline_problem(recipe, sizes, rows), pipeline),
         *_context_problems(recipe, sizes["context"]),
         (monitor.prompts and monitor.sample_tokens >= model.max_seq_len and not isinstance(model, EncoderConfig),

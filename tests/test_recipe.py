@@ -72,7 +72,8 @@ def test_microbatches_divide_the_batch(accumulate):
 def test_microbatches_of_one_row_are_for_one_device_and_the_size_that_is_advised_is_accepted():
     check(recipe("step.accumulate=24"), vocab_size=300, n_devices=1)
     [problem] = problems(recipe("step.accumulate=24"), n_devices=2)
-    assert "= 1 rows is not divisible by stage x data x fsdp x expert = 2 devices; use data.batch_size=48" in problem
+    assert "= 1 rows is not divisible by stage x data x fsdp x expert = 2 devices; use step.accumulate=12, " in problem
+    assert "data.batch_size=48" in problem
     check(recipe("step.accumulate=24", "data.batch_size=48"), vocab_size=300, n_devices=2)
     check(recipe("step.accumulate=24", "mesh.tensor=2"), vocab_size=300, n_devices=2)
 

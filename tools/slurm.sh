@@ -12,6 +12,6 @@
 set -uo pipefail
 srun --kill-on-bad-exit=1 python -m jaxllm.train "$@"
 status=$?
-# 143 = 128 + SIGTERM: saved, not finished.
-if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# 143 = 128 + SIGTERM: saved, not finished. 75: another process was lost, and the run goes on at the last checkpoint.
+if [ "$status" -eq 143 ] || [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

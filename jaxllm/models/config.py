@@ -233,7 +233,8 @@ class Pipeline(Config):
         if rows % (number * parts):
             raise ValueError(
                 f"{rows} rows are not divisible by {number} microbatches (compute.pipeline) x {parts} parts of each "
-                f"(mesh: data x fsdp x expert); use a multiple of {number * parts}, or other microbatches"
+                f"(mesh: data x fsdp x expert); use a multiple of {number * parts}, or fewer "
+                f"microbatches, a multiple of mesh.stage={stages}: compute.pipeline.microbatches={stages}"
             )
 
 

@@ -53,7 +53,11 @@ def plan_decoding(model: ModelConfig, compute: ComputeConfig, place: Topology, r
 
     Args:
       rows: decoded at one time. slots: tokens of a row, of prompt and answer; half of them are prompt.
+    Raises:
+      ValueError: the model takes no rows so long.
     """
+    if slots > model.max_seq_len:
+        raise ValueError(f"--decode asks for rows of {slots} tokens, and model.max_seq_len={model.max_seq_len}")
     start, devices = time.perf_counter(), topology.devices(place)
     mesh, compute = make_mesh(MeshConfig(data=1, tensor=-1), devices), resolved(compute, place, model.n_layers)
     slots = bucket(slots, model.max_seq_len)

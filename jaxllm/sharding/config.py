@@ -49,7 +49,8 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     if free:
         sizes[free[0]] = device_count // fixed
     if math.prod(sizes.values()) != device_count:
-        raise ValueError(f"mesh {described} does not use {device_count} devices exactly; set mesh.data=-1 to fill up")
+        remedy = f"they are no multiple of {fixed}" if free else "set mesh.data=-1 to fill up"
+        raise ValueError(f"mesh {described} does not use {device_count} devices exactly; {remedy}")
     return sizes
 
 

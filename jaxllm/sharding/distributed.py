@@ -4,12 +4,16 @@ import ctypes
 import importlib.util
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from jaxllm.core.config import Config
 
+WAIT_S = 10.0  # before it is said that other processes are waited for
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
@@ -54,6 +58,8 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
 
     Args:
       rows: of a microbatch, over all processes: the virtual devices of a CPU share them.
+    Raises:
+      ValueError: nothing here says who the other processes are.
     """
     import jax
 
@@ -65,14 +71,34 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
         # [] are all GPUs of a node: where Slurm has one process on each, JAX would take one GPU alone.
         gpus = [] if os.environ.get("SLURM_NTASKS", "") == os.environ.get("SLURM_STEP_NUM_NODES") else None
         # JAX's own watch, whose message names nobody, comes after ours (training.heartbeat).
-        jax.distributed.initialize(
-            config.coordinator, config.n_processes, config.process_index, gpus,
-            heartbeat_timeout_seconds=max(100, int(2 * config.silence_s)),
-        )  # fmt: skip
+        with _joining(config):
+            jax.distributed.initialize(
+                config.coordinator, config.n_processes, config.process_index, gpus,
+                heartbeat_timeout_seconds=max(100, int(2 * config.silence_s)),
+            )  # fmt: skip
     if _cpu_only():
         if config.keep_memory:
             _keep_freed_memory()
         _set_cpu_devices(config.cpu_devices, rows // (config.n_processes or 1))
+
+
+@contextmanager
+def _joining(config: PlatformConfig) -> Iterator[None]:
+    """Say for whom this process waits, if it does, and what is missing where JAX finds no cluster."""
+    place = f" of {config.n_processes} at {config.coordinator}" if config.coordinator else ""
+    said = threading.Timer(WAIT_S, sys.stderr.write, (f"waiting for the other processes{place}\n",))
+    said.start()
+    try:
+        yield
+    except ValueError as error:
+        if config.coordinator:
+            raise
+        raise ValueError(
+            f"platform.distributed=true, and no TPU pod, Slurm or GKE was found here ({error}); set "
+            "platform.coordinator=HOST:PORT, platform.n_processes and platform.process_index"
+        ) from error
+    finally:
+        said.cancel()
 
 
 def _set_cpu_devices(count: int | None, rows: int) -> None:

@@ -1,4 +1,5 @@
 import re
+import time
 
 import jax
 import pytest
@@ -79,3 +80,17 @@ def test_a_process_that_is_alone_on_its_node_has_all_gpus_of_it(monkeypatch, tas
     monkeypatch.setattr(distributed, "_cpu_only", lambda: False)
     distributed.start(PlatformConfig(compile_cache=None, distributed=True))
     assert asked == [gpus]
+
+
+def test_who_waits_and_who_is_alone_says_so(monkeypatch, capsys):
+    def initialize(*given, **_):
+        time.sleep(0.2)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "WAIT_S", 0.0)
+    with pytest.raises(
+        ValueError, match=r"no TPU pod, Slurm or GKE was found here .*set platform.coordinator=HOST:PORT"
+    ):
+        distributed.start(PlatformConfig(compile_cache=None, distributed=True))
+    assert capsys.readouterr().err == "waiting for the other processes\n"
