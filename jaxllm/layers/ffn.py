@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.config import Gated, Plain
 from jaxllm.layers.linear import Projection
-from jaxllm.sharding import shards
+from jaxllm.layers.tpu import computed_once, gradient_once
 from jaxllm.sharding.rules import constrain
 
 ACTIVATIONS = {
@@ -45,7 +45,6 @@ class Ffn(nnx.Module):
                 hidden = activation(self.up(x))
             else:
                 gate, up = jnp.split(self.gate(x), 2, axis=-1) if self.up is None else (self.gate(x), self.up(x))
+                gate, up = gradient_once((gate, up))
                 hidden = activation(gate) * up
-            if shards.platform() == "tpu":  # else each tile of the next product, and of its gradient, computes it again
-                hidden = jax.lax.optimization_barrier(hidden)
-            return self.down(constrain(hidden, "batch", "length", "mlp"))
+            return self.down(constrain(computed_once(hidden), "batch", "length", "mlp"))

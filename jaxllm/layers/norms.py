@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxllm.layers.config import LayerNorm, RMSNorm
 from jaxllm.layers.linear import constant
+from jaxllm.layers.tpu import gradient_once
 
 
 class Norm(nnx.Module):
@@ -29,7 +30,7 @@ class Norm(nnx.Module):
         y = _scale_to_unit(y, self.config.eps) * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
         if self.bias is not None:
             y = y + jnp.expand_dims(self.bias[...], tuple(range(x.ndim - 1)))
-        return y.astype(x.dtype)
+        return gradient_once(y.astype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

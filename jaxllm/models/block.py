@@ -13,6 +13,7 @@ from jaxllm.layers.linear import constant
 from jaxllm.layers.masks import CausalMask, Mask
 from jaxllm.layers.moe import Moe, RouterSums
 from jaxllm.layers.norms import Norm
+from jaxllm.layers.tpu import rows_in_order
 from jaxllm.models.config import ModelConfig
 from jaxllm.sharding.rules import constrain
 
@@ -87,11 +88,12 @@ class Block(nnx.Module):
 
     def _join(self, x: Array, y: Array, norm: Norm | None, gate: nnx.Param | None, drop: Drop | None) -> Array:
         """Add what a part of the layer puts out to the stream."""
-        y = constrain(y, "batch", "stream", None)
+        stream = ("batch", "stream", None)
+        y = constrain(y, *stream)
         y = y if gate is None else y * gate[0].astype(y.dtype)
         y = y if self.post else _apply(norm, y)
         y = y if drop is None else drop(y)
-        return norm(x + y) if self.post else x + y
+        return rows_in_order(norm(x + y) if self.post else x + y, stream)
 
     def _feed_forward(self, x: Array, mask: Mask) -> tuple[Array, RouterSums | None]:
         if not isinstance(self.ffn, Moe):

@@ -1,5 +1,6 @@
 """Functions that the compiler cannot split by itself, run on each device's part of their arrays."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,6 +20,12 @@ def platform() -> str:
 def parts(axis: str) -> int:
     """Return how many devices of the mesh share an axis of it that the compiler may use here."""
     return _free().get(axis, 1)
+
+
+def pieces(axis: str, size: int) -> int:
+    """Return into how many pieces devices cut a dimension of a logical axis and a size here."""
+    cut = spec((axis,), (size,))[0]
+    return math.prod(parts(name) for name in ((cut,) if isinstance(cut, str) else cut or ()))
 
 
 def spec(axes: Axes, shape: Sequence[int]) -> PartitionSpec:

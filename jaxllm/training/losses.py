@@ -36,7 +36,7 @@ def cross_entropy(
       smoothing: share of the right answer that is spread over the vocabulary, in [0, 1). Source: Szegedy et al. 2016,
         section 7; Vaswani et al. 2017, section 5.4 (0.1).
     """
-    table = constrain(table, "vocab", None)  # gathered once here, not once per chunk
+    table = _gathered(table, hidden)
 
     def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
         hidden, targets, weights = inputs
@@ -52,6 +52,8 @@ def token_nats(
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:  # fmt: skip
     """Return -ln p of each target, what `cross_entropy` sums, and whether it is the likeliest token; its arguments."""
 
+    table = _gathered(table, hidden)
+
     def body(_: None, inputs: tuple) -> tuple[None, tuple[Array, Array]]:
         logits, log_z = _logits(inputs[0], table, cap)
         return None, (log_z - _chosen(logits, inputs[1]), jnp.argmax(logits, axis=-1) == inputs[1])
@@ -62,7 +64,9 @@ def token_nats(
 
 def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):
     """The sums, with the gradients of `loss` as residuals."""
-    full_table = constrain(table, "vocab", None)
+    full_table = _gathered(table, hidden)
+    rows, parts = shards.pieces("rows", hidden.shape[0]), shards.pieces("length", hidden.shape[1])
+    own = lambda x: x.reshape(rows, -1, parts, x.shape[1] // parts, x.shape[2])  # what each device has of a chunk
 
     def body(carry: tuple, inputs: tuple) -> tuple[tuple, Array]:
         sums, table_gradient = carry
@@ -78,14 +82,16 @@ def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):
         if cap is not None:
             gradient *= 1.0 - (logits / cap) ** 2
         gradient = gradient.astype(hidden.dtype)
-        # Summed as [D, V] and turned once: written as "btv,btd->vd", XLA on a CPU computes `gradient` a second time, in
-        # transposed order.
-        table_gradient += jnp.einsum("btd,btv->dv", hidden, gradient, preferred_element_type=jnp.float32)
+        # Each device sums what it has; all of them are summed once, after the last chunk. As [D, V], turned once: for
+        # "vd", XLA on a CPU computes `gradient` a second time, in transposed order.
+        part = jnp.einsum("pbctd,pbctv->pcdv", own(hidden), own(gradient), preferred_element_type=jnp.float32)
+        table_gradient = constrain(table_gradient + part, "rows", "length", None, "vocab")
         return (sums, table_gradient), jnp.einsum("btv,vd->btd", gradient, full_table)
 
-    start = (_zeros(), jnp.zeros(table.shape[::-1], jnp.float32))
+    start = (_zeros(), jnp.zeros((rows, parts, *table.shape[::-1]), jnp.float32))
     (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, chunks((hidden, targets, weights), chunk))
-    return sums, (whole(hidden_gradient, hidden.shape[1]), table_gradient.T.astype(table.dtype))
+    table_gradient = constrain(jnp.sum(table_gradient, axis=(0, 1)).T, "vocab", "embed")
+    return sums, (whole(hidden_gradient, hidden.shape[1]), table_gradient.astype(table.dtype))
 
 
 def _backward(z, chunk, cap, smoothing, gradients, cotangents):
@@ -109,7 +115,7 @@ def chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
 
     Example, chunk = 4: T = 8 -> 2 chunks of 4, T = 9 -> 3 of 3, T = 7 -> 2 of 4 with one position of padding
     """
-    parts = _parts(arrays[0].shape[1])
+    parts = shards.pieces("length", arrays[0].shape[1])
     length = arrays[0].shape[1] // parts
     count = -(-length // chunk)
     size = -(-length // count)
@@ -127,18 +133,18 @@ def chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
 
 def whole(chunked: Float[Array, "n B c *D"], length: int) -> Float[Array, "B T *D"]:
     """Put together what was made of `chunks` of rows of a length."""
-    parts, (count, batch, size, *rest) = _parts(length), chunked.shape
+    parts, (count, batch, size, *rest) = shards.pieces("length", length), chunked.shape
     x = jnp.swapaxes(chunked.reshape(count, batch * parts, size // parts, *rest), 0, 1)
     return x.reshape(batch * parts, -1, *rest)[:, : length // parts].reshape(batch, length, *rest)
 
 
-def _parts(length: int) -> int:
-    parts = shards.parts("context")
-    return 1 if length % parts else parts
+def _gathered(table: Float[Array, "V D"], hidden: Array) -> Float[Array, "V D"]:
+    """Return the table in the type of what it is multiplied by, gathered once and not once per chunk."""
+    return constrain(table.astype(hidden.dtype), "vocab", None)
 
 
 def _logits(hidden: Float[Array, "B C D"], table: Float[Array, "V D"], cap: float | None) -> tuple[Array, Array]:
-    logits = jnp.einsum("bcd,vd->bcv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bcd,vd->bcv", hidden, table, preferred_element_type=jnp.float32)
     logits = soft_cap(logits, cap)
     return logits, jax.nn.logsumexp(logits, axis=-1)
 

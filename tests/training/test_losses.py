@@ -1,8 +1,13 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.sharding.config import MeshConfig
+from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.rules import named_sharding
 from jaxllm.training.losses import chunks, cross_entropy
 
 GENERATOR = np.random.default_rng(0)
@@ -61,3 +66,30 @@ def test_no_array_of_all_logits_exists():
         .as_text()
     )
     assert "f32[2,12,31]" not in program and "f32[6,2,2,31]" not in program
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 4, "tensor": 2}, {"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 2, "expert": 2}, {"stage": 8}]
+)
+@pytest.mark.parametrize(("z", "smoothing", "cap"), [(0.01, 0.1, None), (0.0, 0.0, 3.0)])
+def test_devices_sum_the_gradient_of_the_table_once_after_the_last_chunk(mesh, z, smoothing, cap):
+    rng = np.random.default_rng(1)
+    batch, vocabulary, width = (8, 16), 34, 10
+    hidden = rng.normal(size=(*batch, width)).astype(np.float32)
+    table = rng.normal(size=(vocabulary, width)).astype(np.float32)
+    targets, weights = rng.integers(0, vocabulary, batch), rng.random(batch).astype(np.float32)
+    both = jax.value_and_grad(lambda h, m: cross_entropy(h, m, targets, weights, z, 2, cap, smoothing)[0], (0, 1))
+    on_one = jax.jit(both)(hidden, table)
+    found = make_mesh(MeshConfig(**{"data": 1, **mesh}), jax.devices())
+    with jax.set_mesh(found):
+        rows = named_sharding(found, ("rows", "length", None), hidden.shape)
+        program = jax.jit(both, in_shardings=(rows, None)).lower(hidden, table).compile()
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), program(hidden, table), on_one
+        )
+    sums = re.findall(r" = ([^=]*) (?:all-reduce|reduce-scatter)\(.*op_name=\"(.*?)\"", program.as_text())
+    sizes = {str(width), str(vocabulary // mesh.get("tensor", 1))}
+    of_table = [
+        name for shapes, name in sums for shape in re.findall(r"\[(.*?)\]", shapes) if sizes <= set(shape.split(","))
+    ]
+    assert of_table and not [name for name in of_table if "while/body" in name]
