@@ -61,6 +61,27 @@ def test_the_time_of_a_schedule():
         assert kinds == {("all-gather", 64): (10, 1e7), ("all-reduce", 4): (1, 1e6)}
 
 
+SLICES = """HloModule step, is_scheduled=true
+
+ENTRY %main (p: f32[8,250000]) -> f32[1,250000] {
+  %p = f32[8,250000]{1,0} parameter(0)
+  %far = f32[8,250000]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %zero = s32[] constant(0)
+  %part = ((f32[8,250000]{1,0}, s32[]), f32[1,250000]{1,0}, u32[]) dynamic-slice-start(%p, %zero)
+  %here = f32[1,250000]{1,0} dynamic-slice-done(%part)
+  %away = ((f32[8,250000]{1,0:S(5)}, f32[1,250000]{1,0}), f32[8,250000]{1,0:S(5)}, u32[]) \
+dynamic-update-slice-start(%far, %here)
+  ROOT %there = f32[8,250000]{1,0:S(5)} dynamic-update-slice-done(%away)
+}
+"""
+
+
+def test_slices_move_alone_and_to_the_host_more_slowly():
+    found = schedule.estimate(SLICES, NETWORK)
+    assert found.waiting == pytest.approx(1e6 / HBM + 1e6 / 16e9)
+    assert found.seconds == pytest.approx(found.waiting)
+
+
 @pytest.mark.parametrize(
     ("groups", "first"),
     [("{{0,1},{2,3}}", [0, 1]), ("[2,2]<=[2,2]T(1,0)", [0, 2]), ("mesh['x'=2,'y'=2] {'x'}", [0, 2]),
