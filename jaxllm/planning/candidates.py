@@ -103,9 +103,9 @@ def _meshes(job: Job, count: int) -> Iterator[MeshConfig]:
 
 
 def _microbatches(rows: int, mesh: MeshConfig) -> list[int]:
-    """Return into how many microbatches the rows of a device can be cut, by powers of two."""
+    """Return into how many microbatches, 128 at most, the rows of a device can be cut."""
     parts = math.prod(max(getattr(mesh, axis), 1) for axis in ROW_AXES)
-    return [1 << power for power in range(8) if rows % (parts << power) == 0]
+    return [count for count in range(1, 129) if rows % (parts * count) == 0]
 
 
 class _Speed:

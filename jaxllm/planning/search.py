@@ -72,7 +72,7 @@ def search(
                 else:
                     plan = future.result()
                     say(f"{where}: {name}: {line(plan)}{', compiled earlier' * plan.cached}")
-                    found += [(each.job, plan)] * plan.fits
+                    found += [(plan.time.step if plan.time else each.seconds, each.job, plan)] * plan.fits
         except (KeyboardInterrupt, BrokenExecutor) as stop:
             for child in multiprocessing.active_children():
                 child.kill()
@@ -81,7 +81,9 @@ def search(
             say(f"{why}; what is compiled is kept, so that the same command goes on from there")
             if not found:
                 raise
-    return sorted(found, key=lambda each: each[1].time.step if each[1].time else each[1].needed)
+    if place.chip.kind == "gpu":
+        say("ranked by what the shapes let expect, as the compiler of GPUs estimates no times")
+    return [(own, plan) for _, own, plan in sorted(found, key=lambda each: each[0])]
 
 
 def _begin() -> None:

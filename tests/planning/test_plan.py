@@ -153,6 +153,8 @@ def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
     assert "full" not in {job.compute.remat for job, _ in found}
     assert any("compute.remat=full" in each and "failed, RuntimeError: the compiler gave up" in each for each in said)
     assert said[1].startswith("1 of 12, after 0 s: ")
+    assert found[0][0].compute.remat == "none"  # no times: by the shapes, the fastest first
+    assert said[-1].startswith("ranked by what the shapes let expect")
     with pytest.raises(ValueError, match="layouts are refused, the last because no rows"):
         search.search(JOB, NODE, refuse, 12, 1, said.append)
 
