@@ -76,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("recipe", metavar="RECIPE", help="recipe file, or a run directory")
     add("overrides", metavar="key=value", nargs="*", help="keys of the recipe to change")
     add("--topology", required=True, metavar="CHIP:SHAPE", help="such as v5p:4x4x4, 2*v5e:16x16, h200:8")
-    add("--search", action="store_true", help="try other meshes, rematerialisation and microbatches")
+    add(
+        "--search",
+        action="store_true",
+        help="try other meshes (devices that share rows too), rematerialisation and microbatches",
+    )
     said = "plan decoding instead: rows at one time, tokens of each, as 8x4096"
     add("--decode", metavar="ROWSxTOKENS", type=_decoded, help=said)
     add("--tries", metavar="N", type=int, default=12, help="of a search, how many are compiled (default: 12)")

@@ -22,6 +22,7 @@ PRODUCTS = {"splash_mha_fwd": 4, "splash_mha_dq": 6, "splash_mha_dkv": 8}
 GROUPED = ("ragged-dot-none", "gmm", "tgmm")  # names of the kernels of grouped products
 RENDEZVOUS = r'_xla_host_transfer_rendezvous="([^"]+)"'  # what a host hands over between slices
 FUSED_START, FUSED_DONE = "async-collective-start", "async-collective-done"  # fusions; what lies between carries it on
+HOST = "S(5)"  # in a type: the memory of the host
 FREE = frozenset({
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id", "after-all",
     "add-dependency", "opt-barrier", "iota",
@@ -139,7 +140,7 @@ class _Replay:
                     free[queue] = max(now, free[queue]) + seconds
                     ready[each.attribute(RENDEZVOUS)] = free[queue], key
             elif each.op.endswith("-start") or each.name.startswith(FUSED_START):
-                queue, seconds, key = self._started(each, table, given, times)
+                queue, seconds, key = self._started(each, given, times)
                 free[queue] = max(now, free[queue]) + seconds
                 ready[each.name] = free[queue], key
             elif each.op.endswith(("-done", "-update")) or each.name.startswith(FUSED_DONE):
@@ -153,14 +154,14 @@ class _Replay:
                 now += self._computed(each, given, times)
         return now
 
-    def _started(
-        self, each: Instruction, table: dict[str, Instruction], given: float, times: int
-    ) -> tuple[str, float, tuple | None]:
+    def _started(self, each: Instruction, given: float, times: int) -> tuple[str, float, tuple | None]:
         """Return (what is busy with it, for how long, which collective it is) of an asynchronous start."""
         inner = self._collective(each)
         if inner is None:
-            first = table.get(each.operands[0]) if each.operands else None
-            return "copies", (0.0 if first is None else n_bytes(first.type)) / self.chip.hbm_bandwidth, None
+            host, arrays = HOST in each.type, [sizes for sizes in hlo.shapes(each.type) if sizes[1]]
+            moved = min((hlo.BYTES[kind] * math.prod(sizes) for kind, sizes in arrays), default=0.0)  # of slices, those
+            speed = self.chip.host_bandwidth if host else self.chip.hbm_bandwidth
+            return "host" if host else "copies", moved / speed, None
         seconds = self.network.of_instruction(inner, given)
         return "links", seconds, self._count(inner, given, seconds, times)
 

@@ -24,6 +24,7 @@ class Chip(Config):
     peak: float = Field(gt=0, description="dense bfloat16 peak, FLOP/s")
     hbm_bytes: float = Field(gt=0, description="memory")
     hbm_bandwidth: float = Field(gt=0, description="bytes/s")
+    host_bandwidth: float = Field(gt=0, description="to the memory of its host, one way, bytes/s")
     clock: float | None = Field(None, gt=0, description="of the cycles that the compiler estimates, Hz")
     link_bandwidth: float = Field(gt=0, description="of one link to a neighbour, one way, bytes/s")
     dcn_bandwidth: float | None = Field(None, gt=0, description="to other slices, bytes/s of one chip")

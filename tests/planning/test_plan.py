@@ -11,8 +11,14 @@ import pytest
 from jaxllm import plan
 from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig, ModelConfig
+<<<<<<< HEAD
 from jaxllm.planning import aot, memory, report, search, topology
 from jaxllm.planning.aot import Compiled, Job
+=======
+from jaxllm.planning import aot, candidates, memory, search, topology
+from jaxllm.planning.aot import Job
+from jaxllm.planning.report import sentences
+>>>>>>> v6e
 from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.training.config import AdamW, StepConfig
 
@@ -39,19 +45,19 @@ def refuse(job):
 
 
 def test_candidates_are_all_that_may_fit():
-    found = search.candidates(JOB, NODE, jax.devices()[:4], accept)[0]
+    found = candidates.candidates(JOB, NODE, jax.devices()[:4], accept)[0]
     for each in found:
         sizes = axis_sizes(each.job.mesh, 4)
         assert JOB.rows % (sizes["data"] * sizes["fsdp"] * each.job.step.accumulate) == 0
         assert MODEL.kv_heads % sizes["tensor"] == 0
     meshes = {tuple(axis_sizes(each.job.mesh, 4)[axis] for axis in ("data", "fsdp", "tensor")) for each in found}
     assert meshes == {(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)}
-    assert {each.job.compute.remat for each in found} == set(search.remats())
+    assert {each.job.compute.remat for each in found} == set(candidates.remats())
     assert [each.seconds for each in found] == sorted(each.seconds for each in found)
     small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": min(each.bytes for each in found)}))
-    fewer = search.candidates(JOB, small, jax.devices()[:4], accept)[0]
+    fewer = candidates.candidates(JOB, small, jax.devices()[:4], accept)[0]
     assert 0 < len(fewer) < len(found)
-    assert max(each.bytes for each in fewer) <= search.SLACK * small.chip.hbm_bytes
+    assert max(each.bytes for each in fewer) <= candidates.SLACK * small.chip.hbm_bytes
 
 
 def test_candidates_leave_out_what_slices_and_the_recipe_refuse():
@@ -62,12 +68,57 @@ def test_candidates_leave_out_what_slices_and_the_recipe_refuse():
         sizes = axis_sizes(job.mesh, 8)
         job.compute.pipeline.check(2, MODEL.n_layers, job.rows // job.step.accumulate, sizes["data"] * sizes["fsdp"])
 
-    found, refused = search.candidates(JOB._replace(mesh=stages), slices, jax.devices(), check)
+    found, refused = candidates.candidates(JOB._replace(mesh=stages), slices, jax.devices(), check)
     assert {each.job.mesh.data % 2 for each in found} == {0}
     assert {each.job.mesh.stage for each in found} == {2}
     assert max(each.job.step.accumulate for each in found) == 64 // (2 * 8)  # data=2, and 8 microbatches of the stages
     assert any("2 slices, which do not divide mesh.data=1" in each for each in refused)
     assert any("rows are not divisible by 8 microbatches" in each for each in refused)
+
+
+def test_rows_are_shared_where_nothing_else_fits():
+    shared = lambda rows, place: {
+        (each.job.mesh.context, each.job.compute.remat)
+        for each in candidates.candidates(JOB._replace(rows=rows), place, jax.devices()[:4], accept)[0]
+    }
+    assert {context for context, _ in shared(64, NODE)} == {1}
+    one = candidates.candidates(JOB._replace(rows=1), NODE, jax.devices()[:4], accept)[0]
+    assert {(each.job.mesh.context, each.job.mesh.tensor) for each in one} == {(1, 4), (2, 2), (4, 1)}
+    most = {each.job.compute.remat: each.bytes for each in one if each.job.mesh.context == 1}
+    small = NODE._replace(chip=NODE.chip.model_copy(update={"hbm_bytes": most["none"] / candidates.SLACK - 1}))
+    assert (1, "none") not in shared(1, small)
+    assert (1, "full") in shared(1, small)
+
+
+def test_what_is_moved_counts_for_the_order():
+    parts = aot.abstract(JOB, jax.devices()[:4])
+    speed = candidates._Speed(JOB, NODE, parts)
+    seconds = lambda remat, accumulate: speed.seconds(
+        JOB._replace(compute=ComputeConfig(remat=remat), step=StepConfig(accumulate=accumulate))
+    )
+    assert seconds("none", 1) < seconds("dots", 1) < seconds("full", 1) < seconds("full", 2)
+    assert seconds("offload", 1) > seconds("dots", 1)  # a tiny model computes for less time than its products travel
+
+
+def _candidate(remat, seconds, size, fsdp=4, accumulate=1):
+    compute, mesh = ComputeConfig(remat=remat), MeshConfig(data=1, fsdp=fsdp)
+    job = JOB._replace(compute=compute, mesh=mesh, step=StepConfig(accumulate=accumulate))
+    return candidates.Candidate(job, size, seconds)
+
+
+def test_plans_correct_what_is_expected_of_the_others():
+    none, *dots = _candidate("none", 1.0, 90), _candidate("dots", 1.2, 50), _candidate("dots", 1.3, 60, 2)
+    cut, full = _candidate("dots", 1.21, 40, accumulate=2), _candidate("full", 1.5, 10)
+    order = search._Order([none, *dots, cut, full, _candidate("none", 1.1, 95, 2)])
+    took = lambda seconds: SimpleNamespace(fits=True, time=SimpleNamespace(step=seconds))
+    assert order.take() == none
+    assert order.take() == dots[0]  # at the same time: of a policy without a plan only one
+    order.learn(none, SimpleNamespace(fits=False))  # nor does what needs 95
+    order.learn(dots[0], took(2.4))  # twice what was expected, so that full is the more promising
+    assert order.take() == full
+    order.learn(full, took(1.6))
+    assert [order.take() for _ in range(2)] == [dots[1], cut]  # each mesh once, before smaller microbatches
+    assert not order.left
 
 
 class _Pool:
@@ -92,7 +143,7 @@ class _Pool:
 
 
 def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
-    said, plan = [], SimpleNamespace(fits=True, time=None, needed=1.0)
+    said, plan = [], SimpleNamespace(fits=True, time=None, needed=1.0, cached=False)
 
     def compiled(job, _):
         if job.compute.remat == "full":
@@ -106,8 +157,27 @@ def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
     assert found
     assert "full" not in {job.compute.remat for job, _ in found}
     assert any("compute.remat=full" in each and "failed, RuntimeError: the compiler gave up" in each for each in said)
+    assert said[1].startswith("1 of 12, after 0 s: ")
+    assert found[0][0].compute.remat == "none"  # no times: by the shapes, the fastest first
+    assert said[-1].startswith("ranked by what the shapes let expect")
     with pytest.raises(ValueError, match="layouts are refused, the last because no rows"):
         search.search(JOB, NODE, refuse, 12, 1, said.append)
+
+
+def test_ctrl_c_leaves_what_is_compiled(monkeypatch):
+    said, plans = [], [SimpleNamespace(fits=True, time=None, needed=1.0, cached=True)]
+
+    def compiled(*_):
+        if not plans:
+            raise KeyboardInterrupt
+        return plans.pop()
+
+    monkeypatch.setattr(search, "make_plan", compiled)
+    monkeypatch.setattr(search, "ProcessPoolExecutor", _Pool)
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:4])
+    assert len(search.search(JOB, NODE, accept, 12, 1, said.append)) == 1
+    assert said[1].endswith("fits, 1.0 GiB, compiled earlier")
+    assert said[2].startswith("interrupted; what is compiled is kept")
 
 
 def test_a_state_that_is_larger_than_the_memory_is_not_compiled(monkeypatch):
