@@ -228,12 +228,12 @@ class _Replay:
 
     @staticmethod
     def _attention(each: Instruction) -> float:
-        """Return the FLOPs of an attention kernel over [B, N, T, H] (one row: [N, T, H]), by its name; 0 of others."""
+        """Return the FLOPs of an attention kernel, by its name; 0 of others.
+
+        Its first operands of bfloat16 are queries and keys, [B, N, T, H] (one row: [N, T, H]); where devices share a
+        row, T is of the share, which sees half of all keys as well.
+        """
         products = next((count for name, count in PRODUCTS.items() if each.name.startswith(name)), 0)
-        rows, keys = (
-            [sizes for kind, sizes in hlo.shapes(text) if kind == "bf16" and len(sizes) in (3, 4)]
-            for text in (each.type, each.attributes)  # of the operands, in the constraints of their layouts
-        )
-        if not (products and rows and len(keys) > 1):
-            return 0.0
-        return products * math.prod(rows[0]) * keys[1][-2] / 2  # as of shares of rows, which all see equally much
+        constraints = hlo.shapes(each.attributes)  # of the layouts of operands
+        arrays = [sizes for kind, sizes in constraints if kind == "bf16" and len(sizes) in (3, 4)]
+        return products * math.prod(arrays[0]) * arrays[1][-2] / 2 if products and len(arrays) > 1 else 0.0

@@ -39,8 +39,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 }, backend_config={"cost_estimate":{"flops":"459000000000"}}
   %splash_mha_fwd.1 = bf16[1,8,512,128]{3,2,1,0} custom-call(%p), custom_call_target="tpu_custom_call", \
 operand_layout_constraints={bf16[1,8,512,128]{3,2,1,0}, bf16[1,8,512,128]{3,2,1,0}}
-  %splash_mha_dq.1 = bf16[8,512,128]{2,1,0} custom-call(%p), custom_call_target="tpu_custom_call", \
-operand_layout_constraints={bf16[8,512,128]{2,1,0}, bf16[8,512,128]{2,1,0}}
+  %splash_mha_dkv.1 = bf16[2,512,128]{2,1,0} custom-call(%p), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={bf16[8,512,128]{2,1,0}, bf16[2,512,128]{2,1,0}}
   %t = (s32[], f32[4]{0}) tuple(%sum, %kernel)
   %loop = (s32[], f32[4]{0}) while(%t), condition=%condition, body=%body
   ROOT %out = f32[4]{0} get-tuple-element(%loop), index=1
@@ -53,7 +53,7 @@ def test_the_time_of_a_schedule():
     gather = 64e6 * 63 / 64 / (6 * LINK) + 6 * HOP_S  # three rings of four, two links each
     reduce = 2 * (1e6 * 3 / 4 / (2 * LINK) + 2 * HOP_S)
     product, add = 1e-3, 12 / HBM
-    kernel = (459e9 + (4 + 6) * 8 * 512 * 128 * 256) / (0.5 * 459e12)
+    kernel = (459e9 + (4 + 8) * 8 * 512 * 128 * 256) / (0.5 * 459e12)
     assert found.seconds == pytest.approx(10 * (max(product, gather) + add) + reduce + kernel, rel=1e-6)
     assert found.kernels == pytest.approx(kernel)
     assert found.exposed == pytest.approx(reduce + 10 * max(0, gather - product), rel=1e-6)
