@@ -77,10 +77,14 @@ def preflight(recipe: Recipe) -> Iterator[Finding]:
     yield Finding("computation", True, f"{kernels}, layers={run.compute.layers}, remat={run.compute.remat}")
     state = abstract_state(recipe.model, optimizer(recipe.optim), ema=recipe.step.ema_decay is not None)
     yield _finding("memory", lambda: _memory(run))
-    yield _finding("disk", lambda: _disk(run_dir, recipe, state))
+    kept, fast = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best, recipe.checkpoint.fast.directory
+    hint = "lower checkpoint.keep_last or keep_best, or set `out` to a larger disk"
+    yield _finding("disk", lambda: _disk(run_dir, kept, _bytes(state), hint))
     yield _finding("checkpoint", lambda: _write(run_dir))
-    if recipe.checkpoint.fast.directory is not None:
-        yield _finding("fast checkpoints", lambda: _fast(Path(recipe.checkpoint.fast.directory), run, state))
+    if fast is not None:
+        hint = "set checkpoint.fast.directory to a larger disk, or none"
+        yield _finding("fast checkpoints", lambda: _disk(Path(fast).expanduser(), KEPT, _held_bytes(run, state), hint))
+        yield _finding("fast checkpoint", lambda: _write(Path(fast).expanduser()))
 
 
 def report(recipe: Recipe) -> int:
@@ -179,33 +183,30 @@ def _device_bytes() -> float | None:
     return None
 
 
-def _disk(run_dir: Path, recipe: Recipe, state: TrainState) -> str:
-    """Room for all the checkpoints that are kept, and for the one that is being written."""
-    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best
-    if is_twin(run_dir):
-        return f"{count(kept, 'checkpoint')} of {one / 1e9:.3g} GB and one in writing, all of them in the bucket"
-    free = shutil.disk_usage(_existing(run_dir)).free
-    text = f"{count(kept, 'checkpoint')} of {one / 1e9:.3g} GB and one in writing, {free / 1e9:.1f} GB free"
-    if (kept + 1) * one > free:
-        raise ValueError(f"{text}: lower checkpoint.keep_last or keep_best, or set `out` to a larger disk")
-    return text
-
-
-def _fast(place: Path, run: Run, state: TrainState) -> str:
-    """Room for what this process holds of the fast checkpoints, on this host."""
-    places = state_shardings(state, param_shardings(run.recipe.model, run.mesh), run.mesh)
-    held = lambda leaf, sharding: (
-        leaf.dtype.itemsize
-        * math.prod(sharding.shard_shape(leaf.shape))
-        * len({str(part) for part in sharding.addressable_devices_indices_map(leaf.shape).values()})
-    )
-    one = sum(jax.tree.leaves(jax.tree.map(held, state, places)))
+def _disk(place: Path, kept: int, one: int, hint: str) -> str:
+    """Room for all the checkpoints that are kept, of `one` bytes each, and for the one that is being written."""
+    text = f"{count(kept, 'checkpoint')} of {one / 1e9:.3g} GB and one in writing"
+    if is_twin(place):
+        return f"{text}, all of them in the bucket"
     free = shutil.disk_usage(_existing(place)).free
-    text = f"{KEPT} of {one / 1e9:.3g} GB of each process and one in writing, {free / 1e9:.1f} GB free"
-    if (KEPT + 1) * one > free:
-        raise ValueError(f"{text}: set checkpoint.fast.directory to a larger disk, or none")
-    return f"{text}; {_write(place)}"
+    if (kept + 1) * one > free:
+        raise ValueError(f"{text}, {free / 1e9:.1f} GB free: {hint}")
+    return f"{text}, {free / 1e9:.1f} GB free"
+
+
+def _bytes(state: TrainState) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _held_bytes(run: Run, state: TrainState) -> int:
+    """Of a state what this process holds, and writes into its fast tier."""
+    places = state_shardings(state, param_shardings(run.recipe.model, run.mesh), run.mesh)
+
+    def held(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
+        parts = {str(part) for part in sharding.addressable_devices_indices_map(leaf.shape).values()}
+        return len(parts) * math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(held, state, places)))
 
 
 def _write(run_dir: Path) -> str:

@@ -115,7 +115,7 @@ def test_check_finds_nothing_in_a_good_recipe_and_leaves_nothing(workspace, caps
         (["steps=100 epochs", "data.epochs=1"], "wrong length "),
         (["monitor.prompts=[" + "x" * 50 + "]", "monitor.sample_tokens=4"], "monitor.prompts.0 has 51 tokens"),
         (["checkpoint.keep_last=1000000000"], "wrong disk"),
-        (["checkpoint.fast.directory=/proc/jaxllm", "checkpoint.fast.every=1"], "wrong fast checkpoints"),
+        (["checkpoint.fast.directory=/proc/jaxllm", "checkpoint.fast.every=1"], "wrong fast checkpoint "),
         (["model.d_ff=1000000000000"], "wrong memory"),
         (["start_from=nothing"], "wrong start_from       nothing does not exist"),
     ],
