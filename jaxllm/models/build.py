@@ -99,9 +99,7 @@ def init_params(config: AnyConfig, seed: int) -> Params:
 
 def logical_axes(config: AnyConfig) -> dict[str, Any]:
     """Return the tree of logical axis names of `init_params`, e.g. blocks/ffn/up/kernel: (layers, embed, mlp)."""
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    state = graph(config, ComputeConfig())[1]
-    return nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata()["axes"], state, is_leaf=is_variable))
+    return nnx.to_pure_dict(graph(config, ComputeConfig())[1], lambda leaf: leaf.get_metadata()["axes"])
 
 
 def abstract_params(config: AnyConfig) -> Params:

@@ -26,6 +26,12 @@ def noisy(moe):
     return moe
 
 
+def compiled(moe):
+    """Return (the layer as a program of its parameters and of x, its parameters)."""
+    graph, params = nnx.split(moe)
+    return jax.jit(lambda params, x: nnx.merge(graph, params)(x)), params
+
+
 @pytest.mark.parametrize("clamped", [None, ClampedGate(alpha=1.5, limit=0.5)])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_the_formula_token_by_token(renormalise, clamped):
@@ -46,14 +52,15 @@ def test_the_formula_token_by_token(renormalise, clamped):
                 g, u = np.minimum(g, 0.5), np.clip(u, -0.5, 0.5) + 1
             y = (g / (1 + np.exp(-(clamped.alpha if clamped else 1) * g)) * u) @ down[e] + down_bias[e]
             expected[place] += y * probs[e] / (probs[chosen].sum() if renormalise else 1)
-    y, sums = moe(X)
+    forward, params = compiled(moe)
+    y, sums = forward(params, X)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     np.testing.assert_array_equal(sums.counts, counts)
     # All tokens at one expert, and a token alone: no capacity, the same numbers.
-    moe.router[...] = jnp.eye(8, 4) * 100
-    crowd = np.abs(X) * [9, 1, *[0.1] * 6]
-    together = moe(jnp.asarray(crowd, jnp.float32))[0]
-    alone = [moe(jnp.asarray(crowd[:1, i : i + 1], jnp.float32))[0][0, 0] for i in range(5)]
+    params["router"][...] = jnp.eye(8, 4) * 100
+    crowd = (np.abs(X) * [9, 1, *[0.1] * 6]).astype(np.float32)
+    together = forward(params, crowd)[0]
+    alone = [forward(params, crowd[:1, i : i + 1])[0][0, 0] for i in range(5)]
     np.testing.assert_allclose(together[0], np.stack(alone), rtol=2e-5, atol=1e-6)
 
 
@@ -81,12 +88,12 @@ def test_sigmoids_in_groups_with_a_bias_and_a_shared_expert_token_by_token():
         for e in chosen:
             expected[place] += 2.5 * p[e] / p[chosen].sum() * layer(X[place], *(kernel[e] for kernel in kernels))
     assert unlimited  # the bias does change the choice
-    y, sums = moe(X)
+    forward, params = compiled(moe)
+    y, sums = forward(params, X)
     np.testing.assert_allclose(y, expected, atol=1e-4)
     np.testing.assert_array_equal(sums.counts, counts)
     np.testing.assert_allclose(sums.probs, shares, rtol=1e-5)
-    graph, params = nnx.split(moe)
-    gradient = jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graph, params)(X)[0])))(params)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(forward(params, X)[0]))))(params)
     assert not np.any(gradient["choice_bias"][...])
     assert np.any(gradient["router"][...])
 

@@ -20,6 +20,7 @@ from jaxllm.layers.masks import CausalMask
 from jaxllm.models import presets
 from jaxllm.models.build import bind, graph, init_params, logical_axes, unstack
 from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.decoder import Transformer
 
 LLAMA = ModelConfig(
     vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, max_seq_len=160, qk_norm="head"
@@ -85,19 +86,23 @@ def loss_and_gradient(config, compute):
     return jax.jit(jax.value_and_grad(loss))(noisy_params(config))
 
 
+@functools.cache
+def gradient_at(config):
+    """Gradient of the logits at a probe: the embedding of every token may change a little, who notices?"""
+    module = bind(graph(config, CPU)[0], noisy_params(config))
+
+    def probed(x, probe):
+        hidden, _ = module.run_blocks(x, CausalMask(), jnp.arange(x.shape[1])[None])
+        return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
+
+    return jax.jit(jax.grad(probed))
+
+
 @DENSE
 @pytest.mark.parametrize(("length", "probe"), [(12, 5), (160, 70), (160, 127), (160, 128)])
 def test_no_gradient_flows_from_the_future(config, length, probe):
-    params = noisy_params(config)
-    module = bind(graph(config, CPU)[0], params)
-
-    def probed(x):
-        # The embedding of every token may change a little: does the logit at the probe notice tokens after it?
-        hidden, _ = module.run_blocks(x, CausalMask(), jnp.arange(length)[None])
-        return jnp.sum(module.logits(module.final_norm(hidden))[0, probe])
-
-    x = jax.random.normal(jax.random.key(0), (1, length, 32))
-    gradient = jax.jit(jax.grad(probed))(x)[0]
+    x = np.random.default_rng(0).normal(size=(1, length, 32)).astype(np.float32)
+    gradient = gradient_at(config)(x, probe)[0]
     assert np.all(gradient[probe + 1 :] == 0.0)
     assert np.all(np.abs(gradient[: probe + 1]).max(-1) > 0.0)
 
@@ -110,8 +115,11 @@ def test_packed_equals_unpacked_and_ignores_its_neighbour_bitwise(config, first,
     segments = np.array([[1] * first + [2] * second])
     positions = np.array([[*range(first), *range(second)]])
     packed = forward(config, params, tokens, segments, positions)
-    np.testing.assert_allclose(packed[:, first:], forward(config, params, tokens[:, first:]), atol=2e-5)
-    np.testing.assert_allclose(packed[:, :first], forward(config, params, tokens[:, :first]), atol=2e-5)
+    alone = forward(
+        config, params, np.concatenate([tokens, np.roll(tokens, -first, 1)])
+    )  # each with something after it
+    np.testing.assert_allclose(packed[:, first:], alone[1:, :second], atol=2e-5)
+    np.testing.assert_allclose(packed[:, :first], alone[:1, :first], atol=2e-5)
     other = np.where(segments == 1, 7, tokens)
     np.testing.assert_array_equal(forward(config, params, other, segments, positions)[:, first:], packed[:, first:])
     other = np.where(segments == 2, 7, tokens)
@@ -147,20 +155,19 @@ def test_cached_decode_equals_the_full_forward(config):
     graphdef = graph(config, CPU, stacked=False)[0]
     cache = init_cache(config.n_layers, (2, 16, config.kv_heads, config.head_width), jnp.float32)
 
-    @jax.jit
-    def decode(params, tokens, positions, cache):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(method, params, tokens, positions, cache):
         module = bind(graphdef, params)
-        hidden, cache = module.decode(tokens, positions, cache)
+        hidden, cache = method(module, tokens, positions, cache)
         return module.logits(hidden), cache
 
     layers = unstack(params)
-    module = bind(graphdef, layers)
-    hidden, cache = module.prefill(TOKENS[:, :4], jnp.tile(jnp.arange(4), (2, 1)), cache)
-    logits = [module.logits(hidden)]
+    first, cache = run(Transformer.prefill, layers, TOKENS[:, :4], np.tile(np.arange(4), (2, 1)), cache)
+    logits = [first]
     for t in range(4, 12):
-        step, cache = decode(layers, TOKENS[:, t : t + 1], jnp.full((2, 1), t), cache)
+        step, cache = run(Transformer.decode, layers, TOKENS[:, t : t + 1], np.full((2, 1), t), cache)
         logits.append(step)
-    np.testing.assert_allclose(jnp.concatenate(logits, 1), full, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(logits, 1), full, atol=2e-5)
 
 
 def test_every_parameter_has_axes_and_a_layer_axis_where_stacked():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,19 +30,36 @@ def model(config=VAE):
     return bind(graph(config, CPU)[0], noisy_params(config))
 
 
+@functools.cache
+def posterior_of(texts):
+    graphdef, params = graph(VAE, CPU)[0], noisy_params(VAE)
+    return jax.jit(lambda *rows: bind(graphdef, params).posterior(*rows, texts))
+
+
+@functools.cache
+def states_to_logits():
+    graphdef, params = graph(VAE, CPU)[0], noisy_params(VAE)
+
+    @jax.jit
+    def logits(*arrays):
+        vae = bind(graphdef, params)
+        return vae.logits(vae.states(*arrays))
+
+    return logits
+
+
 def logits(latents=LATENTS, tokens=TOKENS, segments=SEGMENTS, positions=POSITIONS, kept=None):
-    vae = model()
-    return vae.logits(vae.states(tokens, segments, positions, jnp.asarray(latents), kept))
+    return states_to_logits()(tokens, segments, positions, latents, kept)
 
 
 def test_packed_texts_have_the_posteriors_of_single_ones_whatever_the_padding():
-    packed = model().posterior(TOKENS, SEGMENTS, POSITIONS, 2)
+    packed = posterior_of(2)(TOKENS, SEGMENTS, POSITIONS)
     for number, part in enumerate((slice(0, 4), slice(4, 7))):
-        single = model().posterior(TOKENS[:, part], np.ones_like(TOKENS[:, part]), POSITIONS[:, part], 1)
+        single = posterior_of(1)(TOKENS[:, part], np.ones_like(TOKENS[:, part]), POSITIONS[:, part])
         jax.tree.map(lambda a, b, n=number: np.testing.assert_allclose(a[:, n], b[:, 0], atol=1e-5), packed, single)
     padding = np.where(SEGMENTS == 0, 7, TOKENS)
-    jax.tree.map(np.testing.assert_array_equal, model().posterior(padding, SEGMENTS, POSITIONS, 2), packed)
-    assert np.isfinite(model().posterior(TOKENS, SEGMENTS, POSITIONS, 3).mean).all()  # a text that is not there
+    jax.tree.map(np.testing.assert_array_equal, posterior_of(2)(padding, SEGMENTS, POSITIONS), packed)
+    assert np.isfinite(posterior_of(3)(TOKENS, SEGMENTS, POSITIONS).mean).all()  # a text that is not there
 
 
 def test_packed_texts_are_decoded_as_single_ones_whatever_the_padding():
@@ -63,7 +82,7 @@ def test_the_decoder_is_causal_and_reads_its_own_latent_alone():
         return jnp.sum(vae.decoder.run(x, POSITIONS, CausalMask(jnp.asarray(SEGMENTS)), memory=memory)[0][0, at] ** 2)
 
     embeddings = vae.decoder.embed(TOKENS, jnp.float32)
-    by_latent, by_token = jax.grad(place, argnums=(0, 1))(jnp.asarray(LATENTS), embeddings, 2)
+    by_latent, by_token = jax.jit(jax.grad(place, argnums=(0, 1)))(jnp.asarray(LATENTS), embeddings, 2)
     assert np.abs(by_latent[0, 0]).min() > 1e-5  # every dimension of z
     assert not np.any(by_latent[0, 1])
     assert np.abs(by_token[0, :3]).max(-1).min() > 1e-5
@@ -83,15 +102,31 @@ def test_a_dropped_word_is_not_seen():
 def test_decoding_with_a_cache_equals_whole_rows(config):
     params, tokens = noisy_params(config), np.tile(TOKENS[:, :7], (2, 1))
     latents, positions = jnp.asarray(LATENTS[0]), np.broadcast_to(np.arange(7), (2, 7))
-    vae = bind(graph(config, CPU)[0], params)
-    whole = vae.logits(vae.states(tokens, np.ones_like(tokens), positions, latents[:, None]))
-    cut = bind(graph(config, CPU, stacked=False)[0], unstack(params))
-    hidden, cache = cut.decoder.prefill(tokens[:, :3], positions[:, :3], cut.begin(latents, 8))
-    found = [cut.logits(hidden)]
+    whole_graph, cut_graph, layers = graph(config, CPU)[0], graph(config, CPU, stacked=False)[0], unstack(params)
+
+    @jax.jit
+    def whole(params):
+        vae = bind(whole_graph, params)
+        return vae.logits(vae.states(tokens, np.ones_like(tokens), positions, latents[:, None]))
+
+    @jax.jit
+    def begin(layers):
+        cut = bind(cut_graph, layers)
+        hidden, cache = cut.decoder.prefill(tokens[:, :3], positions[:, :3], cut.begin(latents, 8))
+        return cut.logits(hidden), cache
+
+    @jax.jit
+    def decode(layers, tokens, positions, cache):
+        cut = bind(cut_graph, layers)
+        hidden, cache = cut.decoder.decode(tokens, positions, cache)
+        return cut.logits(hidden), cache
+
+    first, cache = begin(layers)
+    found = [first]
     for at in range(3, 7):
-        hidden, cache = cut.decoder.decode(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
-        found.append(cut.logits(hidden))
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-5)
+        logits, cache = decode(layers, tokens[:, at : at + 1], positions[:, at : at + 1], cache)
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), whole(params), atol=1e-5)
 
 
 @pytest.mark.parametrize(

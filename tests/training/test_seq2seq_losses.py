@@ -33,27 +33,35 @@ def reversed_pairs(seed, rows=16, length=5):
     return TextPairs(texts, np.ones_like(texts), targets, ones.astype(np.float32), ones)
 
 
+def log_probabilities(config, params, sources, inputs):
+    forward = jax.jit(lambda params: jax.nn.log_softmax(bind(graph(config, COMPUTE)[0], params)(sources, inputs)))
+    return np.asarray(forward(params), np.float64)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_the_formula_whatever_the_chunk(smoothing):
-    params, batch = init_params(ORIGINAL, 0), reversed_pairs(0)
+    params, batch = jax.jit(lambda: init_params(ORIGINAL, 0))(), reversed_pairs(0)
     batch = batch._replace(weights=batch.weights * np.linspace(0, 1, 6, dtype=np.float32)[None])
-    loss, (nats, _) = loss_sums(params, batch, ORIGINAL, COMPUTE, smoothing=smoothing)
-    model = bind(graph(ORIGINAL, COMPUTE)[0], params)
+    sums = jax.jit(
+        lambda params, compute: loss_sums(params, batch, ORIGINAL, compute, smoothing=smoothing), static_argnums=1
+    )
+    loss, (nats, _) = sums(params, COMPUTE)
     inputs = np.concatenate([np.ones((16, 1), np.int32), batch.targets[:, :-1]], 1)
-    log_probs = np.asarray(jax.nn.log_softmax(model(batch.sources, inputs), axis=-1), np.float64)
+    log_probs = log_probabilities(ORIGINAL, params, batch.sources, inputs)
     right = np.eye(16)[batch.targets] * (1 - smoothing) + smoothing / 16
     np.testing.assert_allclose(loss, -(batch.weights[..., None] * right * log_probs).sum(), rtol=1e-5)
     one_chunk = COMPUTE.model_copy(update={"loss_chunk": 100})
-    whole, (whole_nats, _) = loss_sums(params, batch, ORIGINAL, one_chunk, smoothing=smoothing)
+    whole, (whole_nats, _) = sums(params, one_chunk)
     np.testing.assert_allclose([whole, whole_nats], (loss, nats), rtol=1e-6)
 
 
 def test_packed_pairs_have_the_loss_of_single_ones():
-    params, batch = init_params(ORIGINAL, 0), reversed_pairs(0, rows=2)
+    params, batch = jax.jit(lambda: init_params(ORIGINAL, 0))(), reversed_pairs(0, rows=2)
     joined = TextPairs(*(x.reshape(1, -1) for x in batch))
     numbered = lambda x: np.repeat([[1, 2]], x.shape[1] // 2, axis=1)
     packed = joined._replace(source_segments=numbered(joined.sources), segments=numbered(joined.targets))
-    found = lambda batch: jax.tree.leaves(loss_sums(params, batch, ORIGINAL, COMPUTE, smoothing=0.1))
+    sums = jax.jit(lambda batch: loss_sums(params, batch, ORIGINAL, COMPUTE, smoothing=0.1))
+    found = lambda batch: jax.tree.leaves(sums(batch))
     np.testing.assert_allclose(found(packed), found(batch), rtol=1e-5)
 
 
@@ -64,12 +72,13 @@ def test_the_decoder_reads_each_target_one_place_later():
 
 def test_scale_and_bias_of_the_logits_are_in_the_loss():
     scaled = ORIGINAL.model_copy(update={"logit_scale": 0.5, "logit_bias": True})
-    params, batch = init_params(scaled, 0), reversed_pairs(0)
+    params, batch = jax.jit(lambda: init_params(scaled, 0))(), reversed_pairs(0)
     params["logit_bias"] = np.random.default_rng(1).normal(size=16).astype(np.float32)
     inputs = np.concatenate([np.ones((16, 1), np.int32), batch.targets[:, :-1]], 1)
-    log_probs = jax.nn.log_softmax(bind(graph(scaled, COMPUTE)[0], params)(batch.sources, inputs), axis=-1)
-    expected = -np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], -1).sum()
-    np.testing.assert_allclose(jax.tree.leaves(loss_sums(params, batch, scaled, COMPUTE)), [expected] * 2, rtol=1e-5)
+    log_probs = log_probabilities(scaled, params, batch.sources, inputs)
+    expected = -np.take_along_axis(log_probs, batch.targets[..., None], -1).sum()
+    found = jax.jit(lambda params: loss_sums(params, batch, scaled, COMPUTE))(params)
+    np.testing.assert_allclose(jax.tree.leaves(found), [expected] * 2, rtol=1e-5)
 
 
 def test_the_original_transformer_learns_to_turn_texts_around():
@@ -84,7 +93,7 @@ def test_the_original_transformer_learns_to_turn_texts_around():
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, loss
 
-    params = init_params(ORIGINAL, 0)
+    params = jax.jit(lambda: init_params(ORIGINAL, 0))()
     state = optimizer.init(params)
     for index in range(300):
         params, state, _ = step(params, state, jax.tree.map(jnp.asarray, reversed_pairs(index, rows=64)))

@@ -34,7 +34,8 @@ MODEL = ModelConfig(
     latent=Latent(size=5, slots=2, encoder_layers=1),
 )  # fmt: skip
 CPU = ComputeConfig(dtype="float32", layers="scan", loss_chunk=3)
-PARAMS = functools.cache(lambda: jax.tree.map(lambda x: x * 3, init_params(MODEL, 0)))  # a posterior with some KL
+PARAMS = functools.cache(jax.jit(lambda: jax.tree.map(lambda x: x * 3, init_params(MODEL, 0))))  # some KL
+BOUND = jax.jit(functools.partial(elbo_sums, model=MODEL, compute=CPU))
 
 
 def batch(rows=8, seed=0):
@@ -61,7 +62,7 @@ def test_kl_is_that_of_samples_and_of_the_formula_of_torch():
 
 def test_the_bound_is_the_sum_over_tokens_and_texts():
     texts = draw(batch(), Elbo(warmup=0, kl_weight=0.5), 5, 0, 2)
-    loss, (nats, sums) = elbo_sums(PARAMS(), texts, MODEL, CPU)
+    loss, (nats, sums) = BOUND(PARAMS(), texts)
     model, rows = bind(graph(MODEL, CPU)[0], PARAMS()), texts.batch
     q = model.posterior(rows.tokens, rows.segments, rows.positions, 2)
     latents = q.mean + jnp.exp(q.logvar / 2) * texts.noise
@@ -78,7 +79,7 @@ def test_the_bound_is_the_sum_over_tokens_and_texts():
 
 def test_free_bits_are_per_text_and_latent():
     texts = draw(batch(), Elbo(warmup=0), 5, 0, 2)
-    free = lambda bits: elbo_sums(PARAMS(), texts, MODEL, CPU, free_bits=bits)
+    free = lambda bits: BOUND(PARAMS(), texts, free_bits=bits)
     rows = texts.batch
     q = bind(graph(MODEL, CPU)[0], PARAMS()).posterior(rows.tokens, rows.segments, rows.positions, 2)
     kl = np.asarray(kl_divergence(*q)).reshape(-1, 5)[:15]
