@@ -11,14 +11,8 @@ import pytest
 from jaxllm import plan
 from jaxllm.models import accounting
 from jaxllm.models.config import ComputeConfig, ModelConfig
-<<<<<<< HEAD
-from jaxllm.planning import aot, memory, report, search, topology
+from jaxllm.planning import aot, candidates, memory, report, search, topology
 from jaxllm.planning.aot import Compiled, Job
-=======
-from jaxllm.planning import aot, candidates, memory, search, topology
-from jaxllm.planning.aot import Job
-from jaxllm.planning.report import sentences
->>>>>>> v6e
 from jaxllm.sharding.config import MeshConfig, axis_sizes
 from jaxllm.training.config import AdamW, StepConfig
 

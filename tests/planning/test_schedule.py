@@ -62,7 +62,6 @@ def test_the_time_of_a_schedule():
         assert kinds == {("all-gather", 64): (10, 1e7), ("all-reduce", 4): (1, 1e6)}
 
 
-<<<<<<< HEAD
 # A program of one of two slices: a product of 7 ms while 50 MB are summed between them, a kernel for groups of rows.
 SLICES = """HloModule step, is_scheduled=true, num_partitions=4
 
@@ -79,24 +78,10 @@ frontend_attributes={_xla_host_transfer_rendezvous="sum_0",_xla_megascale_transf
   %ragged-dot-none.1 = bf16[8,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", \
 backend_config={"flops":"459000000000"}
   ROOT %sum = f32[12500000]{0} get-tuple-element(%got), index=0
-=======
-SLICES = """HloModule step, is_scheduled=true
-
-ENTRY %main (p: f32[8,250000]) -> f32[1,250000] {
-  %p = f32[8,250000]{1,0} parameter(0)
-  %far = f32[8,250000]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
-  %zero = s32[] constant(0)
-  %part = ((f32[8,250000]{1,0}, s32[]), f32[1,250000]{1,0}, u32[]) dynamic-slice-start(%p, %zero)
-  %here = f32[1,250000]{1,0} dynamic-slice-done(%part)
-  %away = ((f32[8,250000]{1,0:S(5)}, f32[1,250000]{1,0}), f32[8,250000]{1,0:S(5)}, u32[]) \
-dynamic-update-slice-start(%far, %here)
-  ROOT %there = f32[8,250000]{1,0:S(5)} dynamic-update-slice-done(%away)
->>>>>>> v6e
 }
 """
 
 
-<<<<<<< HEAD
 def test_sums_between_slices_and_rows_that_a_balanced_router_sends():
     found = schedule.estimate(SLICES, SLOW, grouped=0.25)
     here = 2 * (50e6 * 3 / 4 / (2 * LINK) + 2 * HOP_S)  # among the four of a slice, on two lines
@@ -107,12 +92,27 @@ def test_sums_between_slices_and_rows_that_a_balanced_router_sends():
         ("all-reduce", 4): (50e6, pytest.approx(here)),
         ("all-reduce between slices", 2): (50e6, pytest.approx(between - 7e-3)),
     }
-=======
+
+
+CUTS = """HloModule step, is_scheduled=true
+
+ENTRY %main (p: f32[8,250000]) -> f32[1,250000] {
+  %p = f32[8,250000]{1,0} parameter(0)
+  %far = f32[8,250000]{1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %zero = s32[] constant(0)
+  %part = ((f32[8,250000]{1,0}, s32[]), f32[1,250000]{1,0}, u32[]) dynamic-slice-start(%p, %zero)
+  %here = f32[1,250000]{1,0} dynamic-slice-done(%part)
+  %away = ((f32[8,250000]{1,0:S(5)}, f32[1,250000]{1,0}), f32[8,250000]{1,0:S(5)}, u32[]) \
+dynamic-update-slice-start(%far, %here)
+  ROOT %there = f32[8,250000]{1,0:S(5)} dynamic-update-slice-done(%away)
+}
+"""
+
+
 def test_slices_move_alone_and_to_the_host_more_slowly():
-    found = schedule.estimate(SLICES, NETWORK)
+    found = schedule.estimate(CUTS, NETWORK)
     assert found.waiting == pytest.approx(1e6 / HBM + 1e6 / 16e9)
     assert found.seconds == pytest.approx(found.waiting)
->>>>>>> v6e
 
 
 @pytest.mark.parametrize(

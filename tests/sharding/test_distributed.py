@@ -89,8 +89,6 @@ def test_who_waits_and_who_is_alone_says_so(monkeypatch, capsys):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(distributed, "WAIT_S", 0.0)
-    with pytest.raises(
-        ValueError, match=r"no TPU pod, Slurm or GKE was found .*set platform.coordinator=HOST"
-    ):
+    with pytest.raises(ValueError, match=r"no TPU pod, Slurm or GKE was found .*set platform.coordinator=HOST"):
         distributed.start(PlatformConfig(compile_cache=None, distributed=True))
     assert capsys.readouterr().err == "waiting for the other processes\n"
