@@ -55,8 +55,11 @@ def main(argv: list[str] | None = None) -> int | None:
         show_ranking([plan for _, plan in found], console)
     else:
         contradictions(job)
+        console.print("compiling: one to two minutes of two cores for a large model")
         plan = search.make_plan(job, place)
         show(plan, console)
+        if not plan.fits:
+            console.print("looking for the nearest layout that fits: up to three are compiled")
         found = [(job, plan)] if plan.fits else search.nearest(job, plan, place, contradictions)
     if found and (changed := search.changes(job, found[0][0])):
         console.print(f"{'the best' if arguments.search else 'the nearest that fits'}: {' '.join(changed)}")

@@ -49,6 +49,9 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
 def by_category(sizes: dict[str, float], total: float) -> dict[str, float]:
     """Return `expected` sizes with what the compiler needs besides as "temporary", so that the sum is its `total`.
 
-    It is negative where the estimate of activations is larger than what the compiler makes of them.
+    Where that is less than what is expected, the estimates were too large: of activations first, then of logits.
     """
-    return {**sizes, "temporary": total - sum(sizes.values())}
+    sizes = {**sizes, "temporary": max(0.0, total - sum(sizes.values()))}
+    for name in ("activations", "logits", "gradients"):
+        sizes[name] = max(0.0, sizes.get(name, 0.0) - max(0.0, sum(sizes.values()) - total))
+    return {name: size for name, size in sizes.items() if size}

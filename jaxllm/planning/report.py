@@ -20,6 +20,10 @@ LESS = dict.fromkeys((*memory.EXACT, "gradients"), _STATE) | {
     "activations": "which compute.remat and a larger step.accumulate make less, and chips share with mesh.context",
     "logits": "which a smaller compute.loss_chunk makes less",
 }
+SENT = {  # of what a chip gives to a collective, by the size of its group
+    "all-gather": lambda group: group - 1, "reduce-scatter": lambda group: 1 - 1 / group,
+    "all-reduce": lambda group: 2 - 2 / group, "all-to-all": lambda group: 1 - 1 / group,
+}  # fmt: skip
 BASIS = "model estimate: the compiler's cycles and schedule replayed, collectives by link bandwidth; no chip was timed"
 
 
@@ -133,12 +137,13 @@ def show(plan: Plan, console: Console) -> None:
     table = Table("memory of a chip", "GiB", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, size in plan.memory.items():
-        table.add_row(name, f"{size:,.2f}")
-    table.add_row("all", f"{sum(plan.memory.values()):,.2f} of {plan.available:,.2f}")
+        table.add_row(name, _figure(size))
+    table.add_row("all", f"{_figure(sum(plan.memory.values()))} of {plan.available:,.2f}")
     console.print(table)
     for kind in plan.collectives:
-        times = f", {kind.seconds:.3f} s, of them {kind.exposed:.3f} s exposed" if plan.time else ""
-        say(f"{kind.count:>6} {kind.kind} among {kind.group}: {kind.bytes / 1e9:.2f} GB{times}")
+        times = f", {_figure(kind.seconds)} s, of them {_figure(kind.exposed)} s exposed" if plan.time else ""
+        sent = kind.bytes * SENT.get(kind.kind, lambda group: 1)(kind.group)
+        say(f"{kind.count:>6} {kind.kind} among {kind.group}: a chip sends {_figure(sent / 1e9)} GB{times}")
     for sentence in sentences(plan):
         say(sentence)
 
@@ -170,6 +175,11 @@ def show_ranking(plans: list[Plan], console: Console) -> None:
         console.print(f"times are a {plans[0].time.basis}")
 
 
+def _figure(value: float) -> str:
+    """Return a number of GiB, GB or seconds with what is to be seen of it, of tiny models too."""
+    return f"{value:,.2f}" if value >= 10 else f"{value:.3f}" if value >= 0.01 or not value else f"{value:.2g}"
+
+
 def _mesh(plan: Plan) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
 
@@ -187,13 +197,14 @@ def sentences(plan: Plan) -> list[str]:
     if plan.time is not None:
         time = plan.time
         said.append(
-            f"step {time.step:.3f} s, {time.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {time.mfu:.1%} of "
+            f"step {_figure(time.step)} s, {time.tokens_per_second_per_chip:,.0f} tokens/s/chip, MFU {time.mfu:.1%} of "
             f"{time.peak / 1e12:.0f} TFLOP/s ({time.basis})"
         )
         said.append(
-            f"  computing {time.computing:.3f} s ({time.kernels:.3f} s kernels at {schedule.KERNEL_SHARE:.0%} of peak, "
-            f"{time.guessed:.3f} s by bytes alone), collectives {time.collectives:.3f} s of which {time.exposed:.3f} s "
-            f"are exposed, waiting for copies {time.waiting:.3f} s"
+            f"  computing {_figure(time.computing)} s ({_figure(time.kernels)} s kernels at "
+            f"{schedule.KERNEL_SHARE:.0%} of peak, {_figure(time.guessed)} s by bytes alone), collectives "
+            f"{_figure(time.collectives)} s of which {_figure(time.exposed)} s are exposed, waiting for copies "
+            f"{_figure(time.waiting)} s"
         )
         said.append(f"  MFU counts {time.formula}")
         if time.grouped < 1:

@@ -1,6 +1,7 @@
 """The best layout of a step: of its candidates, the most promising are compiled and ranked by their schedule."""
 
 import collections
+import contextlib
 import math
 import multiprocessing
 import signal
@@ -13,7 +14,7 @@ from jaxllm.planning.aot import Compiled, Job, abstract, compile_step
 from jaxllm.planning.candidates import Candidate, Check, candidates
 from jaxllm.planning.report import Plan, line, plan_of
 from jaxllm.planning.topology import Topology
-from jaxllm.sharding.config import MeshConfig
+from jaxllm.sharding.config import MeshConfig, axis_sizes
 
 
 def make_plan(job: Job, place: Topology) -> Plan:
@@ -54,17 +55,18 @@ def search(
     """
     possible, refused = candidates(job, place, topology.devices(place), check)
     if not possible:
-        also = f"; {len(refused)} layouts are refused, the last because {refused[-1]}" if refused else ""
+        why = f"{len(refused)} layouts are refused, the last because {refused[-1]}" if refused else least(job, place)
         raise ValueError(
-            f"no mesh of {place} holds this model and batch of {job.rows} rows, whatever is recomputed; take more "
-            f"chips{also}"
+            f"no layout of {place} can be had for this model and batch of {job.rows} rows: {why}"
+            f"{'; others take more memory than there is' * bool(refused)}"
         )
     tries, found, start = min(tries, len(possible)), [], time.perf_counter()
     say(f"{len(possible)} layouts may fit; {tries} are compiled, {workers} at a time")
+    order = _Order(possible, _own(job, place, possible))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
         submit = lambda each: pool.submit(make_plan, each.job, place)
         try:
-            for number, (each, future) in enumerate(_compiled(_Order(possible), submit, tries, workers), 1):
+            for number, (each, future) in enumerate(_compiled(order, submit, tries, workers), 1):
                 where = f"{number} of {tries}, after {time.perf_counter() - start:.0f} s"
                 name = " ".join(changes(job, each.job)) or "as it is"
                 if error := future.exception():  # one that fails, or a dead worker, may not cost the other plans
@@ -84,6 +86,16 @@ def search(
     if place.chip.kind == "gpu":
         say("ranked by what the shapes let expect, as the compiler of GPUs estimates no times")
     return [(own, plan) for _, own, plan in sorted(found, key=lambda each: each[0])]
+
+
+def _own(job: Job, place: Topology, possible: list[Candidate]) -> Candidate | None:
+    """Return the candidate that is the job as it stands."""
+    layout = lambda each: (
+        axis_sizes(each.mesh, place.size), each.compute.resolve(place.chip.kind, each.model.n_layers).remat,
+        each.step.accumulate,
+    )  # fmt: skip
+    with contextlib.suppress(ValueError):  # its mesh is not of so many devices
+        return next((each for each in possible if layout(each.job) == layout(job)), None)
 
 
 def _begin() -> None:
@@ -113,16 +125,18 @@ class _Order:
     """Which candidate is compiled next: what plans find of a policy corrects what is expected of its other layouts.
 
     Of each mesh and policy the fastest cut comes first, and others after all such; of a policy without a plan yet only
-    one is compiled at a time. What needs no less memory than one that does not fit is left out.
+    one is compiled at a time. What needs no less memory than one that does not fit is left out. The recipe's own is the
+    first of all, so that what is found is no worse.
     """
 
-    def __init__(self, possible: list[Candidate]):
+    def __init__(self, possible: list[Candidate], own: Candidate | None = None):
+        self.own = own
         self.left, self.turns, self.waiting = list(possible), collections.Counter(), set()
         self.factors: dict[str, float] = {}  # of a policy: seconds of the best plan / what was expected of it
 
     def take(self) -> Candidate:
         """Return the most promising one, which is left no longer."""
-        found = min(self.left, key=self._turn)
+        found = self.own if self.own in self.left else min(self.left, key=self._turn)
         self.left.remove(found)
         self.turns[found.job.mesh, found.job.compute] += 1
         self.waiting.add(found.job.compute.remat)

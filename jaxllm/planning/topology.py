@@ -72,7 +72,11 @@ def parse(text: str) -> Topology:
     """
     match = re.fullmatch(r"(?:(\d+)\*)?([a-z]\w*):(\d+(?:x\d+)*)", text.strip().lower())
     if match is None:
-        raise ValueError(f"topology {text!r}: write CHIP:SHAPE, such as v5p:4x4x4, v5e:16x16, h100:8 or 2*v5e:16x16")
+        sold = re.fullmatch(r"(v\d\w*)-\d+", text.strip().lower())  # of which v4 and v5p count cores, two of a chip
+        also = f"; {text} is the name that it is sold by: of v5p-128, 64 chips, the shape is 4x4x4" if sold else ""
+        raise ValueError(
+            f"topology {text!r}: write CHIP:SHAPE, such as v5p:4x4x4, v5e:16x16, h100:8 or 2*v5e:16x16{also}"
+        )
     slices, name, shape = int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
     if name not in chips():
         raise ValueError(f"topology {text!r}: unknown chip {name!r}; there are {', '.join(chips())}")

@@ -154,7 +154,10 @@ def test_a_layout_that_fails_leaves_the_other_plans(monkeypatch):
     assert said[1].startswith("1 of 12, after 0 s: ")
     assert found[0][0].compute.remat == "none"  # no times: by the shapes, the fastest first
     assert said[-1].startswith("ranked by what the shapes let expect")
-    with pytest.raises(ValueError, match="layouts are refused, the last because no rows"):
+    own = JOB._replace(mesh=MeshConfig(data=1, fsdp=2, tensor=-1), step=StepConfig(accumulate=4))
+    search.search(own, NODE, accept, 1, 1, said.append)  # the recipe's own comes first
+    assert "s: mesh.tensor=2: fits" in said[-2]  # which was -1
+    with pytest.raises(ValueError, match=r"layouts are refused, the last because no rows .*; others take more memory"):
         search.search(JOB, NODE, refuse, 12, 1, said.append)
 
 
