@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.config import Experts, Plain
-from jaxllm.layers.kernels import query_blocks
+from jaxllm.layers.config import Experts, Plain, RelativeBias
+from jaxllm.layers.kernels import LONG, query_blocks
 from jaxllm.models.build import AnyConfig, abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
 from jaxllm.models.encoder_config import EncoderConfig
@@ -127,7 +127,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
 
     Per token: two norms (float32) and their outputs, queries, the attention's output by head and by token, latents
     before and after their norm, six arrays of the feed-forward layer, a float32 sum per head; of each of its experts
-    their six arrays, input and output. Per block of queries: the keys and values it sees, the weights.
+    their six arrays, input and output. Per block of queries, if rows are not long: keys and values it sees, weights.
     """
     keys = config.kv_heads * (config.head_width + config.value_width)
     heads = config.n_heads * (config.head_width + 2 * config.value_width) + 2 * _latent_widths(config)
@@ -135,7 +135,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
     if isinstance(config.ffn, Experts):
         ffn = config.ffn.top_k * (ffn + 2 * config.d_model) + config.ffn.shared * ffn
     per_token = 2 * (4 + width) * config.d_model + width * (heads + ffn) + 4 * config.n_heads
-    blocks = query_blocks(seq_len)
+    blocks = query_blocks(seq_len) if seq_len <= LONG or isinstance(config.positions, RelativeBias) else []
     seen = sum(stop for _, stop in blocks)
     weights = config.n_heads * sum((stop - start) * stop for start, stop in blocks)
     return rows * (seq_len * per_token + width * (keys * seen + weights))
