@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.core.bucket import here, named, push
 from jaxllm.core.wording import count, short
@@ -84,7 +84,8 @@ class Run:
         self._held_out = [path for path, split in splits.items() if split is not None and split.n_documents]
         self._validation = Loader(recipe.data, "validation", *reader(mesh)) if self._held_out else None
         texts = {} if self._validation is None else {"texts_per_row": self._validation.texts_per_row}
-        self._eval = jax.jit(functools.partial(eval_step, model=recipe.model, compute=self.compute, **texts))
+        step = functools.partial(eval_step, model=recipe.model, compute=self.compute, **texts)
+        self._eval = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))  # each process reads it
         self._compiled_eval: Callable[[Any, Any], dict[str, Any]] | None = None
 
     @property

@@ -109,12 +109,17 @@ def test_data_is_made_by_a_recipe_or_a_command_that_is_shown(file):
 
 
 def test_the_7b_run_may_move_between_machines(load):
-    machines = [load(file) for file in TRAINING if file.match("llama2-7b/*-pretrain.yaml")]
+    machines = {file.name: load(file) for file in TRAINING if file.match("llama2-7b/*-pretrain.yaml")}
     assert len(machines) == 5
-    for recipe in machines:
-        moved = recipe.model_copy(update={key: getattr(machines[0], key) for key in ("mesh", "platform", "compute")})
-        step = recipe.step.model_copy(update={"accumulate": machines[0].step.accumulate})
-        assert moved.model_copy(update={"step": step}) == machines[0]
+    # A single H200 has no room for float32 moments beside two copies of the gradients: from there it may not.
+    alone = machines["1xh200-pretrain.yaml"]
+    exact = alone.optim.model_copy(update={"moments": "float32"})
+    machines["1xh200-pretrain.yaml"] = alone.model_copy(update={"optim": exact})
+    first = machines["v5p-pretrain.yaml"]
+    for recipe in machines.values():
+        moved = recipe.model_copy(update={key: getattr(first, key) for key in ("mesh", "platform", "compute")})
+        step = recipe.step.model_copy(update={"accumulate": first.step.accumulate})
+        assert moved.model_copy(update={"step": step}) == first
 
 
 def test_a_preset_is_changed_key_by_key():

@@ -10,7 +10,8 @@
 #SBATCH --output=jaxllm-%j.log
 #SBATCH --signal=TERM@300
 set -uo pipefail
-srun --kill-on-bad-exit=1 python -m jaxllm.train "$@"
+# If one process is lost, the others see it, say which, and end (75): Slurm would end them before they could.
+srun --kill-on-bad-exit=0 python -m jaxllm.train "$@"
 status=$?
 # 143 = 128 + SIGTERM: saved, not finished. 75: another process was lost, and the run goes on at the last checkpoint.
 if [ "$status" -eq 143 ] || [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi

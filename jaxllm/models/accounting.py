@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from jaxllm.core.tree import named_leaves
-from jaxllm.layers.config import Experts, Plain
+from jaxllm.layers.config import Experts, Plain, RelativeBias
 from jaxllm.layers.kernels import LONG, query_blocks
 from jaxllm.models.build import AnyConfig, abstract_params
 from jaxllm.models.config import ComputeConfig, ModelConfig
@@ -136,7 +136,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
     if isinstance(config.ffn, Experts):
         ffn = config.ffn.top_k * (ffn + 2 * config.d_model) + config.ffn.shared * ffn
     per_token = 2 * (4 + width) * config.d_model + width * (heads + ffn) + 4 * config.n_heads
-    blocks = query_blocks(seq_len) if seq_len <= LONG else []
+    blocks = query_blocks(seq_len) if seq_len <= LONG or isinstance(config.positions, RelativeBias) else []
     seen = sum(stop for _, stop in blocks) or seq_len
     weights = config.n_heads * sum((stop - start) * stop for start, stop in blocks)
     return rows * (seq_len * per_token + width * (keys * seen + weights))

@@ -21,9 +21,9 @@ def of_device(tree: Any) -> float:
 def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
     """Return bytes of a device by category, before anything is compiled.
 
-    Parameters, optimizer and batch are exact; gradients are as parameters; activations and logits are the estimate of
-    `accounting.activation_bytes` for the rows of a microbatch on a device. What of the optimizer lies in the memory
-    of the host does not count, but on a CPU, which has no other.
+    Parameters, optimizer and batch are exact; gradients are as parameters, or twice that: a sum over microbatches, and
+    what is added to it. Activations and logits are the estimate of `accounting.activation_bytes` for the rows of a
+    microbatch on a device. What of the optimizer lies in the host's memory does not count, but on a CPU.
 
     Args:
       kind: of the platform, such as "gpu".
@@ -38,7 +38,7 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
         "parameters": parameters,
         "optimizer": of_device([leaf for leaf in jax.tree.leaves(parts.state.opt_state) if own(leaf)]),
         "moving average": of_device(parts.state.ema),
-        "gradients": parameters,
+        "gradients": parameters * min(job.step.accumulate, 2),
         "activations": guessed["activations"] / shared,
         "logits": guessed["logits"] / shared,
         "batch": of_device(parts.batch),

@@ -29,7 +29,8 @@ def make_plan(job: Job, place: Topology) -> Plan:
 
 def least(job: Job, place: Topology) -> str:
     """Say how many chips of its kind hold the state of a job at least, which all of them share, and its gradients."""
-    chip, alone = place.chip, job._replace(mesh=MeshConfig(data=1))
+    chip, whole = place.chip, job.step.model_copy(update={"accumulate": 1})
+    alone = job._replace(mesh=MeshConfig(data=1), step=whole)
     sizes = memory.expected(alone, abstract(alone, topology.devices(place)[:1]), chip.kind)
     size = sum(sizes.get(name, 0.0) for name in (*memory.EXACT, "gradients"))
     count = math.ceil(size / chip.hbm_bytes)

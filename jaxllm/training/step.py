@@ -134,7 +134,8 @@ def compile_step(
         train_step, model=model, compute=compute, optim=optim, step=step, texts_per_row=texts_per_row
     )
     options = compiler_options(shardings.step.mesh.devices.flat[0])
-    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+    # Metrics are everywhere: each process reads them, also norms of blocks that are on other stages.
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
 
 
 def device_bytes(compiled: jax.stages.Compiled) -> dict[str, float]:

@@ -77,6 +77,12 @@ def test_active_parameters_of_gpt_oss_as_published_without_the_table_of_tokens(n
     assert round(active / 1e9, 2) == billions
 
 
+def test_activations_of_long_rows_grow_with_the_row_alone():
+    size = lambda length: accounting.layer_bytes(presets.get("llama3-8b"), 2, 1, length)
+    assert size(2**20) == 128 * size(2**13)
+    assert 2**19 * 2 * 14336 * 6 < size(2**19) < 2**19 * 2 * 14336 * 10  # most of it is of the feed-forward layer
+
+
 def test_experts_cost_as_many_activations_as_are_chosen():
     sizes = [
         accounting.layer_bytes(presets.get("tiny", ffn={"kind": "experts", "number": 8, "top_k": top_k}), 2, 1, 64)

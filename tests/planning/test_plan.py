@@ -202,6 +202,8 @@ def test_memory_by_category_is_that_of_the_shapes():
     assert sizes["optimizer"] < 2 * sizes["parameters"] / 1.9  # over the replicas as well
     assert sizes["batch"] == 5 * 4 * 64 * 128 / 8
     assert sum(memory.by_category(sizes, 1e9).values()) == pytest.approx(1e9)
+    cut = memory.expected(JOB._replace(step=StepConfig(accumulate=4)), parts, "gpu")
+    assert cut["gradients"] == 2 * sizes["gradients"]  # the sum, and those of a microbatch
 
 
 def test_memory_of_rows_that_devices_share_an_average_and_an_optimizer_that_is_away():

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxllm.core.batch import Batch
-from jaxllm.models.config import ComputeConfig, ModelConfig
+from jaxllm.models.config import ComputeConfig, ModelConfig, Pipeline
+from jaxllm.planning.aot import Job, abstract
 from jaxllm.sharding.mesh import MeshConfig, make_mesh
 from jaxllm.training import goodput
 from jaxllm.training.block_norms import block_norms
@@ -50,6 +51,18 @@ def run(offload=False, remat="dots", block_norms=False):
         before = jax.device_get(state.params)
         state, metrics = program(state, batch, lr)
     return first, before, state, metrics, device_bytes(program), program.as_text()
+
+
+def test_every_process_has_the_norms_of_all_blocks_also_of_other_stages():
+    step, compute = StepConfig(block_norms=True), ComputeConfig(layers="scan", pipeline=Pipeline(microbatches=2))
+    job = Job(MODEL, compute, AdamW(), step, MeshConfig(data=1, stage=2), 8, 16)
+    state, batch, mesh = abstract(job, jax.devices()[:2])
+    shardings, resolved = jax.tree.map(lambda leaf: leaf.sharding, state), compute.resolve("cpu", 2)
+    with jax.set_mesh(mesh):
+        program = compile_step(MODEL, resolved, AdamW(), step, shardings).lower(state, batch, np.float32(1)).compile()
+    metrics = program.output_shardings[1]
+    assert "grad_norm/blocks" in metrics
+    assert all(sharding.is_fully_replicated for sharding in metrics.values())
 
 
 def test_the_program_names_its_parts_and_says_what_memory_it_takes():

@@ -1,7 +1,8 @@
 """The real training step and the real decoder of a recipe on the accelerators of this machine, on random tokens.
 
-    python tools/bench/accelerator.py train configs/llama2-7b/1xh200-pretrain.yaml data.batch_size=4 step.accumulate=1
-    python tools/bench/accelerator.py decode configs/llama2-7b/1xh200-pretrain.yaml
+    RECIPE=configs/llama2-7b/1xh200-pretrain.yaml
+    python tools/bench/accelerator.py train $RECIPE optim.moments=float32 data.batch_size=4 step.accumulate=1
+    python tools/bench/accelerator.py decode $RECIPE
     python tools/bench/accelerator.py train configs/quickstart/pretrain.yaml       to try the script on a CPU
 
 `train` reports tokens/s, MFU and memory, beside the estimate and the compiler's figure; `decode`, with bfloat16 weights
