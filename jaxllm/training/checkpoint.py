@@ -7,6 +7,7 @@ moment leaves either the whole checkpoint or none.
 
 import json
 import logging
+import operator
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 # and prints the traceback of a failed write that `wait` raises anyway.
 _NOISE = re.compile("read.only|tracked_metric|_SignalingThread")
 logging.getLogger("absl").addFilter(lambda record: not _NOISE.search(record.getMessage()))
+# Replicas that share the writing of an array compile a program for the part of each, which pays for large parts alone.
+_ARRAYS = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+ocp.type_handlers.register_type_handler(jax.Array, _ARRAYS, override=True)
+_val_loss = operator.itemgetter("val_loss")
 _WRITE_ERRORS = (ValueError, OSError, KeyError)  # what Orbax raises for files that cannot be written
 
 
@@ -206,10 +211,6 @@ def _only_here(options: ocp.CheckpointManagerOptions) -> dict[str, ocp.Checkpoin
     return {"params": tree(), "ema": tree(), "rest": tree(), "meta": meta}
 
 
-def _val_loss(metrics: Mapping[str, float]) -> float:
-    return metrics["val_loss"]
-
-
 def _drop_damaged_losses(directory: Path) -> None:
     """Forget validation losses that cannot be read; Orbax reads all of them, and would refuse the whole run."""
     for path in directory.glob("[0-9]*/metrics/metrics") if jax.process_index() == 0 else ():
@@ -227,9 +228,8 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def target(abstract: Any, shardings: Any) -> Any:
     """Return the tree of shapes with their places, as Orbax wants it."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, abstract, shardings)
 
 
 def _restore_args(target: Any) -> ocp.args.PyTreeRestore:

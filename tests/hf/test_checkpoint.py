@@ -7,7 +7,6 @@ from jaxllm.hf.checkpoint import INDEX, SINGLE, Checkpoint, Writer
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.table import Part, Row, finish, names, put, stored_shape, take
 from jaxllm.hf.weights import match, read_params, write_params
-from jaxllm.models.build import init_params
 from jaxllm.models.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -17,9 +16,9 @@ LLAMA = FAMILIES["llama"]
 
 
 @pytest.fixture
-def directory(tmp_path):
+def directory(tmp_path, drawn):
     writer = Writer(tmp_path)
-    write_params(init_params(CONFIG, 0), LLAMA.rows(CONFIG), CONFIG, writer)
+    write_params(drawn(CONFIG), LLAMA.rows(CONFIG), CONFIG, writer)
     writer.close()
     return tmp_path
 

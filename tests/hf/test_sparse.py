@@ -13,7 +13,7 @@ from jaxllm.hf.table import names, stacked, stored_shape
 from jaxllm.hf.weights import read_params, sizes_of, write_params
 from jaxllm.layers.config import Experts, Groups, LatentAttention, Rope
 from jaxllm.models import presets
-from jaxllm.models.build import abstract_params, init_params
+from jaxllm.models.build import abstract_params
 from jaxllm.models.config import DenseLayers, ModelConfig
 from jaxllm.sharding.config import MeshConfig
 from jaxllm.sharding.mesh import make_mesh
@@ -186,12 +186,12 @@ def test_mixtral_has_no_words_for_weights_that_do_not_sum_to_one():
         FAMILIES["mixtral"].write(config)
 
 
-def test_the_layer_that_predicts_a_second_token_is_left_out_and_no_other(tmp_path):
+def test_the_layer_that_predicts_a_second_token_is_left_out_and_no_other(tmp_path, drawn):
     family, rows = FAMILIES["deepseek_v3"], FAMILIES["deepseek_v3"].rows(DEEPSEEK)
 
     def read(*more):
         writer = Writer(tmp_path)
-        write_params(init_params(DEEPSEEK, 0), rows, DEEPSEEK, writer)
+        write_params(drawn(DEEPSEEK), rows, DEEPSEEK, writer)
         for name in more:
             writer.add(name, np.zeros(3, np.float32))
         writer.close()
@@ -215,9 +215,9 @@ def test_gpt_oss_without_a_word_on_positions_has_those_of_its_class():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_what_experts_are_chosen_by_is_never_narrowed(devices, tmp_path):
+def test_what_experts_are_chosen_by_is_never_narrowed(devices, tmp_path, drawn):
     """As transformers keeps e_score_correction_bias and gate.weight of DeepSeek-V3."""
-    rows, params = FAMILIES["deepseek_v3"].rows(DEEPSEEK), init_params(DEEPSEEK, 0)
+    rows, params = FAMILIES["deepseek_v3"].rows(DEEPSEEK), drawn(DEEPSEEK)
     noise = jax.random.normal(jax.random.key(0), (2, 4))
     params["blocks"]["ffn"]["choice_bias"] = noise
     writer = Writer(tmp_path)
@@ -232,9 +232,9 @@ def test_what_experts_are_chosen_by_is_never_narrowed(devices, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", list(CONFIGS))
-def test_experts_are_read_onto_the_devices_that_own_them(model_type, tmp_path):
+def test_experts_are_read_onto_the_devices_that_own_them(model_type, tmp_path, drawn):
     config = CONFIGS[model_type]
-    rows, params = FAMILIES[model_type].rows(config), init_params(config, 0)
+    rows, params = FAMILIES[model_type].rows(config), drawn(config)
     writer = Writer(tmp_path)
     write_params(params, rows, config, writer)
     writer.close()
@@ -248,11 +248,11 @@ def test_experts_are_read_onto_the_devices_that_own_them(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.mlp.gate.weight"])
-def test_a_tensor_of_an_expert_that_is_missing_or_misshaped_is_named(broken, tmp_path):
+def test_a_tensor_of_an_expert_that_is_missing_or_misshaped_is_named(broken, tmp_path, drawn):
     config = CONFIGS["qwen3_moe"]
     rows = FAMILIES["qwen3_moe"].rows(config)
     writer = Writer(tmp_path)
-    write_params(init_params(config, 0), rows, config, writer)
+    write_params(drawn(config), rows, config, writer)
     writer.close()
     tensors = dict(Checkpoint(tmp_path))
     for change, message in ((lambda _: None, "missing"), (lambda x: x[:2], "shape")):

@@ -36,6 +36,11 @@ TOKENS = np.random.default_rng(0).integers(1, 32, (8, 12)).astype(np.int32)
 ONES = np.ones_like(TOKENS)
 
 
+@functools.cache
+def large_params(model):
+    return jax.jit(lambda: jax.tree.map(lambda x: 6 * x, init_params(model, 0)))()
+
+
 def batch(kind):
     match kind:
         case "labels":
@@ -61,11 +66,11 @@ def test_a_share_of_the_numbers_is_dropped_by_row():
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_every_kind_of_model_drops_the_same_in_any_part_of_a_batch(kind):
     model, rows = MODELS[kind], jnp.arange(8)
-    params = jax.tree.map(lambda x: 6 * x, init_params(model, 0))
+    params = large_params(model)
     loss_of = functools.partial(elbo_sums if kind == "vae" else loss_sums, model=model, compute=CPU)
     loss = jax.jit(lambda batch, rows, rate: loss_of(params, batch, drop=Drop(jax.random.key(1), rows, rate))[0],
                    static_argnums=2)  # fmt: skip
-    whole, off = loss(batch(kind), rows, 0.5), loss_of(params, batch(kind))[0]
+    whole, off = loss(batch(kind), rows, 0.5), jax.jit(loss_of)(params, batch(kind))[0]
     assert abs(whole - off) > 1e-3 * off
     np.testing.assert_allclose(loss(batch(kind), rows, 0.0), off, rtol=1e-6)
     parts = [loss(jax.tree.map(lambda x, part=part: x[part], batch(kind)), rows[part], 0.5) for part in
@@ -75,7 +80,7 @@ def test_every_kind_of_model_drops_the_same_in_any_part_of_a_batch(kind):
 
 @pytest.mark.parametrize("kind", ["decoder", "pairs"])
 def test_stages_drop_the_same_and_have_the_gradient_of_one_device(kind):
-    params = jax.tree.map(lambda x: 6 * x, init_params(MODELS[kind], 0))
+    params = large_params(MODELS[kind])
     compute = CPU.model_copy(update={"pipeline": Pipeline(microbatches=2)})
     step = StepConfig(dropout=Dropout(rate=0.3))
 
@@ -91,7 +96,7 @@ def test_stages_drop_the_same_and_have_the_gradient_of_one_device(kind):
 
 def test_both_halves_and_all_layers_drop_by_themselves():
     model = MODELS["pairs"]
-    bound = bind(graph(model, CPU)[0], init_params(model, 0), Drop(jax.random.key(0), jnp.arange(8), 0.5))
+    bound = bind(graph(model, CPU)[0], large_params(model), Drop(jax.random.key(0), jnp.arange(8), 0.5))
     ones = jnp.ones((8, 12, 16))
     places = [half.drop.at(n) for half in (bound.encoder, bound.decoder) for n in range(3)]
     places += [layer.at(part) for layer in places[:2] for part in range(3)]
@@ -100,7 +105,7 @@ def test_both_halves_and_all_layers_drop_by_themselves():
 
 
 def test_microbatches_devices_and_remat_change_nothing_and_the_update_does():
-    params = jax.tree.map(lambda x: 6 * x, init_params(PLAIN, 0))
+    params = large_params(PLAIN)
 
     def gradient(number=3, rate=0.3, accumulate=1, compute=CPU, mesh=None, seed=0):
         step = StepConfig(accumulate=accumulate, dropout=Dropout(rate=rate, seed=seed))

@@ -161,7 +161,7 @@ def test_biases_of_experts_move_by_one_step_per_update_and_not_by_the_gradient()
     bias = params["blocks"]["ffn"]["choice_bias"]
     assert set(np.round(np.unique(bias), 6)) <= {np.float32(x).round(6) for x in (-0.002, -0.001, 0.0, 0.001, 0.002)}
     assert all(len(set(layer)) > 1 for layer in bias)
-    start = init_params(DEEPSEEK, 0)
+    start = jax.jit(lambda: init_params(DEEPSEEK, 0))()
     _, (_, routers) = jax.jit(functools.partial(loss_sums, model=DEEPSEEK, compute=CPU))(start, batch())
     moved = move_biases(start, routers, 0.5)["blocks"]["ffn"]["choice_bias"]
     counts = np.asarray(routers.counts)
@@ -196,7 +196,7 @@ def test_weights_decay_and_no_bias_norm_sink_or_gate_does():
 
 
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
-    params = init_params(OSS, 0)
+    params = jax.jit(lambda: init_params(OSS, 0))()
     tx = optimizer(Muon(weight_decay=0.0))
     updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)  # noise for a gradient
     sizes = np.linalg.svd(updates["blocks"]["ffn"]["experts"]["up"], compute_uv=False)
