@@ -167,7 +167,7 @@ def kills(place: Workplace, n_kills: int, n_processes: int, seed: int) -> None:
             done, here = done + 1, here + 1
             phases[place.phase(name, alive[0])] += 1
             killed_s = time.monotonic()
-            for index, output in enumerate(finish(processes, (-signal.SIGKILL, 0, 75, 134))):
+            for index, output in enumerate(finish(processes, (-signal.SIGKILL, -signal.SIGABRT, 0, 75))):
                 from_fast += FROM_FAST in output
                 if index not in alive:
                     named = any(f"process {victim} of" in output for victim in alive)
@@ -226,7 +226,7 @@ def elastic(place: Workplace) -> None:
                     finish(processes)
             for process in processes if not last else ():
                 process.kill()
-            outputs = finish(processes, (0,) if last else (-signal.SIGKILL, 75, 134))
+            outputs = finish(processes, (0,) if last else (-signal.SIGKILL, -signal.SIGABRT, 75))
             # Both change the batch after the same step.
             for path in () if last else (place.directory / name / "checkpoints").glob("[0-9]*"):
                 if not path.name.isdigit() or int(path.name) > until:
