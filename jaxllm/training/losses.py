@@ -90,7 +90,7 @@ def _forward(hidden, table, targets, weights, z, chunk, cap, smoothing):
 
     start = (_zeros(), jnp.zeros((rows, parts, *table.shape[::-1]), jnp.float32))
     (sums, table_gradient), hidden_gradient = jax.lax.scan(body, start, chunks((hidden, targets, weights), chunk))
-    table_gradient = constrain(jnp.sum(table_gradient, axis=(0, 1)).T, "vocab", "embed")
+    table_gradient = constrain(jnp.sum(jnp.swapaxes(table_gradient, 2, 3), axis=(0, 1)), "vocab", "embed")
     return sums, (whole(hidden_gradient, hidden.shape[1]), table_gradient.astype(table.dtype))
 
 
