@@ -78,12 +78,15 @@ def _seen(config: ModelConfig, seq_len: int) -> float:
     return 1.0 - hidden * sum(layer.windowed for layer in layer_traits(config)) / config.n_layers
 
 
-def activation_bytes(config: AnyConfig, compute: ComputeConfig, rows: int, seq_len: int) -> dict[str, int]:
+def activation_bytes(
+    config: AnyConfig, compute: ComputeConfig, rows: int, seq_len: int, square: bool = True
+) -> dict[str, int]:  # fmt: skip
     """Estimate the bytes that training holds at its peak beside parameters and the like, before any sharding.
 
     Args:
       compute: resolved for the platform, as `dtype` decides the width of activations.
       rows: of one microbatch on one device; seq_len: tokens of a row.
+      square: attention keeps its weights, as XLA's does of rows that are not too long; kernels keep none.
     Returns:
       activations (kept for the backward pass, and its working set), logits (of one loss chunk, with their gradient).
       With the gradients it is within a factor of 1.5 of XLA's own account on a CPU; of experts only where groups have a
@@ -92,7 +95,7 @@ def activation_bytes(config: AnyConfig, compute: ComputeConfig, rows: int, seq_l
     width = 2 if compute.dtype == "bfloat16" else 4
     kept = working = 0.0
     for half, _ in _halves(config):
-        stacks, shape = half.stacks(), (width, rows, seq_len)
+        stacks, shape = half.stacks(), (width, rows, seq_len, square)
         of_half = sum(len(stack.layers) * _kept_bytes(stack.config, compute.remat, *shape) for stack in stacks)
         kept += of_half * half.depth / half.n_layers
         working = max(working, *(layer_bytes(stack.config, *shape) for stack in stacks))
@@ -103,10 +106,10 @@ def activation_bytes(config: AnyConfig, compute: ComputeConfig, rows: int, seq_l
     }
 
 
-def _kept_bytes(config: ModelConfig, remat: str, width: int, rows: int, seq_len: int) -> int:
+def _kept_bytes(config: ModelConfig, remat: str, width: int, rows: int, seq_len: int, square: bool) -> int:
     """Return the bytes that a layer keeps for its backward pass."""
     if remat == "none":
-        return layer_bytes(config, width, rows, seq_len)
+        return layer_bytes(config, width, rows, seq_len, square)
     kept = config.d_model
     if remat == "dots":
         products = config.d_ff * (1 if isinstance(config.ffn, Plain) else 2)
@@ -122,13 +125,13 @@ def _latent_widths(config: ModelConfig) -> int:
     return latent.rank + latent.rotated + (latent.query_rank or 0) if latent else 0
 
 
-def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int:
+def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int, square: bool = True) -> int:
     """Return the bytes that the backward pass of one layer reads, where nothing is recomputed.
 
     Per token: two norms (float32) and their outputs, queries, the attention's output by head and by token, latents
     before and after their norm, six arrays of the feed-forward layer, a float32 sum per head; of each of its experts
-    their six arrays, input and output. Per block of queries: the keys and values it sees, the weights; of rows that
-    are too long for those, keys and values once.
+    their six arrays, input and output. Per block of queries: the keys and values it sees, the weights; without
+    a square, or of rows that are too long for one, keys and values once.
     """
     keys = config.kv_heads * (config.head_width + config.value_width)
     heads = config.n_heads * (config.head_width + 2 * config.value_width) + 2 * _latent_widths(config)
@@ -136,7 +139,8 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int) -> int
     if isinstance(config.ffn, Experts):
         ffn = config.ffn.top_k * (ffn + 2 * config.d_model) + config.ffn.shared * ffn
     per_token = 2 * (4 + width) * config.d_model + width * (heads + ffn) + 4 * config.n_heads
-    blocks = query_blocks(seq_len) if seq_len <= LONG or isinstance(config.positions, RelativeBias) else []
+    short = square and seq_len <= LONG or isinstance(config.positions, RelativeBias)
+    blocks = query_blocks(seq_len) if short else []
     seen = sum(stop for _, stop in blocks) or seq_len
     weights = config.n_heads * sum((stop - start) * stop for start, stop in blocks)
     return rows * (seq_len * per_token + width * (keys * seen + weights))

@@ -50,7 +50,8 @@ class Compiled(NamedTuple):
     """What the compiler says of a program.
 
     Attributes:
-      text: the scheduled module. memory: bytes of a device: arguments, outputs, aliased, temporary, code.
+      text: the scheduled module. memory: bytes of a device: arguments, outputs, aliased, temporary, code; of a TPU the
+        peak as well, of all but code, because its temporary arrays share room that "temporary" counts several times.
       seconds: of tracing and compilation, when it was done.
       problem: why it is no program that runs, in the compiler's words; "" = none.
       cached: an earlier plan had compiled it.
@@ -66,7 +67,8 @@ class Compiled(NamedTuple):
     def total(self) -> int:
         """Bytes of memory that a device needs."""
         memory = self.memory
-        return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"] + memory["code"]
+        held = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
+        return memory.get("peak", held) + memory["code"]
 
 
 class Abstract(NamedTuple):
@@ -169,18 +171,16 @@ def _compile(lowered: jax.stages.Lowered, options: dict[str, str] | None) -> Com
     analysis = compiled.memory_analysis()
     names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporary": "temp"}
     memory = {name: getattr(analysis, f"{said}_size_in_bytes") for name, said in names.items()}
-    return Compiled(compiled.as_text(), {**memory, "code": analysis.generated_code_size_in_bytes}, 0.0)
+    memory["code"] = analysis.generated_code_size_in_bytes
+    if options is None:  # of a TPU
+        memory["peak"] = analysis.peak_memory_in_bytes
+    return Compiled(compiled.as_text(), memory, 0.0)
 
 
 class Shortage(NamedTuple):
-    """Of a program that does not fit, in bytes; and its largest buffers, (bytes, what they are).
-
-    Attributes:
-      needed: 0 = not said. beside: it is what the program needs beside its arguments.
-    """
+    """Of a program that does not fit, in bytes (0 = not said); and its largest buffers, (bytes, what they are)."""
 
     needed: float
-    beside: bool
     available: float
     buffers: list[tuple[float, str]]
 
@@ -188,19 +188,14 @@ class Shortage(NamedTuple):
 def shortage(problem: str) -> Shortage:
     """Read what the compiler says about memory that is not there.
 
-    Example: "... temporaries (47.70G) exceeds available HBM (15.75G)." -> 47.7 GiB beside its arguments, of 15.75
+    Example: "... temporaries (47.70G) exceeds available HBM (15.75G)." -> 47.7 GiB needed, arguments and all, of 15.75
     """
     size = r"([\d.]+)([KMGT]?)"
     pairs = (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm")
     found = next((match for pair in pairs if (match := re.search(pair, problem))), None)
     needed, available = (0.0, 0.0) if found is None else (_bytes(*found.groups()[:2]), _bytes(*found.groups()[2:]))
     buffers = re.findall(rf"Size: {size}\w*\s+(?:Operator: op_name=\"([^\"]*)\"|)[^\n]*\s*Shape: (\S+)", problem)
-    return Shortage(
-        needed,
-        "temporaries" in problem,
-        available,
-        [(_bytes(n, unit), f"{shape} {op}".strip()) for n, unit, op, shape in buffers],
-    )
+    return Shortage(needed, available, [(_bytes(n, unit), f"{shape} {op}".strip()) for n, unit, op, shape in buffers])
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -31,7 +31,8 @@ def expected(job: Job, parts: Abstract, kind: str) -> dict[str, float]:
     sizes = parts.mesh.shape
     rows = max(1, job.rows // job.step.accumulate // batch_parts(sizes))
     compute = job.compute.resolve(kind, job.model.n_layers)
-    guessed = accounting.activation_bytes(job.model, compute, rows, job.seq_len)
+    square = kind != "tpu" or compute.kernel == "xla"  # plans for GPUs have XLA's attention
+    guessed = accounting.activation_bytes(job.model, compute, rows, job.seq_len, square)
     parameters, shared = of_device(parts.state.params), sizes["tensor"] * sizes["context"]
     own = lambda leaf: kind == "cpu" or leaf.sharding.memory_kind != "pinned_host"
     found = {

@@ -86,8 +86,7 @@ def plan_of(job: Job, topology: Topology, parts: Abstract, compiled: Compiled) -
     if compiled.problem:
         short_of = shortage(compiled.problem)
         available, buffers = short_of.available or available, short_of.buffers
-        held = sum(sizes.get(name, 0.0) for name in (*memory.EXACT, "batch")) if short_of.beside else 0.0
-        needed = held + short_of.needed if short_of.needed else None
+        needed = short_of.needed or None
     else:
         needed = compiled.total
         sizes = memory.by_category(sizes, needed)

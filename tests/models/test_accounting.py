@@ -125,10 +125,12 @@ def test_remat_orders_the_activation_estimate():
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_a_row_of_a_million_tokens_has_no_square():
+def test_neither_a_row_of_a_million_tokens_nor_a_kernel_has_a_square():
     config = presets.get("llama3-8b")
     half, whole = (accounting.layer_bytes(config, 2, 1, size) for size in (524_288, 1_048_576))
     assert whole == 2 * half
+    short, kept = (accounting.layer_bytes(config, 2, 1, 2048, square) for square in (False, True))
+    assert short * 512 == whole < kept * 512
 
 
 SMALL = ModelConfig(vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=160, max_seq_len=256)

@@ -240,19 +240,15 @@ def test_what_the_compiler_says_about_memory(problem, needed, available, buffers
     found = aot.shortage(problem)
     assert (found.needed / 2**30, found.available / 2**30) == pytest.approx((needed, available))
     assert len(found.buffers) == buffers
-    assert found.beside == (problem == SHORT)
     if buffers:
         assert found.buffers[0] == (4 * 2**30, "f32[32768,32000]{1,0:T(8,128)} jit(train_step)/loss")
 
 
 def test_what_is_too_large_is_said():
     parts = aot.abstract(JOB, jax.devices()[:4])
-    sizes = memory.expected(JOB, parts, "gpu")
     found = report.plan_of(JOB, NODE, parts, Compiled("", {}, 1.0, problem=SHORT))
-    held = sum(sizes[name] for name in ("parameters", "optimizer", "batch"))
-    assert found.needed == pytest.approx(47.7 + held / 2**30)
     first, second, *_ = report.sentences(found)
-    assert first.startswith("it does not fit: 47.70 GiB by the compiler's figure, of 15.75 GiB")
+    assert first == "it does not fit: 47.70 GiB by the compiler's figure, of 15.75 GiB"
     assert "most of them for activations" in second
     assert "compute.remat and a larger step.accumulate make less" in second
     assert "1 chip at a time work on 16 rows of 128 tokens, remat=none" in second
@@ -270,6 +266,12 @@ def test_encoders_are_refused(flags, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("model: {", "model: {latent: {size: 8}, "))
     assert plan.main([str(tmp_path / "recipe.yaml"), "--topology", "v5e:2x2", *flags]) == 2
     assert "plans are for decoder-only models; this one has an encoder" in capsys.readouterr().err
+
+
+def test_arrays_that_share_room_count_once():
+    sizes = {"arguments": 3, "outputs": 3, "aliased": 3, "temporary": 20, "code": 1}
+    assert Compiled("", sizes, 0.0).total == 24
+    assert Compiled("", {**sizes, "peak": 12}, 0.0).total == 13
 
 
 @needs_compiler
