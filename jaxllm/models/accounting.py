@@ -139,7 +139,7 @@ def layer_bytes(config: ModelConfig, width: int, rows: int, seq_len: int, square
     if isinstance(config.ffn, Experts):
         ffn = config.ffn.top_k * (ffn + 2 * config.d_model) + config.ffn.shared * ffn
     per_token = 2 * (4 + width) * config.d_model + width * (heads + ffn) + 4 * config.n_heads
-    short = square and seq_len <= LONG or isinstance(config.positions, RelativeBias)
+    short = (square and seq_len <= LONG) or isinstance(config.positions, RelativeBias)
     blocks = query_blocks(seq_len) if short else []
     seen = sum(stop for _, stop in blocks) or seq_len
     weights = config.n_heads * sum((stop - start) * stop for start, stop in blocks)

@@ -92,14 +92,24 @@ def train_step(
         gradient = jax.tree.map(lambda g: g * scale, gradient)
         norm = optax.tree.norm(gradient)
         kept = jax.device_put(state.opt_state, jax.memory.Space.Device) if step.offload else state.opt_state
-        direction, opt_state = optimizer(optim).update(gradient, kept, state.params)
-        params = jax.tree.map(lambda p, u: p + lr * u, state.params, direction)
-        if routers is not None and model.ffn.biased:
-            params = move_biases(params, routers, step.router_bias_step)
+
+        def updated(gradient: Params, kept: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:
+            direction, opt_state = optimizer(optim).update(gradient, kept, params)
+            params = jax.tree.map(lambda p, u: p + lr * u, params, direction)
+            if routers is not None and model.ffn.biased:
+                params = move_biases(params, routers, step.router_bias_step)
+            return params, opt_state
+
+        before = gradient, kept, state.params
+        params, opt_state = updated(*before)
         # A finite gradient may still make parameters that overflow: the norm of the new ones says so.
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         if step.spike_factor is not None:
             good &= (state.norm_mean == 0) | (norm <= step.spike_factor * state.norm_mean)
+        if isinstance(
+            optim, AdamW
+        ):  # computed again, or all new parameters would lie beside the old until `good` is known
+            params, opt_state = updated(*jax.lax.optimization_barrier(before))
         keep = lambda new, old: jnp.where(good, new, old)
         params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, kept))
         ema = state.ema
