@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 from jaxllm.sharding import shards
 
 MAX_BLOCK = 64  # rows; measured on CPU
-TILE = (512, 1024, 1024)  # of the kernels for TPUs: rows, and the two widths of a matrix
+# Of the kernels for TPUs, by the bytes of a number: rows, and the two widths of a matrix. More does not fit the chip.
+TILES = {2: (512, 1024, 1024), 4: (512, 512, 512)}
 _cut = jax.lax.dynamic_slice_in_dim
 
 
@@ -66,10 +67,11 @@ def tpu_gradients(
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm  # here: slow to import
 
     x, kernels, sizes = residuals
-    more = -len(x) % TILE[0]
+    tile = TILES[x.dtype.itemsize]
+    more = -len(x) % tile[0]
     rows, dy = (jnp.pad(y, ((0, more), (0, 0))) for y in (x, dy))
-    dx = gmm(dy, kernels, sizes, x.dtype, TILE, transpose_rhs=True, interpret=interpret)[: len(x)]
-    return dx, tgmm(rows.T, dy, sizes, kernels.dtype, TILE, interpret=interpret), None
+    dx = gmm(dy, kernels, sizes, x.dtype, tile, transpose_rhs=True, interpret=interpret)[: len(x)]
+    return dx, tgmm(rows.T, dy, sizes, kernels.dtype, tile, interpret=interpret), None
 
 
 _tpu_product.defvjp(lambda *inputs: (_tpu_product(*inputs), inputs), tpu_gradients)
