@@ -51,7 +51,8 @@ class Compiled(NamedTuple):
 
     Attributes:
       text: the scheduled module. memory: bytes of a device: arguments, outputs, aliased, temporary, code; of a TPU the
-        peak as well, of all but code, because its temporary arrays share room that "temporary" counts several times.
+        peak as well, of all but code. Either counts some room twice (programs that a compiler accepts have read more
+        than their chip has, by both), so the smaller is an upper bound.
       seconds: of tracing and compilation, when it was done.
       problem: why it is no program that runs, in the compiler's words; "" = none.
       cached: an earlier plan had compiled it.
@@ -68,7 +69,7 @@ class Compiled(NamedTuple):
         """Bytes of memory that a device needs."""
         memory = self.memory
         held = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
-        return memory.get("peak", held) + memory["code"]
+        return min(held, memory.get("peak", held)) + memory["code"]
 
 
 class Abstract(NamedTuple):

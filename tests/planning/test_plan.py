@@ -272,6 +272,11 @@ def test_arrays_that_share_room_count_once():
     sizes = {"arguments": 3, "outputs": 3, "aliased": 3, "temporary": 20, "code": 1}
     assert Compiled("", sizes, 0.0).total == 24
     assert Compiled("", {**sizes, "peak": 12}, 0.0).total == 13
+    assert Compiled("", {**sizes, "peak": 30}, 0.0).total == 24
+    parts, place = aot.abstract(JOB, jax.devices()[:4]), NODE._replace(chip=topology.chips()["v5e"])
+    accepted = report.plan_of(JOB, place, parts, Compiled("", dict.fromkeys(sizes, 2**36), 1.0))
+    assert accepted.fits
+    assert "the compiler, which refuses what is too large, accepts it" in report.sentences(accepted)[1]
 
 
 @needs_compiler
