@@ -219,7 +219,7 @@ def test_resume_refuses_what_would_not_be_the_same_run(workspace):
         ("data.packing.seq_len=4096", "data.packing.seq_len=4096 is longer than model.max_seq_len=128"),
         ("step.accumulate=3", "data.batch_size=4 is not divisible by step.accumulate=3"),
         ("step.accumulate=8", "data.batch_size=4 is not divisible by step.accumulate=8"),
-        ("mesh.fsdp=3", "devices exactly; set mesh.data=-1 to fill up"),
+        ("mesh.fsdp=3", "devices exactly; they are no multiple of 3"),
         ("optim.lrr=1", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         ("data.sources.0.path=/nowhere", "/nowhere"),
     ],
