@@ -124,7 +124,7 @@ def test_output_and_exit_status(tmp_path, capsys):
     capsys.readouterr()
     assert check_style.main([str(tmp_path)]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "1 library files, 5 lines (limit 25287), median 5",
+        "1 library files, 5 lines (limit 25289), median 5",
         "jaxllm/core/a.py:4: catch-all: name the errors that are expected",
         "tests/b.py:301: warning: file-length: 301 lines, limit 300",
     ]

@@ -13,6 +13,10 @@ set -uo pipefail
 # If one process is lost, the others see it, say which, and end (75): Slurm would end them before they could.
 srun --kill-on-bad-exit=0 python -m jaxllm.train "$@"
 status=$?
-# 143 = 128 + SIGTERM: saved, not finished. 75: another process was lost, and the run goes on at the last checkpoint.
-if [ "$status" -eq 143 ] || [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# srun has the highest status of all processes. 143 = 128 + SIGTERM: saved, not finished. A process that was killed or
+# crashed (134, 137, 139), which the others say with 75: the run goes on at the last checkpoint, twenty times at most.
+case "$status" in
+  143) scontrol requeue "$SLURM_JOB_ID" ;;
+  75 | 134 | 137 | 139) [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ] || scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit "$status"

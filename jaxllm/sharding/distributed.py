@@ -63,7 +63,8 @@ def start(config: PlatformConfig, rows: int = 1) -> None:
     """
     import jax
 
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; by JAX's 0.75 no H200 has room for 7B
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the name that it had before
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; by JAX's 0.75 no H200 has room for 7B
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compile_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

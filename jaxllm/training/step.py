@@ -11,6 +11,7 @@ from jaxllm.core import rng
 from jaxllm.models.balance import move_biases, router_metrics
 from jaxllm.models.build import AnyConfig, Drop, Params
 from jaxllm.models.config import ComputeConfig, is_vae
+from jaxllm.sharding import shards
 from jaxllm.sharding.rules import constrain
 from jaxllm.sharding.xla import compiler_options
 from jaxllm.training.block_norms import block_norms
@@ -106,9 +107,8 @@ def train_step(
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
         if step.spike_factor is not None:
             good &= (state.norm_mean == 0) | (norm <= step.spike_factor * state.norm_mean)
-        if isinstance(
-            optim, AdamW
-        ):  # computed again, or all new parameters would lie beside the old until `good` is known
+        # Computed again: else all new parameters would lie beside the old ones until now. A CPU has the room.
+        if isinstance(optim, AdamW) and shards.platform() != "cpu":
             params, opt_state = updated(*jax.lax.optimization_barrier(before))
         keep = lambda new, old: jnp.where(good, new, old)
         params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, kept))

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,12 @@ class Tiers(Checkpoints):
         self.fast = Checkpoints(place, CheckpointConfig(keep_last=KEPT, keep_best=0), alone=True)
 
     def _sweep(self, line: int) -> None:
-        """Remove what this process has of other lines, and its part of what processes have that are no more."""
-        for path in map(Path, glob(f"{self._home}/process-*/*")):  # which bears that others remove theirs
+        """Remove what this host has of other lines; line 0: of all, what this process has and its part of the rest."""
+        for path in map(Path, glob(f"{escape(str(self._home))}/process-*/*")):  # which bears that others remove theirs
             owner = int(path.parent.name.removeprefix("process-")) % jax.process_count()
-            if owner == jax.process_index() and path.name != str(line):
+            if path.name != str(line) and (line or owner == jax.process_index()):  # who it was, another may be now
                 shutil.rmtree(path, ignore_errors=True)
+            if not line:
                 with suppress(OSError):  # there is more in it
                     path.parent.rmdir()
                     self._home.rmdir()

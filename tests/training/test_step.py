@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -64,6 +65,14 @@ def test_sharded_equals_one_device(mesh, optim):
     expected, expected_state = PLAIN(optim)
     np.testing.assert_allclose([m["loss"] for m in history], [m["loss"] for m in expected], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, expected_state.params)
+
+
+def test_parameters_that_are_computed_again_where_they_are_kept_are_the_same(monkeypatch):
+    monkeypatch.setattr("jaxllm.training.step.shards", SimpleNamespace(platform=lambda: "gpu"))  # as on accelerators
+    history, state = run()
+    expected, expected_state = PLAIN(ADAMW)
+    np.testing.assert_allclose([m["grad_norm"] for m in history], [m["grad_norm"] for m in expected], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected_state.params)
 
 
 def test_accumulation_equals_one_batch_though_microbatches_hold_different_numbers_of_tokens():
