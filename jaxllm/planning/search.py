@@ -126,8 +126,8 @@ class _Order:
     """Which candidate is compiled next: what plans find of a policy corrects what is expected of its other layouts.
 
     Of each mesh and policy the fastest cut comes first, and others after all such; of a policy without a plan yet only
-    one is compiled at a time. What needs no less memory than one that does not fit is left out. The recipe's own is the
-    first of all, so that what is found is no worse.
+    one is compiled at a time. What needs no less memory than one that does not fit is left out. The recipe's own, if it
+    is a candidate, is the first of all, so that what is found is no worse.
     """
 
     def __init__(self, possible: list[Candidate], own: Candidate | None = None):
